@@ -1,0 +1,240 @@
+"""What a picture is made from, and what comes back: Request, Lora, Condition, Receipt, Result.
+
+One schema for the Python API, the CLI, the UI, manifests and the text inside a PNG. Everything is frozen and
+validated once, when it is built; nothing below this file checks it again.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
+
+from PIL import Image
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+SCHEMA_VERSION = 1
+MAX_PIXELS = 4096 * 4096
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)]
+Category = Literal["", "character", "clothing", "style", "place", "object", "pose", "other"]
+
+_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+class Refused(ValueError):
+    """Something the user asked for cannot be done; the message says what was given, what was expected, what to do."""
+
+
+class Cancelled(Exception):
+    """The run was cancelled before its next denoiser evaluation; nothing of it remains."""
+
+
+@dataclass(frozen=True, config=_config)
+class Lora:
+    """One LoRA of a request.
+
+    source: a bundled name ("raccoon"), a path to a .safetensors file, or a name in one of the LoRA folders.
+    weight: factor on alpha/rank in the denoiser; text_weight the same in the text encoders (None: as weight).
+    blocks: factor per block of the denoiser, by prefix: {"down": 0.5, "mid": 1, "up.1": 0}; blocks not named keep 1.
+    start, end: the part of the steps in which it is on, as fractions: on while start <= step/steps < end.
+    binds: the words of the prompt it belongs to. region: box (x0, y0, x1, y1) in fractions of the picture, or the
+    path of a mask image. Both are read by the methods that place concepts; others say so in their notes.
+    category, triggers: what kind of thing it is and the words it was trained on (empty: as its file says).
+    """
+
+    source: Annotated[str, Field(min_length=1, max_length=4096)]
+    weight: Weight = 1.0
+    text_weight: Weight | None = None
+    blocks: Mapping[str, Weight] = Field(default_factory=dict)
+    start: Fraction = 0.0
+    end: Fraction = 1.0
+    binds: str | None = None
+    region: tuple[Fraction, Fraction, Fraction, Fraction] | str | None = None
+    category: Category = ""
+    triggers: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Lora":
+        if self.start >= self.end:
+            raise ValueError(f"LoRA {self.source!r}: start {self.start} must lie before end {self.end}")
+        if isinstance(self.region, tuple) and (self.region[0] >= self.region[2] or self.region[1] >= self.region[3]):
+            raise ValueError(f"LoRA {self.source!r}: region {self.region} must be x0 < x1 and y0 < y1")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The last part of the source without its ending: "loras/owl.safetensors" is "owl"."""
+        return re.sub(r"\.safetensors$", "", PurePath(self.source.replace("\\", "/")).name)
+
+    @property
+    def scheduled(self) -> bool:
+        """True when it is off in some of the steps."""
+        return self.start > 0.0 or self.end < 1.0
+
+    def weight_at(self, index: int, count: int) -> float:
+        """Its weight at step `index` (from 0) of `count`: 0 outside start..end."""
+        return self.weight if self.start <= index / count < self.end else 0.0
+
+
+@dataclass(frozen=True, config=_config)
+class Condition:
+    """One picture that steers the layout (edges, depth, pose, subject), with the condition LoRA that reads it."""
+
+    source: Annotated[str, Field(min_length=1)]
+    image: Annotated[str, Field(min_length=1)]
+    kind: str = ""
+    weight: Weight = 1.0
+    start: Fraction = 0.0
+    end: Fraction = 1.0
+
+
+@dataclass(frozen=True, config=_config)
+class Request:
+    """All that is needed to make a picture again.
+
+    prompt is used verbatim: a trigger word that is missing becomes a note, never an insertion.
+    size is (width, height) in pixels, None for the model's own. count pictures are made, with seeds seed, seed+1, ...;
+    each has a generator of its own. batched: ask all LoRAs in one batch of rows (more memory, faster) or one by one.
+    guidance 1 or less switches guidance off. sampler "default" is the one the model was saved with.
+    """
+
+    prompt: Annotated[str, Field(max_length=20_000)]
+    negative: Annotated[str, Field(max_length=20_000)] = ""
+    loras: Annotated[Sequence[Lora], Field(max_length=64), AfterValidator(tuple)] = ()
+    conditions: Annotated[Sequence[Condition], AfterValidator(tuple)] = ()
+    model: Annotated[str, Field(min_length=1)] = "pocket"
+    method: str = "merge"
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    sampler: str = "default"
+    steps: Annotated[int, Field(ge=1, le=1000)] = 25
+    guidance: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 5.0
+    size: tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    count: Annotated[int, Field(ge=1, le=1024)] = 1
+    batched: bool = True
+    allow_partial: bool = False
+    schema_version: int = SCHEMA_VERSION
+
+    @field_validator("size")
+    @classmethod
+    def _pixels(cls, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        if size and size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(f"size {size[0]}x{size[1]} is over {MAX_PIXELS} pixels")
+        return size
+
+    @field_validator("schema_version")
+    @classmethod
+    def _version(cls, version: int) -> int:
+        if version > SCHEMA_VERSION:
+            raise ValueError(f"this request was written by a newer Medley (schema {version}; this one reads up to "
+                             f"{SCHEMA_VERSION}): update Medley")
+        return version
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name per LoRA, in order, unique: a second "owl" is "owl#2"."""
+        names: list[str] = []
+        for lora in self.loras:
+            same = sum(other == lora.name or other.startswith(f"{lora.name}#") for other in names)
+            names.append(f"{lora.name}#{same + 1}" if same else lora.name)
+        return tuple(names)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Name to weight, for every LoRA of the request."""
+        return {name: lora.weight for name, lora in zip(self.names, self.loras, strict=True)}
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple((self.seed + index) % 2**63 for index in range(self.count))
+
+    def alone(self, index: int) -> "Request":
+        """The request of its picture `index` alone: the seed of that picture, count 1."""
+        return replace(self, seed=self.seeds[index], count=1)
+
+    def json(self) -> str:
+        """One line of JSON, from which `Request.read` makes an equal request."""
+        return _REQUEST.dump_json(self).decode()
+
+    @staticmethod
+    def read(text: str | bytes) -> "Request":
+        """A request from its JSON. Raises Refused naming every field that is wrong."""
+        try:
+            return _REQUEST.validate_json(text)
+        except ValidationError as error:
+            raise Refused(f"not a request: {explain(error)}") from None
+
+
+@dataclass(frozen=True, config=_config)
+class Receipt:
+    """What of a LoRA file was applied. `tensors == applied + ignored`: every tensor of the raw file is accounted for.
+
+    family: the kind of base the file was made for, from its keys and shapes ("sd", "sd2", "sdxl", "sd3", "flux",
+    "unknown"); layout: how its keys are written ("diffusers", "kohya", ...). components: tensors applied and modules
+    reached in the denoiser and in each text encoder. ignored: reason to the raw keys left out for it. no_effect:
+    modules whose update is exactly zero. ranks and alphas: value to the number of modules that have it.
+    sha256 is of the whole file, tensor_sha256 of names, shapes, dtypes and bytes of the tensors alone (metadata may
+    change without changing it).
+    """
+
+    name: str
+    path: str
+    sha256: str
+    tensor_sha256: str
+    family: str
+    layout: str
+    tensors: int
+    applied: int
+    components: Mapping[str, Mapping[str, int]] = Field(default_factory=dict)
+    ignored: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
+    no_effect: tuple[str, ...] = ()
+    ranks: Mapping[int, int] = Field(default_factory=dict)
+    alphas: Mapping[float, int] = Field(default_factory=dict)
+    title: str = ""
+    category: str = ""
+    triggers: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = Field(default_factory=dict)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the file's tensors that was applied, 0 to 1."""
+        return self.applied / self.tensors if self.tensors else 0.0
+
+    def line(self) -> str:
+        """One line for people: "raccoon: applied 92/92 tensors (unet 84, text_encoder 8), rank 8"."""
+        parts = ", ".join(f"{name} {count['tensors']}" for name, count in self.components.items())
+        ranks = "/".join(str(rank) for rank in sorted(self.ranks))
+        text = f"{self.name}: applied {self.applied}/{self.tensors} tensors" + (f" ({parts})" if parts else "")
+        text += f", rank {ranks}" if ranks else ""
+        if self.no_effect:
+            text += f", {len(self.no_effect)} modules with no effect"
+        for reason, keys in self.ignored.items():
+            text += f"; ignored {len(keys)}: {reason}"
+        return text
+
+
+@dataclass(frozen=True, config=_config)
+class Result:
+    """Pictures, the request they came from, and what happened: notes by the method, seconds by stage, receipts."""
+
+    images: tuple[Image.Image, ...]
+    request: Request
+    notes: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    receipts: tuple[Receipt, ...]
+
+
+_REQUEST = TypeAdapter(Request)
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error in one line: each wrong field, what was given, what was expected."""
+    parts = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"]) or "value"
+        given = item["input"]
+        shown = f" (given {given!r})" if isinstance(given, str | int | float | bool | None) else ""
+        parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
+    return "; ".join(parts)
