@@ -1,0 +1,233 @@
+"""Tiny stock pipelines with random weights, and LoRA files for them: what every test of the engine runs on.
+
+Built in code from seeds, offline, in a fraction of a second. The weights mean nothing; the shapes, classes and names
+are those of the real families. Imports nothing of Medley, so that a reference made with a toy is a second opinion.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+MERGES = ("f o", "fo x</w>", "o w", "ow l</w>", "a n", "an d</w>", "t h", "th e</w>", "i n</w>", "o n</w>")
+Pipe = TypeVar("Pipe", StableDiffusionPipeline, StableDiffusionXLPipeline)
+Target = Literal["attn", "ff", "proj", "conv", "time"]
+
+
+def tokenizer(pad: str = END) -> CLIPTokenizer:
+    """A byte-level CLIP tokenizer of 524 tokens: every text encodes, the words of MERGES are one token each."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
+    words = letters + [f"{letter}</w>" for letter in letters] + [merge.replace(" ", "") for merge in MERGES]
+    vocab = {word: index for index, word in enumerate([*words, START, END])}
+    pairs = [tuple(merge.split(" ")) for merge in MERGES]
+    return CLIPTokenizer(vocab=vocab, merges=pairs, pad_token=pad, model_max_length=77)
+
+
+def _text_config(words: CLIPTokenizer, width: int, projection: int, act: str) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=77, projection_dim=projection, hidden_act=act,
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+
+
+def _autoencoder(scaling: float) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"), up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32,
+        scaling_factor=scaling,
+    )  # fmt: skip
+
+
+def _liven(unet: nn.Module, gain: float = 3.0) -> None:
+    """Make the prompt matter: random weights read it too faintly."""
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if "attn2" in name and name.endswith(("to_v.weight", "to_out.0.weight")):
+                weight.mul_(gain)
+
+
+def sd(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5 in small: three levels, the last without attention, conv proj_in, PNDM, 32 px pictures."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        words = tokenizer()
+        unet = UNet2DConditionModel(
+            sample_size=16, block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=24, attention_head_dim=2,
+        )  # fmt: skip
+        _liven(unet)
+        text = CLIPTextModel(_text_config(words, 24, 24, "quick_gelu"))
+        vae = _autoencoder(0.18215)
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=words, unet=unet, feature_extractor=None, safety_checker=None,
+        scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
+        requires_safety_checker=False,
+    )  # fmt: skip
+    return _ready(pipe, dtype)
+
+
+def sdxl(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusionXLPipeline:
+    """SDXL in small: two levels, linear proj_in, two text encoders, size and crop in the time embedding, Euler."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        words, words_2 = tokenizer(), tokenizer(pad="!")
+        unet = UNet2DConditionModel(
+            sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=40, attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2),
+            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
+        )  # fmt: skip
+        _liven(unet)
+        text = CLIPTextModel(_text_config(words, 16, 16, "quick_gelu"))
+        text_2 = CLIPTextModelWithProjection(_text_config(words_2, 24, 24, "gelu"))
+        vae = _autoencoder(0.13025)
+    pipe = StableDiffusionXLPipeline(
+        vae=vae, text_encoder=text, text_encoder_2=text_2, tokenizer=words, tokenizer_2=words_2, unet=unet,
+        scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+        force_zeros_for_empty_prompt=True, add_watermarker=False,
+    )  # fmt: skip
+    return _ready(pipe, dtype)
+
+
+def _ready(pipe: Pipe, dtype: torch.dtype) -> Pipe:
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part.eval().requires_grad_(False), dtype)  # the models' own `to` warns about nothing
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _kind(path: str, module: nn.Module) -> Target | None:
+    """Which of the targets a module of the UNet belongs to."""
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return None
+    if ".attn1." in path or ".attn2." in path:
+        return "attn"
+    if ".ff.net." in path:
+        return "ff"
+    if path.endswith(("proj_in", "proj_out")):
+        return "proj"
+    if path.endswith((".conv1", ".conv2", ".conv_shortcut")) or ".downsamplers." in path or ".upsamplers." in path:
+        return "conv"
+    return "time" if path.endswith("time_emb_proj") or "_embedding." in path else None
+
+
+def _modules(pipe, targets: Sequence[Target], text: bool) -> Iterator[tuple[str, str, nn.Module]]:
+    """(component, path in the component, module) of everything a LoRA of these targets trains, in a fixed order."""
+    for path, module in pipe.unet.named_modules():
+        if _kind(path, module) in targets:
+            yield "unet", path, module
+    for name in ("text_encoder", "text_encoder_2") if text else ():
+        for path, module in getattr(pipe, name, nn.Module()).named_modules():
+            if isinstance(module, nn.Linear) and ".layers." in path:
+                yield name, path, module
+
+
+def _factors(module: nn.Module, rank: int, share: float, scale: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """down (rank, in, ...) and up (out, rank, ...) such that share * up @ down is `scale` times the weight's size."""
+    weight = module.get_parameter("weight").detach().float()
+    down = torch.randn(rank, *weight.shape[1:], generator=rng)
+    up = torch.randn(weight.shape[0], rank, *[1] * (weight.dim() - 2), generator=rng)
+    update = share * up.flatten(1) @ down.flatten(1)
+    return down, up * (scale * weight.square().mean().sqrt() / update.square().mean().sqrt())
+
+
+def _sgm(path: str, layers: int) -> str:
+    """A diffusers UNet path under the name that SGM (and so kohya, for SDXL) gives it."""
+    part, *rest = path.split(".")
+    inner = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+             "conv_shortcut": "skip_connection"}  # fmt: skip
+    whole = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+             "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+             "add_embedding.linear_2": "label_emb.0.2"}  # fmt: skip
+    if path in whole:
+        return whole[path]
+    if part == "mid_block":
+        kind, index, tail = rest[0], int(rest[1]), rest[2:]
+        block = "middle_block." + ("1" if kind == "attentions" else str(2 * index))
+    else:
+        level, kind, index, tail = int(rest[0]), rest[1], int(rest[2]), rest[3:]
+        start = level * (layers + 1)
+        if part == "down_blocks":
+            number, place = (start + layers + 1, 0) if kind == "downsamplers" else (start + index + 1, kind == "attentions")
+            block, tail = f"input_blocks.{number}.{int(place)}", ["op"] if kind == "downsamplers" else tail
+        elif kind == "upsamplers":
+            block = f"output_blocks.{start + layers}."  # its place depends on whether the level has attention
+        else:
+            block = f"output_blocks.{start + index}.{int(kind == 'attentions')}"
+    return ".".join([block, *([inner[tail[0]]] if kind == "resnets" else tail)])
+
+
+def sgm_path(pipe, path: str) -> str:
+    """The SGM name of a module of this pipe's UNet, by its diffusers path."""
+    name = _sgm(path, pipe.unet.config["layers_per_block"])
+    if ".upsamplers." in path:
+        level = pipe.unet.up_blocks[int(path.split(".")[1])]
+        name = name.replace("..", f".{2 if hasattr(level, 'attentions') else 1}.")
+    return name
+
+
+def lora(
+    pipe, path: str | Path, *, seed: int = 0, rank: int = 4, alpha: float | None = None,
+    targets: Sequence[Target] = ("attn", "ff", "proj", "conv"), text: bool = True,
+    layout: Literal["diffusers", "kohya"] = "diffusers", scale: float = 0.3, dtype: torch.dtype = torch.float32,
+) -> Path:  # fmt: skip
+    """Write a random LoRA of `pipe` as safetensors, with no factor zero: its update is `scale` times each weight.
+
+    layout "diffusers" is what `save_lora_weights` writes (alpha, if given, in the metadata), "kohya" what sd-scripts
+    writes (diffusers paths for SD, SGM paths for SDXL; an alpha tensor per module, `rank` if not given).
+    """  # fmt: skip
+    rng = torch.Generator().manual_seed(seed)
+    xl = hasattr(pipe, "text_encoder_2")
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    paths: dict[str, list[str]] = {}
+    for component, name, module in _modules(pipe, targets, text):
+        down, up = (factor.to(dtype).contiguous() for factor in _factors(module, rank, (alpha or rank) / rank, scale, rng))
+        if component != "unet" and not name.startswith("text_model."):
+            name = f"text_model.{name}"
+        paths.setdefault(component, []).append(name if component == "unet" else name.split(".layers.")[1][2:])
+        if layout == "diffusers":
+            tensors[f"{component}.{name}.lora_A.weight"], tensors[f"{component}.{name}.lora_B.weight"] = down, up
+        else:
+            if component == "unet":
+                prefix, name = "lora_unet", sgm_path(pipe, name) if xl else name
+            else:
+                prefix = "lora_te" + ("" if not xl else "2" if component.endswith("_2") else "1")
+            key = f"{prefix}_{name.replace('.', '_')}"
+            tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha or rank), dtype=dtype)
+    if layout == "diffusers" and alpha is not None:
+        configs = {f"{component}.{key}": value for component, names in paths.items() for key, value in
+                   {"r": rank, "lora_alpha": alpha, "target_modules": sorted(set(names))}.items()}  # fmt: skip
+        metadata["lora_adapter_metadata"] = json.dumps(configs)
+    path = Path(path)
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    return path
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """How far two pictures or latents lie apart, in units of the first one's spread."""
+    return math.sqrt(float((a.double() - b.double()).square().mean())) / float(a.double().std())
