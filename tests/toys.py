@@ -114,7 +114,7 @@ def sdxl(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusionXL
 def _ready(pipe: Pipe, dtype: torch.dtype) -> Pipe:
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
-            nn.Module.to(part.eval().requires_grad_(False), dtype)  # the models' own `to` warns about nothing
+            nn.Module.to(part.eval().requires_grad_(False), dtype)  # the model's own `to` warns, of nothing
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -171,8 +171,8 @@ def _sgm(path: str, layers: int) -> str:
         level, kind, index, tail = int(rest[0]), rest[1], int(rest[2]), rest[3:]
         start = level * (layers + 1)
         if part == "down_blocks":
-            number, place = (start + layers + 1, 0) if kind == "downsamplers" else (start + index + 1, kind == "attentions")
-            block, tail = f"input_blocks.{number}.{int(place)}", ["op"] if kind == "downsamplers" else tail
+            number, tail = (start + layers + 1, ["op"]) if kind == "downsamplers" else (start + index + 1, tail)
+            block = f"input_blocks.{number}.{int(kind == 'attentions')}"
         elif kind == "upsamplers":
             block = f"output_blocks.{start + layers}."  # its place depends on whether the level has attention
         else:
@@ -201,11 +201,12 @@ def lora(
     """  # fmt: skip
     rng = torch.Generator().manual_seed(seed)
     xl = hasattr(pipe, "text_encoder_2")
+    share = (alpha or rank) / rank  # an alpha of 0 switches the update off and leaves the factors as without it
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     paths: dict[str, list[str]] = {}
     for component, name, module in _modules(pipe, targets, text):
-        down, up = (factor.to(dtype).contiguous() for factor in _factors(module, rank, (alpha or rank) / rank, scale, rng))
+        down, up = (factor.to(dtype) for factor in _factors(module, rank, share, scale, rng))
         if component != "unet" and not name.startswith("text_model."):
             name = f"text_model.{name}"
         paths.setdefault(component, []).append(name if component == "unet" else name.split(".layers.")[1][2:])
@@ -218,7 +219,7 @@ def lora(
                 prefix = "lora_te" + ("" if not xl else "2" if component.endswith("_2") else "1")
             key = f"{prefix}_{name.replace('.', '_')}"
             tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
-            tensors[f"{key}.alpha"] = torch.tensor(float(alpha or rank), dtype=dtype)
+            tensors[f"{key}.alpha"] = torch.tensor(float(rank if alpha is None else alpha), dtype=dtype)
     if layout == "diffusers" and alpha is not None:
         configs = {f"{component}.{key}": value for component, names in paths.items() for key, value in
                    {"r": rank, "lora_alpha": alpha, "target_modules": sorted(set(names))}.items()}  # fmt: skip
