@@ -1,0 +1,1 @@
+"""Pocket, the small bundled model, and the recipe that made it."""

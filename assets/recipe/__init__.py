@@ -1,0 +1,1 @@
+"""How Pocket was made: one file per stage, run by ``python -m assets.recipe``. Nothing imports it."""

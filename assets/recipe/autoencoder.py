@@ -1,0 +1,101 @@
+"""The autoencoder stage: 64 px pictures to 8x8 latents and back, a stock AutoencoderKL.
+
+Noise in proportion to each channel's spread is added to the latents while training, so the decoder forgives the
+denoiser's errors. At the end each channel is brought to mean 0 and spread 1 inside the 1x1 convolutions that stock code
+already has: the pipeline's single scaling factor stays 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+
+from .loop import Loop
+from .world import World, batch
+
+NOISE = 0.15  # of a channel's spread, while training
+FRESH = 10**9  # scene numbers from here on are never trained on
+
+
+def build(size: int, channels: int = 24, blocks: tuple[int, ...] = (16, 48, 96, 128)) -> AutoencoderKL:
+    """Untrained, every residual block beginning as the identity."""
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=blocks, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * len(blocks), up_block_types=("UpDecoderBlock2D",) * len(blocks),
+        norm_num_groups=8, sample_size=size, scaling_factor=1.0, force_upcast=False,
+    )  # fmt: skip
+    for name, module in vae.named_modules():
+        if name.rsplit(".", 1)[-1] == "conv2" and "resnets" in name:
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    return vae
+
+
+def tensor(pictures) -> torch.Tensor:
+    """(B, size, size, 3) uint8 to (B, 3, size, size) in -1..1."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
+
+
+def loss_of(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
+    """L1 + 2 MSE + 0.5 edge differences, in -1..1 units; x (B, 3, size, size)."""
+    with torch.autocast(x.device.type, torch.bfloat16):
+        z = vae.encode(x).latent_dist.mean
+        spread = z.detach().float().std((0, 2, 3), keepdim=True)
+        y = vae.decode(z + NOISE * spread * torch.randn_like(z, dtype=torch.float32)).sample
+    y = y.float()
+    sharp = sum((a - b).abs().mean() for a, b in zip(edges(x), edges(y), strict=True))
+    return (x - y).abs().mean() + 2 * ((x - y) ** 2).mean() + 0.5 * sharp
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, world: World, count: int = 256) -> float:
+    """dB over fresh scenes, against 8-bit pictures."""
+    pictures, _ = batch(world, FRESH, count)
+    x = tensor(pictures).to(vae.device)
+    y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(64)])
+    error = (((x - y.clamp(-1, 1)) / 2) ** 2).flatten(1).mean(1)
+    return float((-10 * error.log10()).mean())
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, world: World, count: int = 2048) -> None:
+    """Fold mean 0 and spread 1 per latent channel into quant_conv and post_quant_conv, in place; the noise head is shut."""
+    z = torch.cat([vae.encode(tensor(batch(world, FRESH + 10_000 + i, 64)[0]).to(vae.device)).latent_dist.mean
+                   for i in range(0, count, 64)])  # fmt: skip
+    mean, spread = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    c, enter, leave = len(mean), vae.quant_conv, vae.post_quant_conv
+    enter.weight[:c] /= spread[:, None, None, None]
+    enter.bias[:c] = (enter.bias[:c] - mean) / spread
+    enter.weight[c:], enter.bias[c:] = 0, -20  # log variance: the sample is the mean
+    leave.bias += leave.weight[:, :, 0, 0] @ mean
+    leave.weight *= spread[None, :, None, None]
+
+
+def pictures(world: World, size: int, first: int, device: torch.device) -> Iterator[tuple[torch.Tensor]]:
+    """Endless batches of scenes never seen before."""
+    while True:
+        x = tensor(batch(world, first, size)[0]).to(device, memory_format=torch.channels_last)
+        yield (x,)
+        first += size
+
+
+def train(world: World, work: Path, *, minutes: float, device: torch.device, size: int = 16) -> AutoencoderKL:
+    """Train or resume, whiten, and save to ``work/vae``; returns it in fp32."""
+    vae = build(world.size).to(device, memory_format=torch.channels_last)
+    loop = Loop(vae, work / "vae.pt", minutes=minutes, peak=1.5e-3, cool=0.5)
+    step = torch.compile(loss_of, dynamic=False)
+    loop.run(pictures(world, size, loop.seen, device), lambda x: step(vae, x))
+    with loop.averaged():
+        print(f"autoencoder: {loop.seen} pictures, {psnr(vae, world):.2f} dB on fresh scenes", flush=True)
+        whiten(vae, world)
+        print(f"autoencoder, whitened: {psnr(vae, world):.2f} dB", flush=True)
+        vae.save_pretrained(work / "vae")
+    return AutoencoderKL.from_pretrained(work / "vae").to(device)

@@ -1,0 +1,109 @@
+"""The one training loop of the recipe: a budget in minutes, averaged weights, checkpoints it resumes from.
+
+The learning rate is a function of the share of the budget that is spent, so a stage that was stopped, or that shares its
+machine, still ends with its rate cooled down. A larger budget on a later call takes the training further.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def rate(spent: float, step: int, *, warm: int = 200, cool: float = 0.35) -> float:
+    """Factor on the peak rate: linear warm-up over ``warm`` steps, then flat, then a cosine over the last share ``cool``."""
+    start = min(1.0, (step + 1) / warm)
+    end = max(0.0, min(1.0, (spent - (1 - cool)) / cool))
+    return start * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * end)))
+
+
+class Loop:
+    """Owns one stage's weights, their running average, the optimiser and the checkpoint."""
+
+    def __init__(self, module: nn.Module, file: Path, *, minutes: float, peak: float, cool: float = 0.35,
+                 average: float = 0.999, decay: float = 0.01, save_every: float = 180.0):  # fmt: skip
+        self.module, self.file, self.seconds, self.peak, self.cool = module, Path(file), minutes * 60, peak, cool
+        self.average, self.save_every = average, save_every
+        self.weights = [p for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in self.weights if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in self.weights if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimiser = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
+        self.step = self.seen = 0
+        self.elapsed = 0.0
+        self.smooth = [p.detach().clone() for p in self.weights]
+        if self.file.is_file():
+            self._load()
+
+    def _load(self) -> None:
+        held = torch.load(self.file, map_location="cpu", weights_only=True)
+        self.module.load_state_dict(held["module"])
+        self.optimiser.load_state_dict(held["optimiser"])
+        self.step, self.seen, self.elapsed = held["step"], held["seen"], held["elapsed"]
+        for mine, saved in zip(self.smooth, held["smooth"], strict=True):
+            mine.copy_(saved)
+
+    def save(self) -> None:
+        """Write the checkpoint whole or not at all."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        held = {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict(), "smooth": self.smooth,
+                "step": self.step, "seen": self.seen, "elapsed": self.elapsed}  # fmt: skip
+        half = self.file.with_suffix(".part")
+        torch.save(held, half)
+        half.replace(self.file)
+
+    def run(self, batches: Iterable, loss_of: Callable[..., torch.Tensor], report: Callable[[str], None] | None = None) -> None:
+        """Train until the budget is spent. A batch is a tuple of tensors given to ``loss_of``; its first has length B."""
+        started, last_save, losses = time.monotonic() - self.elapsed, time.monotonic(), []
+        batches = iter(batches)
+        while self.elapsed < self.seconds:
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.peak * rate(self.elapsed / self.seconds, self.step, cool=self.cool)
+            batch = next(batches)
+            loss = loss_of(*batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.weights, 1.0)
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+            self.step, self.seen = self.step + 1, self.seen + len(batch[0])
+            keep = min(self.average, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.smooth, [p.detach() for p in self.weights], 1 - keep)
+            self.elapsed = time.monotonic() - started
+            losses.append(loss.detach())
+            if self.step % 200 == 0:
+                mean = torch.stack(losses).mean().item()
+                line = f"{self.elapsed / 60:6.1f} min  step {self.step}  pictures {self.seen}  loss {mean:.4f}"
+                (report or print)(line)
+                losses = []
+            if time.monotonic() - last_save > self.save_every:
+                self.save()
+                last_save = time.monotonic()
+        self.save()
+
+    def averaged(self):
+        """Context: the module holds the averaged weights inside, the trained ones again after."""
+        return _Averaged(self)
+
+
+class _Averaged:
+    def __init__(self, loop: Loop):
+        self.loop = loop
+
+    def __enter__(self) -> nn.Module:
+        self.kept = [p.detach().clone() for p in self.loop.weights]
+        self._write(self.loop.smooth)
+        return self.loop.module
+
+    def __exit__(self, *_) -> None:
+        self._write(self.kept)
+
+    @torch.no_grad()
+    def _write(self, values: list[torch.Tensor]) -> None:
+        for weight, value in zip(self.loop.weights, values, strict=True):
+            weight.copy_(value)
