@@ -1,0 +1,35 @@
+"""Medley's engine: several LoRAs in one picture.
+
+    from composition import Engine, Lora, Request
+    engine = Engine.open("pocket")
+    result = engine.run(Request(prompt="a raccoon in the snow", loras=[Lora("raccoon")]))
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from composition.request import Cancelled, Condition, Lora, Receipt, Refused, Request, Result
+
+if TYPE_CHECKING:
+    from composition import methods
+    from composition.engine import Engine, Event
+
+__version__ = "0.1.0"
+__all__ = ["Cancelled", "Condition", "Engine", "Event", "Lora", "Receipt", "Refused", "Request", "Result", "methods",
+           "samplers"]
+
+
+def samplers() -> list[str]:
+    """The names `Request.sampler` knows."""
+    from composition.backbones import samplers as known
+
+    return list(known.NAMES)
+
+
+def __getattr__(name: str) -> object:
+    """Engine and Event are loaded when first asked for: requests alone need neither torch nor diffusers."""
+    if name in ("Engine", "Event"):
+        return getattr(importlib.import_module("composition.engine"), name)
+    if name == "methods":
+        return importlib.import_module("composition.methods")
+    raise AttributeError(f"module 'composition' has no attribute {name!r}")

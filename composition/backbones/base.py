@@ -1,0 +1,78 @@
+"""What every model family answers: encode, start, denoise, decode, and where each layer's rows lie."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Generator, Tensor, nn
+
+from composition.request import Request
+from composition.sampler import Conditioning
+
+
+class Axis(NamedTuple):
+    """What a layer's tokens are: picture positions ("grid", at 1/2**level of the latent), prompt tokens ("text"),
+    both in one sequence ("both"), or nothing with a place ("none": time and size embeddings)."""
+
+    kind: Literal["grid", "text", "both", "none"]
+    level: int = 0
+
+
+class Backbone(Protocol):
+    """One model family. Shapes as in composition.sampler; *S is (C, H, W) for UNets."""
+
+    family: str
+    pipeline: Any
+    denoiser: nn.Module
+    scheduler: Any
+
+    @property
+    def components(self) -> Mapping[str, nn.Module]:
+        """The modules a LoRA may touch, by their names in diffusers: "unet", "text_encoder", ..."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser computes (its weights may rest elsewhere when offloaded)."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def size(self, request: Request) -> tuple[int, int]:
+        """(width, height) in pixels. Raises Refused for a size this model cannot make."""
+        ...
+
+    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None) -> Conditioning:
+        """(R, B, ...) tensors: R = 2 with negatives, 1 without."""
+        ...
+
+    def cut(self, prompt: str) -> str:
+        """The end of the prompt that the text encoder cannot see, "" when it sees all."""
+        ...
+
+    def start(
+        self, request: Request, scheduler: Any, generators: Sequence[Generator]
+    ) -> tuple[Float[Tensor, "B *S"], Float[Tensor, "T"]]:
+        """Initial noise, one generator per picture, and the scheduler's times."""
+        ...
+
+    def denoise(
+        self, latents: Float[Tensor, "B *S"], t: Float[Tensor, ""], cond: Conditioning
+    ) -> Float[Tensor, "R B *S"]:
+        """One evaluation on all rows of `cond`; `latents` are already scaled for the scheduler."""
+        ...
+
+    def decode(self, latents: Float[Tensor, "B *S"]) -> list[Image.Image]: ...
+
+    def axis(self, layer: str) -> Axis: ...
+
+    def block(self, layer: str) -> str:
+        """The block of the denoiser a layer belongs to: "down.0", "mid", "up.2" or "" (for Lora.blocks)."""
+        ...
+
+    def release(self) -> None:
+        """Let offloading hooks put every component back to rest."""
+        ...

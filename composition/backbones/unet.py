@@ -1,0 +1,146 @@
+"""Stable Diffusion's UNets: SD1.x, SD2.x and Pocket ("sd"), SDXL ("sdxl"), on the stock diffusers pipelines."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
+from PIL import Image
+from torch import Generator, Tensor, nn
+
+from composition.backbones.base import Axis
+from composition.request import Refused, Request
+from composition.sampler import Conditioning
+
+_NONE = re.compile(r"time_emb|add_embedding|class_embedding|time_proj")
+_TEXT = re.compile(r"\.attn2\.(to_k|to_v)")
+
+
+class UNetBackbone:
+    """A StableDiffusionPipeline or StableDiffusionXLPipeline, reached through encode_prompt, unet and vae alone."""
+
+    def __init__(self, pipeline: Any, family: str) -> None:
+        self.pipeline = pipeline
+        self.family = family
+        self.denoiser: nn.Module = pipeline.unet
+        self.scheduler = pipeline.scheduler
+
+    @property
+    def components(self) -> Mapping[str, nn.Module]:
+        names = ("unet", "text_encoder", "text_encoder_2")
+        found = {name: getattr(self.pipeline, name, None) for name in names}
+        return {name: module for name, module in found.items() if module is not None}
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.pipeline._execution_device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype
+
+    def size(self, request: Request) -> tuple[int, int]:
+        factor, own = self.pipeline.vae_scale_factor, self.denoiser.config.sample_size
+        high, wide = own if isinstance(own, (tuple, list)) else (own, own)
+        size = request.size or (wide * factor, high * factor)
+        if size[0] % factor or size[1] % factor:
+            near = tuple(max(factor, round(side / factor) * factor) for side in size)
+            raise Refused(f"size {size[0]}x{size[1]}: width and height must be multiples of {factor}; "
+                          f"{near[0]}x{near[1]} is the nearest")
+        return size
+
+    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None) -> Conditioning:
+        guided = negatives is not None
+        # SDXL zeroes the negative row only when no negative prompt is given at all, as its authors trained it.
+        given = list(negatives) if negatives is not None and any(negatives) else None
+        call = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
+        if self.family == "sdxl":
+            positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
+                prompt=list(prompts), negative_prompt=given, **call)
+            pairs = {"text": (negative, positive), "pooled": (negative_pooled, pooled)}
+        else:
+            positive, negative = self.pipeline.encode_prompt(list(prompts), negative_prompt=given, **call)
+            pairs = {"text": (negative, positive)}
+        return Conditioning({name: torch.stack(pair if guided else pair[1:]) for name, pair in pairs.items()})
+
+    def cut(self, prompt: str) -> str:
+        tokenizer = self.pipeline.tokenizer
+        room = tokenizer.model_max_length - 2
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        return tokenizer.decode(ids[room:]) if len(ids) > room else ""
+
+    def start(
+        self, request: Request, scheduler: Any, generators: Sequence[Generator]
+    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "T"]]:
+        width, height = self.size(request)
+        factor = self.pipeline.vae_scale_factor
+        shape = (len(generators), self.denoiser.config.in_channels, height // factor, width // factor)
+        scheduler.set_timesteps(request.steps, device=self.device)
+        noise = randn_tensor(shape, generator=list(generators), device=self.device, dtype=self.dtype)
+        return noise * scheduler.init_noise_sigma, scheduler.timesteps
+
+    def denoise(
+        self, latents: Float[Tensor, "B C H W"], t: Float[Tensor, ""], cond: Conditioning
+    ) -> Float[Tensor, "R B C H W"]:
+        rows, pictures = cond.rows, latents.shape[0]
+
+        def flat(value: Tensor) -> Tensor:
+            return value.expand(rows, pictures, *value.shape[2:]).flatten(0, 1).to(latents.dtype)
+
+        extra = None
+        if self.family == "sdxl":
+            extra = {"text_embeds": flat(cond.values["pooled"]), "time_ids": self._sizes(latents, rows * pictures)}
+        out = self.denoiser(
+            latents.expand(rows, *latents.shape).flatten(0, 1), t, encoder_hidden_states=flat(cond.values["text"]),
+            added_cond_kwargs=extra, return_dict=False)[0]
+        return out.unflatten(0, (rows, pictures))
+
+    def _sizes(self, latents: Float[Tensor, "B C H W"], rows: int) -> Float[Tensor, "rows 6"]:
+        """SDXL's micro-conditioning: original size, crop corner, target size, as (height, width) in pixels."""
+        factor = self.pipeline.vae_scale_factor
+        height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
+        return latents.new_tensor([[height, width, 0, 0, height, width]]).expand(rows, -1)
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "B C H W"]) -> list[Image.Image]:
+        vae = self.pipeline.vae
+        raised = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+        if raised:
+            vae.to(torch.float32)
+        try:
+            latents = latents.to(vae.dtype)
+            mean, deviation = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+            scaled = latents / vae.config.scaling_factor
+            if mean is not None and deviation is not None:
+                column = (1, -1, 1, 1)
+                scaled = scaled * latents.new_tensor(deviation).view(column) + latents.new_tensor(mean).view(column)
+            # One at a time: the same bytes whatever the batch, and less memory.
+            pixels = torch.cat([vae.decode(one, return_dict=False)[0] for one in scaled.split(1)])
+        finally:
+            if raised:
+                vae.to(torch.float16)
+        return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+
+    def axis(self, layer: str) -> Axis:
+        if _NONE.search(layer):
+            return Axis("none")
+        if _TEXT.search(layer):
+            return Axis("text")
+        depth = len(self.denoiser.config.block_out_channels) - 1
+        kind, _, rest = self.block(layer).partition(".")
+        if kind == "down":
+            return Axis("grid", min(int(rest) + ("downsamplers" in layer), depth))
+        if kind == "up":
+            return Axis("grid", max(depth - int(rest) - ("upsamplers" in layer), 0))
+        return Axis("grid", depth if kind == "mid" else 0)
+
+    def block(self, layer: str) -> str:
+        if layer.startswith("mid_block"):
+            return "mid"
+        found = re.match(r"(down|up)_blocks\.(\d+)", layer)
+        return f"{found[1]}.{found[2]}" if found else ""
+
+    def release(self) -> None:
+        self.pipeline.maybe_free_model_hooks()

@@ -1,0 +1,27 @@
+"""Composite: one prediction per LoRA, averaged before guidance (arXiv 2402.16843, section 3.2, all w_j = 1)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from composition.methods import method
+from composition.run import Run
+from composition.sampler import Predict, Prediction, Step
+
+
+@dataclass(frozen=True)
+class Options:
+    reference: bool = field(default=False, metadata={
+        "help": "Read the prompt once with all text-encoder LoRAs added up, as the authors' code does, "
+                "instead of once per LoRA."})
+
+
+@method(title="Composite", about="Asks every LoRA at every step and averages the answers.", paper="2402.16843", cost="K")
+@contextmanager
+def compose(run: Run, options: Options) -> Iterator[Predict]:
+    together = {name: run.encode() for name in run.names} if options.reference else None
+
+    def predict(step: Step) -> Prediction:
+        return Prediction(run.guide(run.denoise_each(step, together).mean(0)), step.latents)
+
+    yield predict

@@ -1,0 +1,116 @@
+"""Run: all that a method may touch while it makes one batch of pictures."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from composition.adapters import Adapters
+from composition.backbones.base import Backbone
+from composition.guidance import guide
+from composition.request import Cancelled, Request
+from composition.sampler import Conditioning, Step
+
+
+@dataclass(eq=False)
+class Run:
+    """One batch of B pictures of a request. A method asks it for predictions; it owns nothing that outlives them.
+
+    scheduler: this run's own instance. notes: what the method did, plain JSON values. encodings: prompts already
+    encoded, by prompt and text-LoRA weights.
+    """
+
+    backbone: Backbone
+    adapters: Adapters
+    request: Request
+    scheduler: Any
+    generators: Sequence[Generator]
+    notes: dict[str, Any] = field(default_factory=dict)
+    encodings: dict[Any, Conditioning] = field(default_factory=dict)
+    cancel: threading.Event | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The request's LoRAs, in order, one unique name each."""
+        return self.request.names
+
+    def live(self, step: Step) -> dict[str, float]:
+        """The LoRAs that are on at this step, with their weights: inside start..end and of a weight other than 0."""
+        pairs = zip(self.names, self.request.loras, strict=True)
+        return {name: w for name, lora in pairs if (w := lora.weight_at(step.index, step.count)) != 0.0}
+
+    def encode(self, prompt: str | None = None, use: Mapping[str, float] | None = None) -> Conditioning:
+        """The prompt (None: the request's) and its negative, read with the text-encoder part of these LoRAs.
+
+        use: name to denoiser weight (None: all at their own); a LoRA's text_weight, when set, is used in proportion.
+        """
+        use = self.request.weights if use is None else use
+        text = {name: self._text_weight(name, weight) for name, weight in use.items() if self.adapters.touches_text(name)}
+        text = {name: weight for name, weight in text.items() if weight != 0.0}
+        prompt = self.request.prompt if prompt is None else prompt
+        negatives = [self.request.negative] if self.request.guidance > 1.0 else None
+        key = (prompt, self.request.negative, negatives is None, tuple(sorted(text.items())))
+        if key not in self.encodings:
+            self._check_cancel()
+            self.adapters.use_text(text)
+            try:
+                with torch.no_grad():
+                    self.encodings[key] = self.backbone.encode([prompt], negatives)
+            finally:
+                self.adapters.use_text({})
+        return self.encodings[key]
+
+    def denoise(
+        self, step: Step, use: Mapping[str, float] | None = None, cond: Conditioning | None = None,
+        rows: Literal["all", "positive"] = "all",
+    ) -> Float[Tensor, "R B *S"]:
+        """One prediction with these LoRAs in every row (None: all that are live at this step), unguided.
+
+        cond: another conditioning than the request's prompt read with the same LoRAs. rows="positive": R = 1.
+        """
+        use = self.live(step) if use is None else use
+        cond = self.encode(use=use) if cond is None else cond
+        cond = cond.positive() if rows == "positive" else cond
+        self.adapters.use(use)
+        return self._evaluate(step, cond, 1)
+
+    def denoise_each(
+        self, step: Step, conds: Mapping[str, Conditioning] | None = None
+    ) -> Float[Tensor, "K R B *S"]:
+        """One prediction per live LoRA, each with that LoRA alone, in one batch of rows or a loop as the request says.
+
+        With none live, one prediction of the base (K = 1). conds: a conditioning per LoRA instead of the request's
+        prompt read with that LoRA.
+        """
+        uses = [{name: weight} for name, weight in self.live(step).items()] or [{}]
+        given = conds or {}
+        read = [next((given[name] for name in use if name in given), None) or self.encode(use=use) for use in uses]
+        if not self.request.batched or len(uses) == 1:
+            return torch.stack([self.denoise(step, use, cond) for use, cond in zip(uses, read, strict=True)])
+        each = read[0].rows * step.latents.shape[0]
+        with self.adapters.rows([use for use in uses for _ in range(each)]):
+            return self._evaluate(step, Conditioning.stacked(read), len(uses)).unflatten(0, (len(uses), read[0].rows))
+
+    def guide(self, rows: Float[Tensor, "R B *S"]) -> Float[Tensor, "B *S"]:
+        """The request's classifier-free guidance over the rows."""
+        return guide(rows, self.request.guidance)
+
+    def _evaluate(self, step: Step, cond: Conditioning, predictions: int) -> Float[Tensor, "R B *S"]:
+        self._check_cancel()
+        latents = self.scheduler.scale_model_input(step.latents, step.t)
+        self.notes["evaluations"] = self.notes.get("evaluations", 0) + predictions
+        return self.backbone.denoise(latents, step.t, cond)
+
+    def _check_cancel(self) -> None:
+        if self.cancel is not None and self.cancel.is_set():
+            raise Cancelled("cancelled before the next evaluation; nothing was kept")
+
+    def _text_weight(self, name: str, weight: float) -> float:
+        lora = self.request.loras[self.names.index(name)]
+        if lora.text_weight is None:
+            return weight
+        return lora.text_weight * (weight / lora.weight if lora.weight else 1.0)

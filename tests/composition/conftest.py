@@ -1,0 +1,31 @@
+"""Toy engines of each family, with three LoRA files each, made once for the session."""
+
+import pytest
+import torch
+
+from tests import toys
+
+FAMILIES = {"sd": toys.sd, "sdxl": toys.sdxl}
+
+
+@pytest.fixture(scope="session")
+def lora_files(tmp_path_factory):
+    """Family -> three LoRA files: diffusers layout, kohya layout with alpha half the rank, diffusers with rank 3."""
+    folder, found = tmp_path_factory.mktemp("loras"), {}
+    for family, make in FAMILIES.items():
+        pipe = make(dtype=torch.float64)
+        found[family] = [
+            toys.lora(pipe, folder / f"{family}-one.safetensors", seed=1),
+            toys.lora(pipe, folder / f"{family}-two.safetensors", seed=2, layout="kohya", alpha=2.0),
+            toys.lora(pipe, folder / f"{family}-three.safetensors", seed=3, rank=3, targets=("attn", "conv")),
+        ]
+    return found
+
+
+@pytest.fixture(scope="session")
+def engines():
+    """Family -> an engine on a toy in float64."""
+    from composition import Engine
+    from composition.backbones.unet import UNetBackbone
+
+    return {family: Engine(UNetBackbone(make(dtype=torch.float64), family), "toy") for family, make in FAMILIES.items()}
