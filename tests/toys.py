@@ -45,7 +45,7 @@ def _text_config(words: CLIPTokenizer, width: int, projection: int, act: str) ->
         vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=77, projection_dim=projection, hidden_act=act,
         bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
-    )  # fmt: skip
+    )
 
 
 def _autoencoder(scaling: float) -> AutoencoderKL:
@@ -53,7 +53,7 @@ def _autoencoder(scaling: float) -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"), up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32,
         scaling_factor=scaling,
-    )  # fmt: skip
+    )
 
 
 def _liven(unet: nn.Module, gain: float = 3.0) -> None:
@@ -74,7 +74,7 @@ def sd(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusionPipe
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=24, attention_head_dim=2,
-        )  # fmt: skip
+        )
         _liven(unet)
         text = CLIPTextModel(_text_config(words, 24, 24, "quick_gelu"))
         vae = _autoencoder(0.18215)
@@ -82,7 +82,7 @@ def sd(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusionPipe
         vae=vae, text_encoder=text, tokenizer=words, unet=unet, feature_extractor=None, safety_checker=None,
         scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
         requires_safety_checker=False,
-    )  # fmt: skip
+    )
     return _ready(pipe, dtype)
 
 
@@ -98,7 +98,7 @@ def sdxl(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusionXL
             cross_attention_dim=40, attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2),
             use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=24 + 6 * 8,
-        )  # fmt: skip
+        )
         _liven(unet)
         text = CLIPTextModel(_text_config(words, 16, 16, "quick_gelu"))
         text_2 = CLIPTextModelWithProjection(_text_config(words_2, 24, 24, "gelu"))
@@ -107,7 +107,7 @@ def sdxl(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusionXL
         vae=vae, text_encoder=text, text_encoder_2=text_2, tokenizer=words, tokenizer_2=words_2, unet=unet,
         scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
         force_zeros_for_empty_prompt=True, add_watermarker=False,
-    )  # fmt: skip
+    )
     return _ready(pipe, dtype)
 
 
@@ -157,11 +157,11 @@ def _factors(module: nn.Module, rank: int, share: float, scale: float, rng: torc
 def _sgm(path: str, layers: int) -> str:
     """A diffusers UNet path under the name that SGM (and so kohya, for SDXL) gives it."""
     part, *rest = path.split(".")
-    inner = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
-             "conv_shortcut": "skip_connection"}  # fmt: skip
-    whole = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
-             "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
-             "add_embedding.linear_2": "label_emb.0.2"}  # fmt: skip
+    inner = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "norm1": "in_layers.0",
+             "norm2": "out_layers.0", "conv_shortcut": "skip_connection"}
+    whole = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+             "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+             "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
     if path in whole:
         return whole[path]
     if part == "mid_block":
@@ -193,12 +193,12 @@ def lora(
     pipe, path: str | Path, *, seed: int = 0, rank: int = 4, alpha: float | None = None,
     targets: Sequence[Target] = ("attn", "ff", "proj", "conv"), text: bool = True,
     layout: Literal["diffusers", "kohya"] = "diffusers", scale: float = 0.3, dtype: torch.dtype = torch.float32,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write a random LoRA of `pipe` as safetensors, with no factor zero: its update is `scale` times each weight.
 
     layout "diffusers" is what `save_lora_weights` writes (alpha, if given, in the metadata), "kohya" what sd-scripts
     writes (diffusers paths for SD, SGM paths for SDXL; an alpha tensor per module, `rank` if not given).
-    """  # fmt: skip
+    """
     rng = torch.Generator().manual_seed(seed)
     xl = hasattr(pipe, "text_encoder_2")
     share = (alpha or rank) / rank  # an alpha of 0 switches the update off and leaves the factors as without it
@@ -222,7 +222,7 @@ def lora(
             tensors[f"{key}.alpha"] = torch.tensor(float(rank if alpha is None else alpha), dtype=dtype)
     if layout == "diffusers" and alpha is not None:
         configs = {f"{component}.{key}": value for component, names in paths.items() for key, value in
-                   {"r": rank, "lora_alpha": alpha, "target_modules": sorted(set(names))}.items()}  # fmt: skip
+                   {"r": rank, "lora_alpha": alpha, "target_modules": sorted(set(names))}.items()}
         metadata["lora_adapter_metadata"] = json.dumps(configs)
     path = Path(path)
     save_file(tensors, path, metadata={"format": "pt", **metadata})
