@@ -71,11 +71,12 @@ def read(
     layers = {part: keymap.layers(module) for part, module in components.items()}
     factors: dict[str, dict[str, Factors]] = {}
     applied: Counter[str] = Counter()
-    for module in found:
-        where = names.get(module.component, {}).get(keymap.flat(module.module))
+    places = [names.get(module.component, {}).get(keymap.flat(module.module)) for module in found]
+    claims = Counter((module.component, where) for module, where in zip(found, places, strict=True))
+    for module, where in zip(found, places, strict=True):
         reason = _obstacle(module, raw.tensors, components, where)
-        if not reason and where in factors.get(module.component, {}):
-            reason = TWICE
+        if not reason and claims[module.component, where] > 1:
+            reason = TWICE  # nothing says which of them is meant
         if reason or where is None:
             ignored.setdefault(reason, []).extend(module.all)
             continue
@@ -90,6 +91,11 @@ def read(
         raise Refused(f"{path.name}: {foreign}")
     if made_for.family == "unknown" and factors:
         made_for = made_for._replace(family=family)
+    factors = {  # in the base's own order, whatever the file's
+        part: {where: factors[part][where] for where in layers[part] if where in factors[part]}
+        for part in components
+        if part in factors
+    }
     flat = {f"{part}.{where}": one for part, inside in factors.items() for where, one in inside.items()}
     receipt = _receipt(
         path, name, raw, found, made_for.family,
