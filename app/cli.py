@@ -1,0 +1,273 @@
+"""The command line: medley demo, generate, compare, loras, inspect, methods, doctor.
+
+torch and diffusers are imported inside commands only, so that `medley --help` answers at once. Errors are one line on
+stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.exceptions import Abort, Exit, TyperException
+
+from app import flags, make, record, settings, show
+from composition import Cancelled, Lora, Receipt, Refused, Request, __version__
+from composition.request import explain
+
+out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+app = typer.Typer(help="Medley composes several LoRAs into one picture.", no_args_is_help=True, add_completion=False)
+
+DEMO = Request(prompt="a raccoon and an owl on the moon", loras=[Lora("raccoon"), Lora("owl"), Lora("ink")], seed=7)
+
+# The flags that generate and compare share. None: not given, so that what --from has is kept.
+Prompt = Annotated[str | None, typer.Argument(help="What to draw. Trigger words are not added unless --triggers is given.")]
+Loras = Annotated[list[str] | None, typer.Option(
+    "--lora", metavar="NAME[:WEIGHT]", help="A LoRA by name or path, with its weight (1). Repeat for more. JSON with the "
+    "fields of a Lora works too.")]
+Option = Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the method. Repeat for more.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="A bundled name, a diffusers folder, a .safetensors "
+                                           "checkpoint, or a hub id (pocket).")]
+Sampler = Annotated[str | None, typer.Option(help="Sampler by name (the model's own).")]
+Negative = Annotated[str | None, typer.Option(help="What to avoid.")]
+Seed = Annotated[int | None, typer.Option(help="The seed; without one, one is drawn and printed.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps (25).")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale (5); 1 or less is off.")]
+Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels (the model's own).")]
+Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for the pictures.")]
+Triggers = Annotated[bool, typer.Option("--triggers", help="Add a trigger word of every LoRA that has none in the prompt.")]
+Partial = Annotated[bool | None, typer.Option("--allow-partial", help="Use LoRAs of which not every tensor fits.")]
+From = Annotated[Path | None, typer.Option("--from", metavar="PICTURE.png", help="Start from the request in this picture.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (the best there is).")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 (what suits the device).")]
+Offload = Annotated[str, typer.Option("--offload", "--cpu-offload", help="auto, none, model, sequential or group.")]
+Folders = Annotated[list[Path] | None, typer.Option("--lora-dir", help="A folder in which LoRAs are found by name.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PICTURES = Path("pictures")
+
+
+def _place(device: str | None, dtype: str | None, offload: str, folders: list[Path] | None) -> make.Place:
+    return make.Place(device, dtype, offload, make.folders(folders or []))
+
+
+def _start(picture: Path | None, model: str | None) -> record.Record | None:
+    """The record that --from names, its remarks said. Raises Refused when it does not tell which model to use."""
+    if picture is None:
+        make.quiet(model or "pocket")
+        return None
+    found = record.read(picture)
+    for remark in found.remarks:
+        err.print(Text(f"{picture}: {remark}", style="yellow"))
+    if not found.ours and not model:
+        raise Refused(f"{picture} was made by another tool, with its model {found.model or '(not named)'!r}: say with --model "
+                      "which one to use here")
+    make.quiet(model or found.request.model)
+    return found
+
+
+@app.command()
+def demo(out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None) -> None:
+    """Compose three bundled LoRAs in three ways, beside the picture of the prompt alone. Needs no network."""
+    ways = {name: name.title() for name in ("merge", "switch", "composite")}
+    _compare(DEMO, ways, out_dir, "demo", make.Place(device, dtype), drawn=False)
+
+
+@app.command()
+def generate(
+    context: typer.Context, prompt: Prompt = None, lora: Loras = None,
+    method: Annotated[str | None, typer.Option(help="How the LoRAs are composed (merge); see `medley methods`.")] = None,
+    option: Option = None, model: Model = None, sampler: Sampler = None, negative: Negative = None, seed: Seed = None,
+    steps: Steps = None, guidance: Guidance = None, size: Size = None,
+    count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
+    out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
+    device: Device = None, dtype: Dtype = None, offload: Offload = "auto", lora_dir: Folders = None, json: Json = False,
+) -> None:
+    """Make pictures from a prompt and LoRAs."""
+    place, found = _place(device, dtype, offload, lora_dir), _start(picture, model)
+    request, drawn = flags.request(context.params, found.request if found else None)
+    say = err if json else out
+    with make.open_engine(request.model, place) as engine:
+        request = _triggered(request, engine, say) if triggers else request
+        made = []
+        with make.bench(engine, request.steps * request.count, err) as at:
+            for path, result in make.pictures(at, request, out_dir):
+                made.append((path, result))
+                if found and len(made) == 1:
+                    for line in make.reproduction(found, dict(zip(request.names, result.receipts, strict=True))):
+                        err.print(Text(line, style="yellow"))
+    if json:
+        print(show.generated(request, made, drawn))
+        return
+    show.result(out, replace(made[0][1], request=request), drawn)
+    for path, result in made:
+        out.print(Text(f"{path}  seed {result.request.seed}, {sum(result.seconds.values()):.1f} s"))
+
+
+@app.command()
+def compare(
+    context: typer.Context, prompt: Prompt = None, lora: Loras = None,
+    methods: Annotated[str | None, typer.Option(help="Which, as merge,composite (all).")] = None,
+    option: Option = None, model: Model = None, sampler: Sampler = None, negative: Negative = None, seed: Seed = None,
+    steps: Steps = None, guidance: Guidance = None, size: Size = None, out_dir: Out = PICTURES, triggers: Triggers = False,
+    allow_partial: Partial = None, picture: From = None, device: Device = None, dtype: Dtype = None,
+    offload: Offload = "auto", lora_dir: Folders = None,
+) -> None:
+    """The same seed and LoRAs by every method, and without any LoRA, side by side."""
+    place, found = _place(device, dtype, offload, lora_dir), _start(picture, model)
+    from composition import methods as known
+
+    names = [name.strip() for name in methods.split(",")] if methods else list(known.all())
+    ways = {name: known.find(name).title for name in names}
+    given = dict(context.params) | ({"method": names[0]} if option and len(names) == 1 else {})
+    request, drawn = flags.request(given, found.request if found else None)
+    _compare(request, ways, out_dir, "compare", place, drawn=drawn, triggers=triggers)
+
+
+def _compare(
+    request: Request, ways: dict[str, str], folder: Path, prefix: str, place: make.Place, *, drawn: bool,
+    triggers: bool = False,
+) -> None:
+    with make.open_engine(request.model, place) as engine:
+        request = _triggered(request, engine, out) if triggers else request
+        with make.bench(engine, request.steps * (1 + len(ways)), err) as at:
+            tiles, sheet = make.compare(at, request, ways, folder, prefix)
+    out.print(Text(f"{request.prompt}  seed {request.seed}"))
+    show.result(out, next(tile.result for tile in tiles[1:] if tile.result), drawn)
+    show.tiles(out, tiles, sheet)
+
+
+def _triggered(request: Request, engine: Any, say: Console) -> Request:
+    request, added = flags.with_triggers(request, engine.inspect)
+    if added:
+        say.print(Text(f"prompt with trigger words: {request.prompt}"))
+    return request
+
+
+@app.command()
+def loras(model: Model = None, lora_dir: Folders = None, json: Json = False) -> None:
+    """The LoRAs that can be named: bundled with the model, in your folder, in --lora-dir."""
+    make.quiet(model or "pocket")
+    from composition import files, library
+
+    found: list[tuple[Path, Receipt | None, str]] = []
+    for path in library.files(model or "pocket", make.folders(lora_dir or [])):
+        try:
+            found.append((path, files.inspect(path), ""))
+        except Refused as error:
+            found.append((path, None, str(error)))
+    if json:
+        print(show.as_json([{"name": path.stem, "path": str(path), "bytes": path.stat().st_size, "error": trouble,
+                             **({"category": one.category, "triggers": list(one.triggers), "ranks": sorted(one.ranks),
+                                 "family": one.family, "sha256": one.sha256} if one else {})}
+                            for path, one, trouble in found]))
+    else:
+        show.loras(out, found, settings.lora_folder())
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(help="A LoRA file, or a name that `medley loras` shows.")], model: Model = None,
+    lora_dir: Folders = None, json: Json = False,
+) -> None:
+    """The receipt of a LoRA file: what it is, and with --model what of it that model applies."""
+    make.quiet(model or "pocket")
+    from composition import files, library
+
+    folders = make.folders(lora_dir or [])
+    path = library.find(file, model or "pocket", folders)
+    base = model or ("pocket" if path in library.files("pocket") else "")
+    if base:
+        with make.open_engine(base, make.Place(folders=folders)) as engine:
+            receipt = engine.inspect(str(path))
+    else:
+        receipt = files.inspect(path)
+    if json:
+        from dataclasses import asdict
+
+        print(show.as_json(asdict(receipt) | {"model": base}))
+    else:
+        show.receipt(out, receipt, base)
+
+
+@app.command()
+def methods() -> None:
+    """The ways of composing LoRAs, with their cost, paper and options."""
+    make.quiet("pocket")
+    from composition import methods as known
+
+    show.methods(out, known.all())
+
+
+@app.command()
+def doctor(device: Device = None, dtype: Dtype = None) -> None:
+    """Versions, device, memory, bundled models: what will run here. Exit code 1 when something that ships does not."""
+    from app.doctor import examine
+
+    report = examine(make.Place(device, dtype))
+    rows = Table.grid(padding=(0, 2))
+    for name, finding in report.lines:
+        rows.add_row(Text(name, style="dim"), Text(finding))
+    out.print(rows)
+    out.print("all of it will run" if report.healthy else "something does not run; see above")
+    if not report.healthy:
+        raise Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(f"medley {__version__}")
+        raise Exit(0)
+
+
+def run(command: Callable[[], Any]) -> int:
+    """Call it; turn what it raises into one line on stderr and an exit code. MEDLEY_DEBUG=1 shows the traceback."""
+    try:
+        code = command()
+        return code if isinstance(code, int) else 0
+    except Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, Abort, Cancelled):
+        return _fail("cancelled", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("MEDLEY_DEBUG"):
+            raise
+        return _fail(_sentence(error), 2)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, TyperException):
+        return error.format_message()
+    if isinstance(error, ValidationError):
+        return explain(error)
+    if isinstance(error, Refused):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of memory: use a smaller --size, --offload model, or --dtype float16"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or ''}: {error.strerror}".lstrip(": ")
+    return f"unexpected {type(error).__name__}: {error} (MEDLEY_DEBUG=1 shows where)"
+
+
+def _fail(sentence: str, code: int) -> int:
+    print("medley: " + " ".join(sentence.split()), file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(lambda: typer.main.get_command(app).main(prog_name="medley", standalone_mode=False)))
+
+
+if __name__ == "__main__":
+    main()

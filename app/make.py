@@ -1,0 +1,190 @@
+"""From a request to pictures in a folder: open the engine quietly, run with a progress bar, stop on Ctrl-C."""
+
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from app import record, settings
+from app.strip import strip
+from composition import Cancelled, Receipt, Refused, Request, Result
+
+if TYPE_CHECKING:
+    from composition import Engine
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how the engine runs: the flags that are no part of a request."""
+
+    device: str | None = None
+    dtype: str | None = None
+    offload: str = "auto"
+    folders: tuple[Path, ...] = ()
+
+
+def folders(given: Sequence[Path]) -> tuple[Path, ...]:
+    """The user's LoRA folder, when it is there, and the given ones. Raises Refused for one that is not."""
+    for folder in given:
+        if not folder.is_dir():
+            raise Refused(f"--lora-dir {folder} is not a folder")
+    own = settings.lora_folder()
+    return tuple(dict.fromkeys([*([own] if own.is_dir() else []), *given]))
+
+
+def quiet(model: str) -> None:
+    """Let the libraries below say nothing that is no error, and reach no network for a model that is on this machine."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not os.environ.get("MEDLEY_DEBUG"):
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if "/" not in model or Path(model).exists():  # a hub id has an owner
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def open_engine(model: str, place: Place) -> "Engine":
+    quiet(model)
+    from composition import Engine
+
+    return Engine.open(model, device=place.device, dtype=place.dtype, offload=place.offload, folders=place.folders)
+
+
+@contextmanager
+def stoppable() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that the run stops between two evaluations; a second one ends at once."""
+    event = threading.Event()
+
+    def stop(*_: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Bench:
+    """An open engine at work for one command: one progress bar over all its runs, one event to stop them."""
+
+    def __init__(self, engine: "Engine", progress: Progress, cancel: threading.Event, steps: int) -> None:
+        self.engine = engine
+        self._progress, self._cancel = progress, cancel
+        self._task = progress.add_task("", total=steps)
+        self._done = 0.0
+
+    def run(self, request: Request, title: str) -> Result:
+        """Make one picture; `title` stands before the bar. Raises Cancelled after Ctrl-C."""
+        self._progress.update(self._task, description=title)
+        begun = self._done
+        result = self.engine.run(
+            request, cancel=self._cancel, on_step=lambda event: self._show(begun + request.steps * event.index / event.count))
+        self._show(begun + request.steps)
+        if self._cancel.is_set():  # Ctrl-C after the last evaluation
+            raise Cancelled("cancelled")
+        return result
+
+    def save(self, result: Result, folder: Path, stem: str = "") -> Path:
+        from composition.backbones import samplers
+
+        own = samplers.title(result.request.sampler, self.engine.backbone.scheduler)
+        return record.save(result, folder, stem, sampler=own)
+
+    def skip(self, request: Request) -> None:
+        self._show(self._done + request.steps)
+
+    def _show(self, done: float) -> None:
+        self._done = max(self._done, done)
+        self._progress.update(self._task, completed=self._done)
+
+
+@contextmanager
+def bench(engine: "Engine", steps: int, console: Console) -> Iterator[Bench]:
+    """The engine with a progress bar over `steps` steps on `console`, and Ctrl-C caught, for one group of runs."""
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with stoppable() as cancel, engine, engine.group(), Progress(*columns, console=console, transient=True) as progress:
+        yield Bench(engine, progress, cancel, steps)
+
+
+def pictures(at: Bench, request: Request, folder: Path, stem: str = "") -> Iterator[tuple[Path, Result]]:
+    """Every picture of the request by itself, written as soon as it is made: each one's record makes it again."""
+    for index in range(request.count):
+        result = at.run(request.alone(index), request.method)
+        name = f"{stem}-{record.free(folder, f'{stem}-'):04d}" if stem else ""
+        yield at.save(result, folder, name), result
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One way of making the same picture: where it is, what came of it, or why it was not made."""
+
+    title: str
+    path: Path | None = None
+    result: Result | None = None
+    refused: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.result.seconds.values()) if self.result else 0.0
+
+    @property
+    def evaluations(self) -> int:
+        return int(self.result.notes.get("evaluations", 0)) if self.result else 0
+
+
+def compare(at: Bench, request: Request, ways: Mapping[str, str], folder: Path, prefix: str) -> tuple[list[Tile], Path]:
+    """The request's first picture from the prompt alone and by each method (name to title): tiles, and their strip.
+
+    A method that refuses the request is left out and says why; Refused is raised when all do. The request's options
+    go to the method it names; the others run with their defaults.
+    """
+    stem = f"{prefix}-{record.free(folder, f'{prefix}-'):04d}"
+    alone = request.alone(0)
+    tiles = [_tile(at, replace(alone, loras=(), method="merge", options={}), "Prompt only", folder, f"{stem}-prompt")]
+    for name, title in ways.items():
+        options = alone.options if name == request.method else {}
+        tiles.append(_tile(at, replace(alone, method=name, options=options), title, folder, f"{stem}-{name}"))
+    refused = [tile for tile in tiles[1:] if tile.refused]
+    if len(refused) == len(ways):
+        raise Refused(refused[0].refused if refused else "no method to compare")
+    caption = f"{request.prompt}  [{', '.join(request.names) or 'no LoRA'}]  seed {request.seed}"
+    shown = [(tile.result.images[0], tile.title, f"{tile.seconds:.1f} s, {tile.evaluations} evaluations")
+             for tile in tiles if tile.result]
+    return tiles, record.publish(strip(shown, caption), folder, f"{stem}-strip")
+
+
+def _tile(at: Bench, request: Request, title: str, folder: Path, stem: str) -> Tile:
+    try:
+        result = at.run(request, title)
+    except Refused as error:
+        at.skip(request)
+        return Tile(title, refused=str(error))
+    return Tile(title, at.save(result, folder, stem), result)
+
+
+def reproduction(made: record.Record, receipts: Mapping[str, Receipt]) -> list[str]:
+    """How this run differs from the recorded one: LoRA files that changed, other versions of the libraries."""
+    if not made.ours:
+        return []
+    found = [f"LoRA {name} is not the file it was made with (sha256 {str(old.get('sha256'))[:12]}, now "
+             f"{receipts[name].sha256[:12]})" + ("; its tensors are the same" if old.get("tensor_sha256") ==
+                                                  receipts[name].tensor_sha256 else "; the picture will differ")
+             for name, old in made.receipts.items() if name in receipts and old.get("sha256") != receipts[name].sha256]
+    now = record.versions()
+    return found + [f"made with {name} {old}, this is {now[name]}" for name, old in made.versions.items()
+                    if now.get(name, old) != old]
