@@ -61,7 +61,8 @@ def _plainly(repository: str) -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:
-        raise Refused(f"{repository} could not be fetched from the hub ({str(error)[:200]}): check the network, or "
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"{repository} could not be fetched from the hub ({reason}): check the network, or "
                       "give the path of a model folder or file") from None
 
 

@@ -181,7 +181,8 @@ def _from_folder(folder: Path, source: str, dtype: torch.dtype) -> DiffusionPipe
         if "safetensors" in str(error) and any(name.endswith(PICKLES) for name in names):
             raise Refused(f"{source} holds pickle files (.bin) and no .safetensors: opening those can run code. Get a "
                           "version in safetensors") from None
-        raise Refused(f"{source} cannot be opened ({str(error).splitlines()[0][:300]}): fetch the model again") from None
+        reason = " ".join(str(error).split())[:300]
+        raise Refused(f"{source} cannot be opened ({reason}): fetch the model again") from None
     _complete(pipeline, folder, source)
     return pipeline
 
@@ -205,13 +206,16 @@ def _complete(pipeline: DiffusionPipeline, folder: Path, source: str) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Loading bars off, and given back as they were."""
-    bars = [(log, log.is_progress_bar_enabled()) for log in (diffusers_logging, transformers_logging)]
-    for log, _ in bars:
+    """No loading bars, and no warnings (of what they warn that matters, `load` refuses); both given back after."""
+    both = (diffusers_logging, transformers_logging)
+    logs = [(log, log.is_progress_bar_enabled(), log.get_verbosity()) for log in both]
+    for log, _, _ in logs:
         log.disable_progress_bar()
+        log.set_verbosity_error()
     try:
         yield
     finally:
-        for log, on in bars:
-            if on:
+        for log, bar, verbosity in logs:
+            log.set_verbosity(verbosity)
+            if bar:
                 log.enable_progress_bar()

@@ -51,7 +51,8 @@ def header(path: Path) -> tuple[Header, dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise Refused(f"{path.name} is no readable safetensors file ({str(error)[:200]}): download it again") from None
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"{path.name} is no readable safetensors file ({reason}): download it again") from None
 
 
 def kind(shapes: Header, name: str = "the file") -> Kind:
@@ -102,6 +103,7 @@ def load(
     folder = config or CONFIGS / which
     tensors = _tensors(path, which)
     parts: dict[str, Any] = {}
+    name = ""
     try:
         for name, cls in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
             parts[name] = cls.from_single_file(
@@ -109,14 +111,15 @@ def load(
             )
         for name, cls, weights in _text_encoders(tensors, which):
             parts[name] = _text_encoder(cls, folder / name, weights, dtype)
+            if any(weight.is_meta for weight in parts[name].parameters()):
+                raise NotImplementedError
+    except NotImplementedError:  # what torch says, too, to a weight that was never filled
+        raise Refused(f"{path.name} is incomplete: weights of its {name} are missing. Download it again, or get the "
+                      "full version") from None
     except (ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise Refused(f"{path.name} looks like {NAMES[which]} but its weights do not fit it ({str(error)[:200]}): a "
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"{path.name} looks like {NAMES[which]} but its {name} does not fit ({reason}): a "
                       "distilled or altered model opens only as a diffusers folder") from None
-    for name, part in parts.items():
-        absent = [key for key, weight in part.named_parameters() if weight.is_meta]
-        if absent:
-            raise Refused(f"{path.name} is incomplete: {len(absent)} tensors of its {name} are missing, "
-                          f"{absent[0]} first; download it again or get the full version")
     index = DiffusionPipeline.load_config(str(folder))
     scheduler = getattr(diffusers, index["scheduler"][1])
     noise = scheduler.load_config(str(folder), subfolder="scheduler")
