@@ -143,7 +143,7 @@ class Engine:
         seconds: dict[str, float] = {}
         with self._lock, ExitStack() as own:
             with _timed(seconds, "load"):
-                scheduler = samplers.make(request.sampler, self.backbone.scheduler)
+                scheduler = samplers.make(request.sampler, self.backbone.scheduler, request.steps)
                 receipts, encodings = self._prepare(own, request, method, loras)
             notes = self._remarks(request, receipts)
             images = []
@@ -154,7 +154,7 @@ class Engine:
                     generators=[Generator().manual_seed(seed) for seed in part])
                 images += self._pictures(run, method, options, first, on_step, seconds)
                 notes |= run.notes if first == 0 else {}
-                scheduler = samplers.make(request.sampler, self.backbone.scheduler)
+                scheduler = samplers.make(request.sampler, self.backbone.scheduler, request.steps)
             return Result(tuple(images), request, notes, seconds, receipts)
 
     def _prepare(

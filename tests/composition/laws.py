@@ -128,7 +128,7 @@ def no_leak(engine, method, loras):
 
     def alive():
         gc.collect()
-        return sorted(tuple(item.shape) for item in gc.get_objects() if isinstance(item, torch.Tensor))
+        return sorted(tuple(item.shape) for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
 
     engine.run(asked)
     before = alive()
