@@ -7,17 +7,21 @@ already has: the pipeline's single scaling factor stays 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from .loop import Loop
+from .objects import HELD_OBJECTS, OBJECTS
+from .places import HELD_PLACES, PLACES
+from .styles import STYLES
 from .world import World, batch
 
-NOISE = 0.15  # of a channel's spread, while training
+NOISE = 0.1  # of a channel's spread, while training
 FRESH = 10**9  # scene numbers from here on are never trained on
 
 
@@ -79,20 +83,36 @@ def whiten(vae: AutoencoderKL, world: World, count: int = 2048) -> None:
     leave.weight *= spread[None, :, None, None]
 
 
-def pictures(world: World, size: int, first: int, device: torch.device) -> Iterator[tuple[torch.Tensor]]:
-    """Endless batches of scenes never seen before."""
+def wide_world(art: str | Path, size: int, vendors: Sequence[str]) -> World:
+    """Everything there is to draw, held-out concepts too: pictures must survive the way through the latents."""
+    return World(art, objects=len(OBJECTS), places=len(PLACES), size=size, vendors=vendors,
+                 also=[*HELD_OBJECTS, *HELD_PLACES], variants=40)  # fmt: skip
+
+
+def anything(wide: World, seed: int) -> np.ndarray:
+    """A scene with any object in any place, a third of them in a style: (size, size, 3) uint8."""
+    rng = random.Random(seed)
+    subject = rng.choice([*OBJECTS, *HELD_OBJECTS])
+    picture = wide.scene(seed, subject=subject, place=rng.choice([*PLACES, *HELD_PLACES])).picture
+    return rng.choice(list(STYLES.values()))[1](picture) if rng.random() < 0.33 else picture
+
+
+def pictures(world: World, wide: World, size: int, first: int, device: torch.device) -> Iterator[tuple[torch.Tensor]]:
+    """Endless batches never seen before: five of eight pictures from the world, the others from the wide one."""
     while True:
-        x = tensor(batch(world, first, size)[0]).to(device, memory_format=torch.channels_last)
-        yield (x,)
+        mine = size * 5 // 8
+        known, _ = batch(world, first, mine)
+        other = np.stack([anything(wide, first + i) for i in range(size - mine)])
+        yield (tensor(np.concatenate([known, other])).to(device, memory_format=torch.channels_last),)
         first += size
 
 
-def train(world: World, work: Path, *, minutes: float, device: torch.device, size: int = 16) -> AutoencoderKL:
+def train(world: World, wide: World, work: Path, *, minutes: float, device: torch.device, size: int = 16) -> AutoencoderKL:
     """Train or resume, whiten, and save to ``work/vae``; returns it in fp32."""
     vae = build(world.size).to(device, memory_format=torch.channels_last)
     loop = Loop(vae, work / "vae.pt", minutes=minutes, peak=1.5e-3, cool=0.5)
     step = torch.compile(loss_of, dynamic=False)
-    loop.run(pictures(world, size, loop.seen, device), lambda x: step(vae, x))
+    loop.run(pictures(world, wide, size, loop.seen, device), lambda x: step(vae, x))
     with loop.averaged():
         print(f"autoencoder: {loop.seen} pictures, {psnr(vae, world):.2f} dB on fresh scenes", flush=True)
         whiten(vae, world)

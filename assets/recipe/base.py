@@ -86,7 +86,7 @@ class Pool:
         while len(self.latents) * part > self.limit:
             del self.latents[0], self.tokens[0]
 
-    def batches(self, size: int, start: int, refresh: int, rounds: int = 256) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, size: int, start: int, refresh: int, rounds: int = 512) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Endless (latents, tokens), ``rounds`` batches between refreshes."""
         self.add(start)
         empty = ids(self.tokenizer, [""]).to(self.vae.device)
@@ -124,12 +124,13 @@ def predict(unet: UNet2DConditionModel, noisy, t, hidden) -> torch.Tensor:
 
 
 def train(world: World, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, *, minutes: float, device: torch.device,
-          size: int = 64, blocks: tuple[int, ...] = (128, 128), start: int = 24_576, refresh: int = 4_096) -> Denoiser:
+          size: int = 32, average: float = 0.998,
+          blocks: tuple[int, ...] = (128, 128), start: int = 24_576, refresh: int = 4_096) -> Denoiser:  # fmt: skip
     """Train or resume; the checkpoint is ``work/base.pt``. Returns the averaged weights."""
     vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     model = build(vae, tokenizer, blocks).to(device)
     model.unet.to(memory_format=torch.channels_last)
-    loop = Loop(model, work / "base.pt", minutes=minutes, peak=1e-3, cool=0.3, average=0.9993)
+    loop = Loop(model, work / "base.pt", minutes=minutes, peak=1e-3, cool=0.3, average=average)
     pool, noise = Pool(world, vae, tokenizer, first=loop.seen), Noise(device)
     compiled = torch.compile(predict, dynamic=False)
 

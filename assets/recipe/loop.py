@@ -76,7 +76,7 @@ class Loop:
             torch._foreach_lerp_(self.smooth, [p.detach() for p in self.weights], 1 - keep)
             self.elapsed = time.monotonic() - started
             losses.append(loss.detach())
-            if self.step % 200 == 0:
+            if self.step % 100 == 0:
                 mean = torch.stack(losses).mean().item()
                 line = f"{self.elapsed / 60:6.1f} min  step {self.step}  pictures {self.seen}  loss {mean:.4f}"
                 (report or print)(line)

@@ -1,0 +1,50 @@
+"""A trained LoRA as a file: standard safetensors in the diffusers layout, with what the library shows in its header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """One layer's trained factors; the update of its weight is up @ down."""
+
+    down: Float[Tensor, "r in *kernel"]
+    up: Float[Tensor, "out r"]
+
+
+def write(
+    file: Path, factors: Mapping[str, Mapping[str, Factors]], rank: int, alpha: float | None,
+    metadata: Mapping[str, str], dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write the factors by component and layer path.
+
+    alpha other than rank is stated in the header as diffusers states it, and `up` divided by it; text encoders' keys
+    carry "text_model.", which every transformers reads.
+    """
+    tensors: dict[str, Tensor] = {}
+    header = {"format": "pt", **metadata}
+    scale = (alpha or rank) / rank
+    settings: dict[str, object] = {}
+    for component, layers in factors.items():
+        text = component.startswith("text_encoder")
+        for path, (down, up) in layers.items():
+            path = f"text_model.{path.removeprefix('text_model.')}" if text else path
+            wide = up[(..., *[None] * (down.ndim - 2))] / scale
+            tensors[f"{component}.{path}.lora_A.weight"] = down.to(dtype).contiguous()
+            tensors[f"{component}.{path}.lora_B.weight"] = wide.to(dtype).contiguous()
+        # Without the prefix a path is the ending of the module's name in every transformers.
+        short = sorted(path.removeprefix("text_model.") for path in layers)
+        settings |= {f"{component}.r": rank, f"{component}.lora_alpha": alpha, f"{component}.target_modules": short}
+    if scale != 1:
+        header["lora_adapter_metadata"] = json.dumps(settings, sort_keys=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata=header)
+    file.chmod(0o644)

@@ -1,0 +1,98 @@
+"""The world: the same seed draws the same scene, captions tell the truth, held-out concepts stay out."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from assets.recipe.objects import HELD_OBJECTS, OBJECTS, article
+from assets.recipe.places import HELD_PLACES, PLACES, render
+from assets.recipe.styles import STYLES
+from assets.recipe.world import ART, World, batch, open_art
+
+
+@pytest.fixture(scope="module")
+def art(tmp_path_factory):
+    """A folder laid out as the npm packages are, with a coloured square for every object."""
+    folder = tmp_path_factory.mktemp("art")
+    for index, code in enumerate([*OBJECTS.values(), *HELD_OBJECTS.values()]):
+        image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+        ImageDraw.Draw(image).rectangle((6, 6, 57, 57), fill=((index * 37) % 256, (index * 91) % 256, (index * 53) % 256, 255))
+        for vendor in ("noto", "twemoji"):
+            file = folder / ART[vendor].format(code)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(art):
+    return World(art, objects=12, places=6, vendors=("noto",), also=("owl", "moon"), variants=4)
+
+
+def test_the_same_seed_is_the_same_scene(art, world):
+    again = World(art, objects=12, places=6, vendors=("noto",), variants=4)
+    for seed in (0, 7, 10**9):
+        a, b = world.scene(seed), again.scene(seed)
+        assert np.array_equal(a.picture, b.picture) and a.caption == b.caption
+    assert not np.array_equal(world.scene(1).picture, world.scene(2).picture)
+    other = World(art, objects=12, places=6, vendors=("noto",), variants=4, seed=1)
+    assert world.scene(3).caption != other.scene(3).caption or not np.array_equal(world.scene(3).picture, other.scene(3).picture)
+
+
+def test_word_order_is_left_to_right_and_above_is_above(world):
+    beside = above = 0
+    for seed in range(400):
+        scene = world.scene(seed)
+        order = sorted(scene.objects, key=lambda thing: scene.caption.index(article(thing.name)))
+        if " above " in scene.caption:
+            above += 1
+            assert order[0].y < order[1].y - 0.2
+        elif " below " in scene.caption:
+            assert order[0].y > order[1].y + 0.2
+        elif len(order) > 1:
+            beside += 1
+            assert all(a.x < b.x - 0.15 for a, b in zip(order, order[1:], strict=False))
+    assert beside > 50 and above > 10
+
+
+def test_an_object_is_drawn_where_it_is_said_to_be(art):
+    world = World(art, objects=1, places=len(PLACES), vendors=("noto",), variants=1)
+    colour = np.asarray(open_art(art, "noto", OBJECTS["fox"]).convert("RGB"))[20, 20].astype(int)
+    for seed in range(20):
+        scene = world.scene(seed, place="white", count=1)
+        near = np.abs(scene.picture.astype(int) - colour).sum(-1) < 12
+        rows, columns = np.nonzero(near)
+        assert abs(columns.mean() / world.size - scene.objects[0].x) < 0.03
+        assert abs(rows.mean() / world.size - scene.objects[0].y) < 0.04
+
+
+def test_held_out_concepts_are_never_in_the_base_world(world):
+    banned = [*HELD_OBJECTS, *(phrase for phrase, _ in HELD_PLACES.values()), *(words for words, _ in STYLES.values())]
+    _, captions = batch(world, 0, 600)
+    assert not [c for c in captions for word in banned if word in c]
+    assert not set(HELD_OBJECTS) & set(OBJECTS) and not set(HELD_PLACES) & set(PLACES)
+
+
+def test_a_scene_can_be_asked_for(world):
+    scene = world.scene(5, subject="owl", place="moon", count=2)
+    assert "owl" in {thing.name for thing in scene.objects} and len(scene.objects) == 2
+    assert scene.place == "moon"
+
+
+def test_places_and_styles_keep_the_picture_shape():
+    for name in PLACES | HELD_PLACES:
+        picture = render(name, 32, 3)
+        assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
+        assert np.array_equal(picture, render(name, 32, 3))
+    for _, draw in STYLES.values():
+        styled = draw(render("meadow", 32, 1))
+        assert styled.shape == (32, 32, 3) and styled.dtype == np.uint8
+
+
+def test_there_is_room_to_grow():
+    assert len(OBJECTS) >= 48 and len(PLACES) >= 12
+
+
+def test_missing_art_is_told_plainly(tmp_path):
+    with pytest.raises(FileNotFoundError, match="npm art packages"):
+        World(tmp_path, objects=1, places=1)
