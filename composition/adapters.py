@@ -51,7 +51,8 @@ class Adapters:
         self._layers: dict[str, dict[str, nn.Module]] = {}
         self._handles = []
         for component, model in self.components.items():
-            layers = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+            layers: dict[str, nn.Module] = {
+                path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
             for module in layers.values():
                 _attach(module, None)
                 self._handles.append(module.register_forward_hook(_hook))
@@ -214,8 +215,9 @@ class Adapters:
     def foldable(self) -> bool:
         """True when the denoiser's weights are plain floating tensors that may be written: not quantised, not offloaded."""
         touched = [m for m in self._layers[self._denoiser].values() if _attached(m) is not None]
-        return all(type(m) in (nn.Linear, nn.Conv2d) and m.weight.is_floating_point() and m.weight.itemsize >= 2
-                   and not m.weight.is_meta and not hasattr(m, "_hf_hook") for m in touched)
+        plain = all(type(module) in (nn.Linear, nn.Conv2d) and not hasattr(module, "_hf_hook") for module in touched)
+        weights = [cast(Tensor, module.weight) for module in touched]
+        return plain and all(w.is_floating_point() and w.itemsize >= 2 and not w.is_meta for w in weights)
 
     @contextmanager
     def folded(self, weights: Mapping[str, float]) -> Iterator[None]:

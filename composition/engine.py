@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from composition import library, methods
+from composition import backbones, library, methods
 from composition.adapters import Adapters
-from composition import backbones
 from composition.backbones import samplers
 from composition.backbones.base import Backbone
 from composition.methods import Method

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from transformers import CLIPTokenizer
@@ -43,7 +44,8 @@ def build(merges: Sequence[tuple[str, str]], pad: str = END) -> CLIPTokenizer:
     letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
     words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), START, END]
     vocabulary = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), pad_token=pad, model_max_length=77)
+    pairs: Any = list(merges)
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, pad_token=pad, model_max_length=77)
 
 
 @cache

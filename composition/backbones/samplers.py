@@ -21,7 +21,6 @@ from diffusers import (
     KDPM2DiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
-    SchedulerMixin,
     UniPCMultistepScheduler,
 )
 
@@ -37,7 +36,7 @@ class Sampler:
     predictions: the kinds of prediction its class understands.
     """
 
-    kind: type[SchedulerMixin] | None
+    kind: Any
     title: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     noisy: bool = False
@@ -82,7 +81,7 @@ _LATENT = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": Fals
 _NEEDED = {"rescale_betas_zero_snr": False, "trained_betas": None}
 
 
-def make(name: str, scheduler: SchedulerMixin, steps: int | None = None) -> SchedulerMixin:
+def make(name: str, scheduler: Any, steps: int | None = None) -> Any:
     """A new scheduler of that name for a model saved with `scheduler`: its betas, prediction type and spacing.
 
     Raises Refused for an unknown name, for more steps than the sampler can do, and when the sampler cannot do what
@@ -118,7 +117,7 @@ def named(name: str) -> Sampler:
     raise Refused(f"there is no sampler {name!r}: {hint}Samplers are {', '.join(NAMES)}")
 
 
-def title(name: str, scheduler: SchedulerMixin) -> str:
+def title(name: str, scheduler: Any) -> str:
     """What A1111 calls it, for the text in a picture; for "default" what the model's own scheduler amounts to."""
     sampler = named(name)
     if sampler.title:

@@ -103,9 +103,10 @@ def load(
     folder = config or CONFIGS / which
     tensors = _tensors(path, which)
     parts: dict[str, Any] = {}
+    models: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
     name = ""
     try:
-        for name, cls in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        for name, cls in models.items():
             parts[name] = cls.from_single_file(
                 tensors, config=str(folder), subfolder=name, dtype=dtype, local_files_only=True
             )
@@ -120,7 +121,7 @@ def load(
         reason = " ".join(str(error).split())[:200]
         raise Refused(f"{path.name} looks like {NAMES[which]} but its {name} does not fit ({reason}): a "
                       "distilled or altered model opens only as a diffusers folder") from None
-    index = DiffusionPipeline.load_config(str(folder))
+    index: Any = DiffusionPipeline.load_config(str(folder))
     scheduler = getattr(diffusers, index["scheduler"][1])
     noise = scheduler.load_config(str(folder), subfolder="scheduler")
     noise.update(prediction(which, shapes, metadata, parts["unet"]))

@@ -24,7 +24,7 @@ class UNetBackbone:
     def __init__(self, pipeline: Any, family: str) -> None:
         self.pipeline = pipeline
         self.family = family
-        self.denoiser: nn.Module = pipeline.unet
+        self.denoiser: Any = pipeline.unet
         self.scheduler = pipeline.scheduler
 
     @property
