@@ -75,6 +75,7 @@ def _start(picture: Path | None, model: str | None) -> record.Record | None:
 @app.command()
 def demo(out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None) -> None:
     """Compose three bundled LoRAs in three ways, beside the picture of the prompt alone. Needs no network."""
+    record.ready(out_dir)
     ways = {name: name.title() for name in ("merge", "switch", "composite")}
     _compare(DEMO, ways, out_dir, "demo", make.Place(device, dtype), drawn=False)
 
@@ -90,6 +91,7 @@ def generate(
     device: Device = None, dtype: Dtype = None, offload: Offload = "auto", lora_dir: Folders = None, json: Json = False,
 ) -> None:
     """Make pictures from a prompt and LoRAs."""
+    record.ready(out_dir)
     place, found = _place(device, dtype, offload, lora_dir), _start(picture, model)
     request, drawn = flags.request(context.params, found.request if found else None)
     say = err if json else out
@@ -120,10 +122,11 @@ def compare(
     offload: Offload = "auto", lora_dir: Folders = None,
 ) -> None:
     """The same seed and LoRAs by every method, and without any LoRA, side by side."""
+    record.ready(out_dir)
     place, found = _place(device, dtype, offload, lora_dir), _start(picture, model)
     from composition import methods as known
 
-    names = [name.strip() for name in methods.split(",")] if methods else list(known.all())
+    names = [name.strip() for name in methods.split(",")] if methods else sorted(known.all(), key=lambda name: name != "merge")
     ways = {name: known.find(name).title for name in names}
     given = dict(context.params) | ({"method": names[0]} if option and len(names) == 1 else {})
     request, drawn = flags.request(given, found.request if found else None)

@@ -5,8 +5,6 @@ import platform
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
-from pathlib import Path
 
 from app import settings
 from app.make import Place, open_engine, quiet
@@ -31,7 +29,7 @@ class Report:
 
 
 def examine(place: Place) -> Report:
-    """Look at versions, devices and memory; open every bundled model and make one step with each of its LoRAs."""
+    """Versions, devices and memory; every bundled model is opened and makes one step with each of its LoRAs."""
     report = Report()
     report.say("medley", f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in _PACKAGES:
@@ -68,11 +66,9 @@ def _devices(report: Report) -> None:
 
 def _models(report: Report, place: Place) -> None:
     from composition import methods
+    from composition.backbones.opening import BUNDLED
 
-    names = sorted({path.parts[-3] for path in Path(str(files("assets"))).glob("*/*/model_index.json")})
-    if not names:
-        report.ill("models", "no bundled model is in this installation")
-    for name in names:
+    for name in BUNDLED:
         try:
             with open_engine(name, place) as engine:
                 found = [path.stem for path in engine.loras()]

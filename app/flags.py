@@ -8,7 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from composition import Lora, Receipt, Refused, Request
+from composition.request import explain
 
 _ALIASES = {"lora_id": "source", "lora_scale": "weight"}  # as diffusers-cli writes them
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -16,6 +19,13 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 def lora(text: str) -> Lora:
     """NAME, NAME:WEIGHT, a path (C:\\loras\\owl.safetensors:0.8 too), or the fields of a Lora as JSON."""
+    try:
+        return _lora(text)
+    except ValidationError as error:
+        raise Refused(f"--lora {text}: {explain(error)}") from None
+
+
+def _lora(text: str) -> Lora:
     if text.lstrip().startswith("{"):
         return _lora_json(text)
     name, colon, weight = text.rpartition(":")

@@ -73,7 +73,6 @@ def read(text: str) -> Reading:
         prompt, negative = "", body.removeprefix("Negative prompt:")
     remarks: list[str] = []
     fields: dict[str, Any] = {"prompt": _TAG.sub("", prompt).strip(), "negative": negative.strip()}
-    fields["loras"] = [_lora(match[1], match[2] or "", remarks) for match in _TAG.finditer(prompt)]
     for key, name, convert in _FIELDS:
         if key in pairs:
             try:
@@ -88,6 +87,7 @@ def read(text: str) -> Reading:
     known = _SILENT | {"Sampler"} | {key for key, *_ in _FIELDS}
     remarks += [f"{key}: {value} is not used" for key, value in pairs.items() if key not in known]
     try:
+        fields["loras"] = [_lora(match[1], match[2] or "", remarks) for match in _TAG.finditer(prompt)]
         return Reading(Request(**fields), pairs.get("Model", ""), tuple(remarks))
     except ValidationError as error:
         raise Refused(f"the picture's parameters text cannot be used: {explain(error)}") from None
@@ -119,8 +119,8 @@ _FIELDS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
 
 
 def _lora(name: str, arguments: str, remarks: list[str]) -> Lora:
-    """<lora:name:w>, <lora:name:text:denoiser> or with te= and unet= by name."""
-    text, denoiser = None, None
+    """<lora:name:w>, <lora:name:text:denoiser> or with te= and unet= by name; the denoiser's is the text's, if not given."""
+    text, denoiser = 1.0, None
     for position, argument in enumerate(arguments.split(":") if arguments else []):
         key, _, value = argument.rpartition("=")
         try:
@@ -132,8 +132,8 @@ def _lora(name: str, arguments: str, remarks: list[str]) -> Lora:
                 remarks.append(f"{argument!r} of LoRA {name} is not used")
         except ValueError:
             remarks.append(f"weight {argument!r} of LoRA {name} could not be read")
-    weight = denoiser if denoiser is not None else 1.0 if text is None else text
-    return Lora(name, weight=weight, text_weight=None if text in (None, weight) else text)
+    weight = text if denoiser is None else denoiser
+    return Lora(name, weight=weight, text_weight=None if text == weight else text)
 
 
 def _sampler(pairs: Mapping[str, str], remarks: list[str]) -> dict[str, str]:

@@ -117,7 +117,8 @@ class Bench:
 def bench(engine: "Engine", steps: int, console: Console) -> Iterator[Bench]:
     """The engine with a progress bar over `steps` steps on `console`, and Ctrl-C caught, for one group of runs."""
     columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with stoppable() as cancel, engine, engine.group(), Progress(*columns, console=console, transient=True) as progress:
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with stoppable() as cancel, engine.group(), bar as progress:
         yield Bench(engine, progress, cancel, steps)
 
 

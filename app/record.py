@@ -67,6 +67,18 @@ def save(result: Result, folder: Path, stem: str = "", index: int = 0, sampler: 
     return path
 
 
+def ready(folder: Path) -> Path:
+    """The folder, when pictures can be written there. Raises Refused before any work is done for nothing."""
+    if folder.suffix.lower() == ".png" and not folder.is_dir():
+        raise Refused(f"--out {folder}: name a folder; the pictures in it are numbered")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise Refused(f"--out {folder}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Refused(f"--out {folder}: {there} cannot be written to")
+    return folder
+
+
 def publish(image: Image.Image, folder: Path, stem: str = "", info: PngImagePlugin.PngInfo | None = None) -> Path:
     """Write a PNG whole or not at all, under the next free number or the given stem; never over another file."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def loras(console: Console, found: Sequence[tuple[Path, Receipt | None, str]], f
             continue
         ranks = "/".join(str(rank) for rank in sorted(receipt.ranks))
         rows.add_row(Text(path.stem), receipt.category, Text(", ".join(receipt.triggers)), ranks, megabytes(path),
-                     receipt.family)
+                     receipt.family.replace("unknown", ""))
     if found:
         console.print(rows)
     else:
