@@ -32,7 +32,8 @@ Prompt = Annotated[str | None, typer.Argument(help="What to draw. Trigger words 
 Loras = Annotated[list[str] | None, typer.Option(
     "--lora", metavar="NAME[:WEIGHT]", help="A LoRA by name or path, with its weight (1). Repeat for more. JSON with the "
     "fields of a Lora works too.")]
-Option = Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the method. Repeat for more.")]
+Option = Annotated[list[str] | None, typer.Option(
+    "--option", metavar="KEY=VALUE", help="An option of the method. Repeat for more.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="A bundled name, a diffusers folder, a .safetensors "
                                            "checkpoint, or a hub id (pocket).")]
 Sampler = Annotated[str | None, typer.Option(help="Sampler by name (the model's own).")]

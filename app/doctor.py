@@ -61,7 +61,7 @@ def _devices(report: Report) -> None:
     memory = ""
     if sys.platform != "win32" and hasattr(os, "sysconf"):
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB of memory"
-    report.say("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads{memory}")
+    report.say("cpu", f"{os.cpu_count()} cores{memory}")
 
 
 def _models(report: Report, place: Place) -> None:
