@@ -178,7 +178,7 @@ class Engine:
         self, stack: ExitStack, request: Request, loras: Sequence[tuple[str, Lora, Path]], fold: bool
     ) -> tuple[tuple[Receipt, ...], dict[Any, Any]]:
         receipts = stack.enter_context(self.adapters.session(loras, allow_partial=request.allow_partial))
-        if fold and self.adapters.foldable:
+        if fold and self.backbone.writable and self.adapters.foldable:
             stack.enter_context(self.adapters.folded(request.weights))
         return receipts, {}
 

@@ -4,12 +4,12 @@ from composition.backbones.base import Backbone
 
 
 def open(source: str, *, device: str | None = None, dtype: str | None = None, offload: str = "auto") -> Backbone:
-    """Find, load and place a model; see composition.backbones.opening and .placement for what may be refused."""
+    """Find, load and place a model; composition.backbones.opening and .placement say what may be refused."""
     from composition.backbones import opening, placement
     from composition.backbones.unet import UNetBackbone
 
-    plan = placement.choose(device, dtype, offload)
-    pipeline = opening.load(opening.find(source), plan.dtype)
-    family = opening.family(pipeline)
-    placement.place(pipeline, plan)
-    return UNetBackbone(pipeline, family)
+    where = opening.find(source)
+    family = opening.family(where)
+    plan = placement.choose(device, dtype, offload, family=family)
+    pipeline = opening.load(where, plan.dtype)
+    return UNetBackbone(pipeline, family, placement.place(pipeline, plan))

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Generator, Tensor, nn
 
+from composition.backbones.placement import Placement
 from composition.request import Request
 from composition.sampler import Conditioning
 
@@ -27,6 +28,12 @@ class Backbone(Protocol):
     pipeline: Any
     denoiser: nn.Module
     scheduler: Any
+    placement: Placement | None
+
+    @property
+    def writable(self) -> bool:
+        """True when the weights may be written in place: they are whole tensors in one spot, not shards on the move."""
+        ...
 
     @property
     def components(self) -> Mapping[str, nn.Module]:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from composition.backbones.base import Axis
+from composition.backbones.placement import Placement
 from composition.request import Refused, Request
 from composition.sampler import Conditioning
 
@@ -21,9 +22,10 @@ _TEXT = re.compile(r"\.attn2\.(to_k|to_v)")
 class UNetBackbone:
     """A StableDiffusionPipeline or StableDiffusionXLPipeline, reached through encode_prompt, unet and vae alone."""
 
-    def __init__(self, pipeline: Any, family: str) -> None:
+    def __init__(self, pipeline: Any, family: str, placement: Placement | None = None) -> None:
         self.pipeline = pipeline
         self.family = family
+        self.placement = placement
         self.denoiser: Any = pipeline.unet
         self.scheduler = pipeline.scheduler
 
@@ -40,6 +42,10 @@ class UNetBackbone:
     @property
     def dtype(self) -> torch.dtype:
         return self.denoiser.dtype
+
+    @property
+    def writable(self) -> bool:
+        return self.placement is None or self.placement.offload in ("none", "model")
 
     def size(self, request: Request) -> tuple[int, int]:
         factor, own = self.pipeline.vae_scale_factor, self.denoiser.config.sample_size
