@@ -61,7 +61,7 @@ def _place(device: str | None, dtype: str | None, offload: str, folders: list[Pa
 def _start(picture: Path | None, model: str | None) -> record.Record | None:
     """The record that --from names, its remarks said. Raises Refused when it does not tell which model to use."""
     if picture is None:
-        make.quiet(model or "pocket")
+        make.prepare(model or "pocket")
         return None
     found = record.read(picture)
     for remark in found.remarks:
@@ -69,7 +69,7 @@ def _start(picture: Path | None, model: str | None) -> record.Record | None:
     if not found.ours and not model:
         raise Refused(f"{picture} was made by another tool, with its model {found.model or '(not named)'!r}: say with --model "
                       "which one to use here")
-    make.quiet(model or found.request.model)
+    make.prepare(model or found.request.model)
     return found
 
 
@@ -157,7 +157,7 @@ def _triggered(request: Request, engine: Any, say: Console) -> Request:
 @app.command()
 def loras(model: Model = None, lora_dir: Folders = None, json: Json = False) -> None:
     """The LoRAs that can be named: bundled with the model, in your folder, in --lora-dir."""
-    make.quiet(model or "pocket")
+    make.prepare(model or "pocket")
     from composition import files, library
 
     found: list[tuple[Path, Receipt | None, str]] = []
@@ -181,7 +181,7 @@ def inspect(
     lora_dir: Folders = None, json: Json = False,
 ) -> None:
     """The receipt of a LoRA file: what it is, and with --model what of it that model applies."""
-    make.quiet(model or "pocket")
+    make.prepare(model or "pocket")
     from composition import files, library
 
     folders = make.folders(lora_dir or [])
@@ -203,7 +203,7 @@ def inspect(
 @app.command()
 def methods() -> None:
     """The ways of composing LoRAs, with their cost, paper and options."""
-    make.quiet("pocket")
+    make.prepare("pocket")
     from composition import methods as known
 
     show.methods(out, known.all())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 from app import settings
-from app.make import Place, open_engine, quiet
+from app.make import Place, open_engine, prepare
 from composition import Lora, Refused, Request, __version__
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pydantic", "typer", "rich", "pillow")
@@ -37,7 +37,7 @@ def examine(place: Place) -> Report:
             report.say(package, version(package))
         except PackageNotFoundError:
             report.ill(package, "not installed")
-    quiet("pocket")
+    prepare("pocket")
     try:
         _devices(report)
         _models(report, place)

@@ -52,8 +52,8 @@ class Answer:
 def medley(capsys, monkeypatch, tmp_path) -> Callable[..., Answer]:
     """`medley ARGS` in an empty folder of its own: exit code, stdout, stderr."""
     for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "DIFFUSERS_VERBOSITY",
-                 "TRANSFORMERS_VERBOSITY"):
-        monkeypatch.setenv(name, "1" if name.startswith("HF") else "error")  # the commands set them; this puts them back
+                 "TRANSFORMERS_VERBOSITY", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "1" if name.startswith("HF") else "passive" if name.startswith("OMP") else "error")  # the commands set them; this puts them back
     monkeypatch.setenv("MEDLEY_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)

@@ -200,7 +200,7 @@ def test_a_model_that_is_not_there(medley):
 
 
 def test_what_nobody_foresaw_is_one_line_too(medley, monkeypatch):
-    monkeypatch.setattr(cli.make, "quiet", lambda model: 1 / 0)
+    monkeypatch.setattr(cli.make, "prepare", lambda model: 1 / 0)
     answer = medley("methods")
     assert (answer.code, answer.err.count("\n")) == (2, 1)
     assert "ZeroDivisionError" in answer.err
