@@ -226,8 +226,13 @@ def test_engines_on_one_device_share_a_lock(pipe):
     first, second = (Engine(UNetBackbone(pipe, "sd"), "toy") for _ in range(2))
     assert first._lock is second._lock
     taken = threading.Event()
+
+    def take():
+        with second._lock:
+            taken.set()
+
     with first._lock:
-        thread = threading.Thread(target=lambda: second._lock.acquire() and taken.set())
+        thread = threading.Thread(target=take)
         thread.start()
         assert not taken.wait(0.05)
     thread.join(1)
