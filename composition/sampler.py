@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
 
@@ -18,7 +18,7 @@ class Step(NamedTuple):
 
     index: int
     count: int
-    t: Float[Tensor, ""]
+    t: Num[Tensor, ""]
     latents: Float[Tensor, "B *S"]
 
 
@@ -56,7 +56,7 @@ def sample(
     predict: Predict,
     scheduler: Any,
     latents: Float[Tensor, "B *S"],
-    timesteps: Float[Tensor, "T"],
+    timesteps: Num[Tensor, "T"],
     *,
     generator: Generator | Sequence[Generator] | None = None,
     on_step: Callable[[Step], None] | None = None,

@@ -1,10 +1,10 @@
 """What every model family answers: encode, start, denoise, decode, and where each layer's rows lie."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from PIL import Image
 from torch import Generator, Tensor, nn
 
@@ -21,6 +21,7 @@ class Axis(NamedTuple):
     level: int = 0
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """One model family. Shapes as in composition.sampler; *S is (C, H, W) for UNets."""
 
@@ -62,12 +63,12 @@ class Backbone(Protocol):
 
     def start(
         self, request: Request, scheduler: Any, generators: Sequence[Generator]
-    ) -> tuple[Float[Tensor, "B *S"], Float[Tensor, "T"]]:
+    ) -> tuple[Float[Tensor, "B *S"], Num[Tensor, "T"]]:
         """Initial noise, one generator per picture, and the scheduler's times."""
         ...
 
     def denoise(
-        self, latents: Float[Tensor, "B *S"], t: Float[Tensor, ""], cond: Conditioning
+        self, latents: Float[Tensor, "B *S"], t: Num[Tensor, ""], cond: Conditioning
     ) -> Float[Tensor, "R B *S"]:
         """One evaluation on all rows of `cond`; `latents` are already scaled for the scheduler."""
         ...

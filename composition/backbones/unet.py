@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from PIL import Image
 from torch import Generator, Tensor, nn
 
@@ -79,7 +79,7 @@ class UNetBackbone:
 
     def start(
         self, request: Request, scheduler: Any, generators: Sequence[Generator]
-    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "T"]]:
+    ) -> tuple[Float[Tensor, "B C H W"], Num[Tensor, "T"]]:
         width, height = self.size(request)
         factor = self.pipeline.vae_scale_factor
         shape = (len(generators), self.denoiser.config.in_channels, height // factor, width // factor)
@@ -88,7 +88,7 @@ class UNetBackbone:
         return noise * scheduler.init_noise_sigma, scheduler.timesteps
 
     def denoise(
-        self, latents: Float[Tensor, "B C H W"], t: Float[Tensor, ""], cond: Conditioning
+        self, latents: Float[Tensor, "B C H W"], t: Num[Tensor, ""], cond: Conditioning
     ) -> Float[Tensor, "R B C H W"]:
         rows, pictures = cond.rows, latents.shape[0]
 

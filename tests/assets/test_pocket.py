@@ -1,0 +1,71 @@
+"""The bundled model is a stock folder: it draws without this project's code, is small, and says what it is made of."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+
+POCKET = Path(__file__).parents[2] / "assets/pocket"
+WEIGHTS = sorted(POCKET.rglob("*.safetensors"))
+LORAS = sorted((POCKET / "loras").glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    made = StableDiffusionPipeline.from_pretrained(POCKET / "sd", local_files_only=True)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def draw(pipe, prompt):
+    image = pipe(prompt, num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[0]
+    return np.asarray(image).astype(int)
+
+
+def test_the_stock_pipeline_draws_in_single_precision(pipe):
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    assert draw(pipe, "a fox in the snow").shape == (side, side, 3)
+    assert pipe.tokenizer.pad_token_id == pipe.tokenizer.eos_token_id
+
+
+def test_it_is_small_and_in_half_precision():
+    assert sum(f.stat().st_size for f in POCKET.rglob("*") if f.is_file()) < 60e6
+    assert all(f.stat().st_size <= 16e6 for f in WEIGHTS)
+    for file in WEIGHTS:
+        with safe_open(file, "pt") as opened:
+            assert {opened.get_slice(key).get_dtype() for key in opened.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_text_keys_are_read_by_every_transformers():
+    with safe_open(POCKET / "sd/text_encoder/model.safetensors", "pt") as opened:
+        assert all(key.startswith("text_model.") for key in opened.keys())  # noqa: SIM118
+    assert json.loads((POCKET / "sd/text_encoder/config.json").read_text())["dtype"] == "float32"
+
+
+def test_no_file_names_a_folder_it_was_made_in():
+    for file in POCKET.rglob("*.json"):
+        assert "_name_or_path" not in file.read_text()
+
+
+@pytest.mark.parametrize("file", LORAS, ids=lambda f: f.stem)
+def test_a_lora_loads_in_stock_diffusers_and_changes_the_picture(pipe, file):
+    pytest.importorskip("peft")
+    with safe_open(file, "pt") as opened:
+        facts = opened.metadata()
+    assert facts["base"] == "pocket" and facts["title"] and facts["category"] in ("character", "style", "place", "object", "clothing")
+    prompt = f"a fox, {facts['trigger_words'].split(',')[0]}"
+    bare = draw(pipe, prompt)
+    pipe.load_lora_weights(file)
+    try:
+        assert np.abs(draw(pipe, prompt) - bare).mean() > 1
+    finally:
+        pipe.unload_lora_weights()
+
+
+def test_four_concepts_are_bundled():
+    assert {"raccoon", "owl", "ink", "moon"} <= {f.stem for f in LORAS}
