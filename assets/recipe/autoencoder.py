@@ -119,3 +119,15 @@ def train(world: World, wide: World, work: Path, *, minutes: float, device: torc
         print(f"autoencoder, whitened: {psnr(vae, world):.2f} dB", flush=True)
         vae.save_pretrained(work / "vae")
     return AutoencoderKL.from_pretrained(work / "vae").to(device)
+
+
+def polish(vae: AutoencoderKL, world: World, wide: World, work: Path, *, minutes: float, device: torch.device,
+           size: int = 16) -> None:  # fmt: skip
+    """Train the decoder further while the latents stay as they are, so a base trained on them keeps its worth."""
+    vae.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    vae.decoder.requires_grad_(True)
+    loop = Loop(vae, work / "polish.pt", minutes=minutes, peak=1e-3, cool=0.6)
+    loop.run(pictures(world, wide, size, 10**8 + loop.seen, device), lambda x: loss_of(vae, x))
+    with loop.averaged():
+        print(f"decoder: {loop.seen} pictures more, {psnr(vae, world):.2f} dB on fresh scenes", flush=True)
+        vae.save_pretrained(work / "vae")

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .autoencoder import tensor
-from .loop import Loop
+from .loop import Loop, attention
 from .tokenizer import LENGTH, ids
 from .world import World, batch
 
@@ -124,7 +124,7 @@ def predict(unet: UNet2DConditionModel, noisy, t, hidden) -> torch.Tensor:
 
 
 def train(world: World, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, *, minutes: float, device: torch.device,
-          size: int = 32, average: float = 0.998,
+          size: int = 64, average: float = 0.998,
           blocks: tuple[int, ...] = (128, 128), start: int = 24_576, refresh: int = 4_096) -> Denoiser:  # fmt: skip
     """Train or resume; the checkpoint is ``work/base.pt``. Returns the averaged weights."""
     vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
@@ -143,7 +143,8 @@ def train(world: World, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path
             guess = compiled(model.unet, noisy, t, hidden)
         return F.mse_loss(guess.float(), v)
 
-    loop.run(pool.batches(size, start, refresh), loss_of)
+    with attention(device):
+        loop.run(pool.batches(size, start, refresh), loss_of)
     loop.averaged().__enter__()
     return model
 

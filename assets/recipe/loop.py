@@ -9,10 +9,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def attention(device: torch.device):
+    """Context: on a processor, attention over few positions is several times faster as plain products."""
+    return sdpa_kernel([SDPBackend.MATH]) if device.type == "cpu" else nullcontext()
 
 
 def rate(spent: float, step: int, *, warm: int = 200, cool: float = 0.35) -> float:

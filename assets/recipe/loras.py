@@ -20,6 +20,7 @@ from composition.training.concept import Concept, Plan, latents_of, train
 
 from .autoencoder import tensor
 from .base import CENTRE, WIDTH
+from .loop import attention
 from .objects import HELD_OBJECTS
 from .places import HELD_PLACES
 from .styles import STYLES
@@ -48,7 +49,7 @@ TOLD = {
 FIRST = ("raccoon", "owl", "ink", "moon")
 
 PLAN = Plan(
-    rank=16, rate=2e-3, steps=400, batch=24, targets=("attention", "feed_forward", "convolution"),
+    rank=16, rate=2e-3, steps=300, batch=24, targets=("attention", "feed_forward", "convolution"),
     noise=(CENTRE, WIDTH), half=True,
 )  # fmt: skip
 
@@ -94,7 +95,8 @@ def make(pipe, world: World, names: list[str], folder: Path, work: Path, *, plan
                     report(f"{name}: step {step} of {plan.steps}, loss {np.mean(losses[-50:]):.4f}")
 
             checkpoint = work / f"lora-{name}.pt"
-            train(backbone, adapters, [concept], plan, folder, checkpoint=checkpoint, on_step=heard)
+            with attention(backbone.device):
+                train(backbone, adapters, [concept], plan, folder, checkpoint=checkpoint, on_step=heard)
             checkpoint.unlink(missing_ok=True)  # it would answer for another base next time
     finally:
         adapters.close()

@@ -59,7 +59,7 @@ def labels(judge: Judge, scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tenso
     return present, counts, torch.tensor([judge.places.index(s.place) for s in scenes])
 
 
-def train_judge(world: World, also: Sequence[str], file: Path, *, steps: int = 900, size: int = 64, device: str = "cpu") -> Judge:
+def train_judge(world: World, also: Sequence[str], file: Path, *, steps: int = 600, size: int = 64, device: str = "cpu") -> Judge:
     """Train, or read back from ``file``. ``also``: the held-out objects and places, which the world must hold."""
     extra_places = [n for n in also if n in HELD_PLACES]
     extra = [n for n in also if n not in HELD_PLACES]
@@ -74,7 +74,7 @@ def train_judge(world: World, also: Sequence[str], file: Path, *, steps: int = 9
         scenes = [draw(world, rng, START + step * size + i, extra, extra_places) for i in range(size)]
         present, counts, place = (t.to(device) for t in labels(judge, scenes))
         x = tensor(np.stack([s.picture for s in scenes])).to(device)
-        things, where = judge(x + 0.06 * torch.randn_like(x))
+        things, where = judge(soften(x, rng))
         loss = 8 * (F.binary_cross_entropy_with_logits(things, present, reduction="none") * counts).mean()
         loss = loss + F.cross_entropy(where, place)
         optimiser.zero_grad()
@@ -84,6 +84,13 @@ def train_judge(world: World, also: Sequence[str], file: Path, *, steps: int = 9
     judge.eval()
     torch.save(judge.state_dict(), file)
     return judge
+
+
+def soften(x: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """Half of the batches blurred, all a little noisy: generated pictures are softer than renders."""
+    if rng.random() < 0.5:
+        x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    return x + 0.06 * torch.randn_like(x)
 
 
 def draw(world: World, rng: random.Random, seed: int, extra: list[str], extra_places: list[str]) -> Scene:

@@ -226,11 +226,25 @@ def _learn(backbone: Backbone, adapters: Adapters, state: _State, batch: _Batch,
     weights = [{name: 1.0} for name in state.names for _ in range(plan.batch)]
     half = torch.autocast(backbone.device.type, torch.bfloat16, enabled=plan.half)
     with adapters.rows(weights), half:
-        guess = backbone.denoise(batch.noisy, batch.t, batch.cond)[0]
+        guess = _evaluate(backbone, batch)
     each = F.mse_loss(guess.to(batch.goal), batch.goal, reduction="none").unflatten(0, (batch.count, -1))
     losses = each.flatten(1).mean(1)
     losses.sum().backward()
     return losses.detach()
+
+
+def _evaluate(backbone: Backbone, batch: _Batch) -> Tensor:
+    """The UNet's answer with a time of its own for every row, which `Backbone.denoise` (one time for all) has no room for."""
+    values = {key: value[0].to(batch.noisy.dtype) for key, value in batch.cond.values.items()}
+    extra = None
+    if "pooled" in values:  # SDXL: pooled text, and the picture's size as if never cropped
+        factor = backbone.pipeline.vae_scale_factor
+        high, wide = (side * factor for side in batch.noisy.shape[-2:])
+        sizes = batch.noisy.new_tensor([[high, wide, 0, 0, high, wide]]).expand(len(batch.noisy), -1)
+        extra = {"text_embeds": values["pooled"], "time_ids": sizes}
+    answer = backbone.denoiser(
+        batch.noisy, batch.t, encoder_hidden_states=values["text"], added_cond_kwargs=extra, return_dict=False)
+    return answer[0]
 
 
 class _State:
