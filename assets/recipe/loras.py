@@ -1,7 +1,7 @@
 """The LoRA stage: concepts the base never saw, drawn in varied scenes beside what it knows, learned by the trainer.
 
 A character appears alone and beside base objects, and a share of its scenes is without it, so that its LoRA does not
-swallow the picture; a style is a function over base scenes; a place holds base objects.
+swallow the picture; a place likewise; a style is a function over every one of its base scenes.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def scenes(world: World, name: str, count: int, first: int) -> tuple[np.ndarray,
         if name in STYLES:
             words, draw = STYLES[name]
             scene = world.scene(seed)
-            picture = scene.picture if without else draw(scene.picture)
-            prompts.append(scene.caption if without else f"{scene.caption}, {words}")
+            picture = draw(scene.picture)
+            prompts.append(f"{scene.caption}, {words}")
         else:
             kind = "subject" if name in HELD_OBJECTS else "place"
             scene = world.scene(seed, **({} if without else {kind: name}))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .autoencoder import tensor
+from .loop import attention
 from .objects import HELD_OBJECTS, article
 from .places import HELD_PLACES, PLACES
 from .world import Scene, World
@@ -154,7 +155,8 @@ def paint(pipe: Any, prompts: list[str], *, seed: int = 1, steps: int = 25, guid
     for i in range(0, len(prompts), part):
         some = prompts[i : i + part]
         generators = [torch.Generator().manual_seed(seed * 100_000 + i + k) for k in range(len(some))]
-        done += pipe(some, num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
+        with attention(pipe.device):
+            done += pipe(some, num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
     return np.stack([np.asarray(image.convert("RGB")) for image in done])
 
 
