@@ -175,7 +175,7 @@ class _Batches:
     def draw(self, step: int) -> _Batch:
         rows = [self._rows(concept, step) for concept in self.concepts]
         device = self.backbone.device
-        noisy, t, goal = (torch.cat([row[i] for row in rows]).to(device) for i in range(3))
+        noisy, t, goal = (torch.cat(part).to(device) for part in zip(*((a, b, c) for a, b, c, _ in rows), strict=True))
         values = [self._encoded(k, row[3]) for k, row in enumerate(rows)]
         cond = Conditioning({key: torch.cat([v[key] for v in values], 1) for key in values[0]})
         return _Batch(noisy, t, goal, cond, len(rows))
@@ -194,7 +194,7 @@ class _Batches:
         goals = {"epsilon": lambda: noise, "v_prediction": lambda: a * noise - s * latents, "sample": lambda: latents}
         if self.kind not in goals:
             raise Refused(f"this base predicts {self.kind!r}; concepts can be trained on {', '.join(goals)}")
-        prompts = ["" if rng.random() < self.plan.empty else concept.prompts[i] for i in pick.tolist()]
+        prompts = ["" if rng.random() < self.plan.empty else concept.prompts[int(i)] for i in pick]
         return a * latents + s * noise, t, goals[self.kind](), prompts
 
     def _times(self, size: int, generator: torch.Generator) -> Tensor:
