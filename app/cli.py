@@ -25,7 +25,8 @@ from composition.request import explain
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 app = typer.Typer(help="Medley composes several LoRAs into one picture.", no_args_is_help=True, add_completion=False)
 
-DEMO = Request(prompt="a raccoon and an owl on the moon", loras=[Lora("raccoon"), Lora("owl"), Lora("ink")], seed=7)
+DEMO = Request(prompt="a raccoon and a fox on the moon, ink drawing",
+               loras=[Lora("raccoon"), Lora("moon"), Lora("ink", weight=0.25)], seed=2)
 
 # The flags that generate and compare share. None: not given, so that what --from has is kept.
 Prompt = Annotated[str | None, typer.Argument(help="What to draw. Trigger words are not added unless --triggers is given.")]
