@@ -107,7 +107,7 @@ def test_block(block, shell):
 def test_demo(shell):
     """`make demo` ends in `medley demo`, which needs no network, tells what it did, and is quick."""
     planned = shell("make", "demo")
-    assert re.search(r"bin/medley demo\s*$", planned.stdout), planned
+    assert re.search(r"bin/medley demo$", planned.stdout, re.M), planned
     done = shell("medley", "demo", "--out", "demo")
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (shell.folder / "demo").glob("*.png"))
