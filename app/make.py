@@ -166,7 +166,8 @@ def compare(at: Bench, request: Request, ways: Mapping[str, str], folder: Path, 
     refused = [tile for tile in tiles[1:] if tile.refused]
     if len(refused) == len(ways):
         raise Refused(refused[0].refused if refused else "no method to compare")
-    caption = f"{request.prompt}  [{', '.join(request.names) or 'no LoRA'}]  seed {request.seed}"
+    used = ", ".join(name if weight == 1 else f"{name} {weight:g}" for name, weight in request.weights.items())
+    caption = f"{request.prompt}  [{used or 'no LoRA'}]  seed {request.seed}"
     shown = [(tile.result.images[0], tile.title, f"{tile.seconds:.1f} s, {tile.evaluations} evaluations")
              for tile in tiles if tile.result]
     return tiles, record.publish(strip(shown, caption), folder, f"{stem}-strip")
