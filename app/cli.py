@@ -78,8 +78,7 @@ def _start(picture: Path | None, model: str | None) -> record.Record | None:
 def demo(out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None) -> None:
     """Compose three bundled LoRAs in three ways, beside the picture of the prompt alone. Needs no network."""
     record.ready(out_dir)
-    ways = {name: name.title() for name in ("merge", "switch", "composite")}
-    _compare(DEMO, ways, out_dir, "demo", make.Place(device, dtype), drawn=False)
+    _compare(DEMO, {"merge": {}, "switch": {}, "composite": {}}, out_dir, "demo", make.Place(device, dtype), drawn=False)
 
 
 @app.command()
@@ -129,14 +128,15 @@ def compare(
     from composition import methods as known
 
     names = [name.strip() for name in methods.split(",")] if methods else sorted(known.all(), key=lambda name: name != "merge")
-    ways = {name: known.find(name).title for name in names}
-    given = dict(context.params) | ({"method": names[0]} if option and len(names) == 1 else {})
-    request, drawn = flags.request(given, found.request if found else None)
+    ways = flags.options_of_each(option or [], [known.find(name).name for name in names])
+    request, drawn = flags.request(context.params | {"option": None}, found.request if found else None)
+    if request.method in ways:
+        ways[request.method] = {**request.options, **ways[request.method]}
     _compare(request, ways, out_dir, "compare", place, drawn=drawn, triggers=triggers)
 
 
 def _compare(
-    request: Request, ways: dict[str, str], folder: Path, prefix: str, place: make.Place, *, drawn: bool,
+    request: Request, ways: dict[str, dict[str, Any]], folder: Path, prefix: str, place: make.Place, *, drawn: bool,
     triggers: bool = False,
 ) -> None:
     with make.open_engine(request.model, place) as engine:
@@ -265,7 +265,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _fail(sentence: str, code: int) -> int:
-    print("medley: " + " ".join(sentence.split()), file=sys.stderr)
+    print("medley: " + show.printable(" ".join(sentence.split())), file=sys.stderr)
     return code
 
 

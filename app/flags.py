@@ -71,6 +71,22 @@ def options(pairs: Sequence[str], method: str) -> dict[str, Any]:
     return read
 
 
+def options_of_each(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Method to its options: every pair goes to those of the methods that have it. Raises Refused when none has."""
+    read: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    for pair in pairs:
+        refusals, taken = [], False
+        for name in methods:
+            try:
+                read[name] |= options([pair], name)
+                taken = True
+            except Refused as error:
+                refusals.append(error)
+        if not taken:
+            raise refusals[-1]
+    return read
+
+
 def _typed(method: Any, key: str, value: str) -> Any:
     """The word as the option's type; a list or the like as JSON."""
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -151,18 +151,21 @@ class Tile:
         return int(self.result.notes.get("evaluations", 0)) if self.result else 0
 
 
-def compare(at: Bench, request: Request, ways: Mapping[str, str], folder: Path, prefix: str) -> tuple[list[Tile], Path]:
-    """The request's first picture from the prompt alone and by each method (name to title): tiles, and their strip.
+def compare(
+    at: Bench, request: Request, ways: Mapping[str, Mapping[str, Any]], folder: Path, prefix: str
+) -> tuple[list[Tile], Path]:
+    """The request's first picture from the prompt alone and by each method (name to options): tiles, and their strip.
 
-    A method that refuses the request is left out and says why; Refused is raised when all do. The request's options
-    go to the method it names; the others run with their defaults.
+    A method that refuses the request is left out and says why; Refused is raised when all do.
     """
+    from composition import methods
+
     stem = f"{prefix}-{record.free(folder, f'{prefix}-'):04d}"
     alone = request.alone(0)
     tiles = [_tile(at, replace(alone, loras=(), method="merge", options={}), "Prompt only", folder, f"{stem}-prompt")]
-    for name, title in ways.items():
-        options = alone.options if name == request.method else {}
-        tiles.append(_tile(at, replace(alone, method=name, options=options), title, folder, f"{stem}-{name}"))
+    for name, options in ways.items():
+        way = replace(alone, method=name, options=options)
+        tiles.append(_tile(at, way, methods.find(name).title, folder, f"{stem}-{name}"))
     refused = [tile for tile in tiles[1:] if tile.refused]
     if len(refused) == len(ways):
         raise Refused(refused[0].refused if refused else "no method to compare")

@@ -23,6 +23,11 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2, default=str)
 
 
+def printable(text: str) -> str:
+    """Text from a file or a flag without what could move the cursor or colour a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
@@ -39,10 +44,10 @@ def loras(console: Console, found: Sequence[tuple[Path, Receipt | None, str]], f
     rows = table("name", "category", "trigger words", "rank", "size", "for", right=("rank", "size"))
     for path, receipt, trouble in found:
         if receipt is None:
-            rows.add_row(Text(path.stem), "", Text(trouble, style="red"), "", megabytes(path), "")
+            rows.add_row(Text(printable(path.stem)), "", Text(printable(trouble), style="red"), "", megabytes(path), "")
             continue
         ranks = "/".join(str(rank) for rank in sorted(receipt.ranks))
-        rows.add_row(Text(path.stem), receipt.category, Text(", ".join(receipt.triggers)), ranks, megabytes(path),
+        rows.add_row(Text(printable(path.stem)), receipt.category, Text(printable(", ".join(receipt.triggers))), ranks, megabytes(path),
                      receipt.family.replace("unknown", ""))
     if found:
         console.print(rows)
@@ -59,7 +64,7 @@ def receipt(console: Console, of: Receipt, base: str) -> None:
 
     def row(name: str, value: object) -> None:
         if value not in ("", None):
-            rows.add_row(name, Text(str(value)))
+            rows.add_row(name, Text(printable(str(value))))
 
     row("file", of.path)
     row("title", of.title)
@@ -82,7 +87,7 @@ def receipt(console: Console, of: Receipt, base: str) -> None:
         row("ignored", f"{len(keys)}: {reason}, as {keys[0]}" if keys else reason)
     if of.no_effect:
         row("no effect", f"{len(of.no_effect)} modules, as {of.no_effect[0]}")
-    console.print(Panel(rows, title=escape(of.name), title_align="left", expand=False))
+    console.print(Panel(rows, title=escape(printable(of.name)), title_align="left", expand=False))
 
 
 def _counted(values: Mapping[Any, int]) -> str:
@@ -121,9 +126,9 @@ def result(console: Console, of: Result, drawn: bool) -> None:
     if drawn:
         console.print(Text(f"seed {request.seed} (drawn; give --seed {request.seed} to make this again)"))
     for one in of.receipts:
-        console.print(Text(one.line()))
+        console.print(Text(printable(one.line())))
     for line in remarks(of.notes):
-        console.print(Text(line, style="yellow"))
+        console.print(Text(printable(line), style="yellow"))
 
 
 def remarks(notes: Mapping[str, Any]) -> list[str]:
@@ -146,7 +151,7 @@ def tiles(console: Console, made: Sequence[Tile], sheet: Path) -> None:
     rows = table("picture", "seconds", "evaluations", "file", right=("seconds", "evaluations"))
     for tile in made:
         if tile.path is None:
-            rows.add_row(tile.title, "", "", Text(f"not made: {tile.refused}", style="yellow"))
+            rows.add_row(tile.title, "", "", Text(f"not made: {printable(tile.refused)}", style="yellow"))
         else:
             rows.add_row(tile.title, f"{tile.seconds:.1f}", str(tile.evaluations), Text(tile.path.name))
     console.print(rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from app import cli, record
 from tests import toys
@@ -122,6 +123,15 @@ def test_compare(medley, toy):
     assert not Path("pictures/compare-0001-composite.png").exists()
 
 
+def test_compare_gives_an_option_to_the_methods_that_have_it(medley, toy):
+    common = ("a", "--model", toy.model, "--lora-dir", toy.loras, "--lora", "fox", "--steps", 1, "--seed", 1)
+    assert medley("compare", *common, "--option", "tau=2", "--option", "reference=true").code == 0
+    options = {way: record.read(Path(f"pictures/compare-0000-{way}.png")).request.options
+               for way in ("merge", "switch", "composite", "prompt")}
+    assert options == {"merge": {}, "switch": {"tau": 2, "reference": True}, "composite": {"reference": True}, "prompt": {}}
+    assert medley("compare", *common, "--option", "nothing=2").code == 2
+
+
 def test_loras_inspect_methods(medley, toy):
     listed = medley("loras", "--lora-dir", toy.loras)
     assert "foxword" in listed.out
@@ -142,6 +152,26 @@ def test_a_broken_lora_is_listed_with_its_trouble(medley, tmp_path):
     said = medley("loras", "--lora-dir", tmp_path / "own")
     assert said.code == 0
     assert "broken" in said.out
+
+
+def test_a_file_cannot_write_to_the_terminal(medley, toy, tmp_path):
+    (tmp_path / "own").mkdir()
+    said = {"title": "\x1b[2Jgone", "trigger_words": "\x1b]0;title\x07word"}
+    save_file(load_file(toy.loras / "fox.safetensors"), tmp_path / "own" / "bad.safetensors", metadata=said)
+    for answer in (medley("loras", "--lora-dir", tmp_path / "own"), medley("inspect", tmp_path / "own" / "bad.safetensors")):
+        assert answer.code == 0
+        assert "word" in answer.out
+        assert "\x1b]" not in answer.out
+        assert "\x1b[2J" not in answer.out
+
+
+def test_doctor_fails_when_what_ships_does_not_run(medley, monkeypatch):
+    from composition.backbones import opening
+
+    monkeypatch.setattr(opening, "BUNDLED", {"gone": ("gone", "sd")})
+    answer = medley("doctor")
+    assert answer.code == 1
+    assert "NOT WORKING" in answer.out
 
 
 def test_the_users_own_folder_is_searched(medley, toy, tmp_path):
