@@ -180,7 +180,7 @@ class Stack:
     def _slice(self, apply: Callable[..., Tensor], module: nn.Module, x: Tensor, y: Tensor, k: int) -> Tensor:
         a, b = self.spans[k]
         down, up = self._factors(y, "flat")
-        gate = self.gates.dense[:, self.block, k : k + 1].to(y)
+        gate = self.gates.dense[:, self.block, k : k + 1].to(y, copy=True)  # the buffer may be written before backward
         return apply(module, x, y, down[a:b], up[:, a:b], gate)
 
     def _check(self, x: Tensor, rows: int) -> None:
@@ -213,7 +213,7 @@ def _linear_rows(
     if not gates.plain:
         down, up = down.index_select(0, gates.index), up.index_select(0, gates.index)
     h = torch.bmm(x.to(down.dtype).reshape(runs, -1, x.shape[-1]), down.transpose(1, 2))
-    h = h * gates.scale[:, block].to(h).view(-1, 1, 1)
+    h = h * gates.scale[:, block].to(h, copy=True).view(-1, 1, 1)
     if y.is_contiguous() and not (torch.is_grad_enabled() and (h.requires_grad or y.requires_grad)):
         return y.view(runs, -1, y.shape[-1]).baddbmm_(h, up.transpose(1, 2)).view(y.shape)
     return y + torch.bmm(h, up.transpose(1, 2)).view(y.shape)
@@ -234,6 +234,6 @@ def _conv_rows(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor
     assert isinstance(module, nn.Conv2d)
     parts = []
     for run, (k, part) in enumerate(zip(gates.runs, x.to(down.dtype).chunk(len(gates.runs)), strict=True)):
-        h = _downward(module, part, down[k]) * gates.scale[run, block].to(part)
+        h = _downward(module, part, down[k]) * gates.scale[run, block].to(part, copy=True)
         parts.append(F.conv2d(h, up[k, :, :, None, None]))
     return y + torch.cat(parts)
