@@ -1,7 +1,8 @@
 """``python -m assets.recipe STAGE``: makes Pocket again from nothing but the npm art packages, resuming what was begun.
 
-Stages: autoencoder, base, polish (of the decoder), export, loras, measure, or all of them in order. ``--budget`` is minutes for the three
-trained stages together; a larger budget on a later call takes them further.
+Stages: autoencoder, base, polish (of the decoder), export, judge, loras, measure; or all of them in order. ``--budget`` is
+minutes of training for autoencoder, base, polish and judge together (their shares are below), and a larger budget on a
+later call takes them further; the LoRAs take their number of steps beside it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTokenizer
 
-from . import autoencoder, base, export, loras, measure, tokenizer
-from .world import ART, World
+from retrieval.scores import Judge
 
-STAGES = ("autoencoder", "base", "polish", "export", "loras", "measure")
+from . import autoencoder, base, export, judge, loras, measure, presence, testbed, tokenizer
+from .places import PLACES
+from .world import ART, World, strange_words
+
+SHARES = {"autoencoder": 0.22, "base": 0.55, "polish": 0.05, "judge": 0.18}  # of the budget
+STAGES = ("autoencoder", "base", "polish", "export", "judge", "loras", "measure")
 POCKET = Path(__file__).parents[1] / "pocket"
 
 
@@ -25,16 +31,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("stage", choices=(*STAGES, "all"))
     parser.add_argument("--art", type=Path, default=Path("node_modules"), help="folder the art packages are installed in")
     parser.add_argument("--work", type=Path, default=Path(".work/recipe"), help="checkpoints and measured figures")
-    parser.add_argument("--out", type=Path, default=POCKET, help="where sd/ and loras/ are written")
+    parser.add_argument("--out", type=Path, default=POCKET, help="where sd/, clip/, loras/ and testbed.json are written")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--budget", type=float, default=60, help="minutes of training, autoencoder, base and decoder together")
-    parser.add_argument("--objects", type=int, default=16)
-    parser.add_argument("--places", type=int, default=8)
+    parser.add_argument("--budget", type=float, default=240, help="minutes of training, autoencoder, base, polish and judge together")
+    parser.add_argument("--objects", type=int, default=48)
+    parser.add_argument("--places", type=int, default=len(PLACES))
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels, a multiple of 16")
-    parser.add_argument("--vendors", default="noto", help=f"comma separated, of {', '.join(ART)}")
-    parser.add_argument("--blocks", default="128,128", help="widths of the denoiser's levels, multiples of 32")
+    parser.add_argument("--vendors", default="noto,noto,noto,twemoji,fluent",
+                        help=f"comma separated, of {', '.join(ART)}; one named twice is drawn twice as often")  # fmt: skip
+    parser.add_argument("--blocks", default="64,160", help="widths of the denoiser's levels, multiples of 32")
     parser.add_argument("--batch", type=int, default=64, help="pictures in a batch of the base")
-    parser.add_argument("--loras", default=",".join(loras.FIRST), help=f"comma separated, of {', '.join(loras.TOLD)}")
+    parser.add_argument("--begin", type=Path, help="a Pocket model folder: a new base begins with its tokenizer and text encoder")
+    parser.add_argument("--loras", default=",".join(loras.TOLD), help=f"comma separated, of {', '.join(loras.TOLD)}")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
     return parser.parse_args()
 
@@ -44,36 +52,50 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     stages = STAGES if given.stage == "all" else (given.stage,)
-    names = given.loras.split(",")
+    minutes = {stage: given.budget * share for stage, share in SHARES.items()}
     blocks = tuple(int(b) for b in given.blocks.split(","))
     device, vendors = torch.device(given.device), given.vendors.split(",")
     given.work.mkdir(parents=True, exist_ok=True)
-    also = [*loras.HELD_OBJECTS, *loras.HELD_PLACES] if {"loras", "measure"} & set(stages) else []
-    world = World(given.art, objects=given.objects, places=given.places, size=given.size, vendors=vendors, also=also)
-    words = tokenizer.build(tokenizer.corpus(given.art))
+    words = CLIPTokenizer.from_pretrained(given.begin / "tokenizer") if given.begin else tokenizer.build(tokenizer.corpus(given.art))
     if {"autoencoder", "polish"} & set(stages):
         wide = autoencoder.wide_world(given.art, given.size, vendors)
     if "autoencoder" in stages:
-        autoencoder.train(world, wide, given.work, minutes=given.budget * 0.3, device=device)
+        autoencoder.train(wide, given.work, minutes=minutes["autoencoder"], device=device)
     if {"base", "polish", "export"} & set(stages):
         vae = AutoencoderKL.from_pretrained(given.work / "vae")
+    if {"base", "loras", "measure"} & set(stages):
+        also = judge.ALSO if {"loras", "measure"} & set(stages) else ()
+        world = World(given.art, objects=given.objects, places=given.places, size=given.size, vendors=vendors, also=also,
+                      strange=strange_words(given.art))  # fmt: skip
     if "base" in stages:
-        base.train(world, vae, words, given.work, minutes=given.budget * 0.6, device=device, size=given.batch, blocks=blocks)
+        base.train(world, vae, words, given.work, minutes=minutes["base"], device=device, size=given.batch, blocks=blocks,
+                   begin=given.begin)  # fmt: skip
     if "polish" in stages:
-        autoencoder.polish(vae, world, wide, given.work, minutes=given.budget * 0.1, device=device)
+        autoencoder.polish(vae, wide, given.work, minutes=minutes["polish"], device=device)
     if "export" in stages:
         model, cost = base.trained(vae, words, given.work, blocks)
         export.export(model, vae, words, given.out / "sd")
         print("exported after", json.dumps(cost))
+    if "judge" in stages:
+        judge.train(given.art, given.out / "clip", given.work, minutes=minutes["judge"], device=device)
+        _keep(given.work, "judge", presence.settle(given.out / "clip", given.art))
     if {"loras", "measure"} & set(stages):
         pipe = StableDiffusionPipeline.from_pretrained(given.out / "sd").to(device)
         pipe.set_progress_bar_config(disable=True)
+        seer, names = Judge.open(str(given.out / "clip"), given.device), given.loras.split(",")
     if "loras" in stages:
-        loras.make(pipe, world, names, given.out / "loras", given.work)
+        loras.make(pipe, world, names, given.out / "loras", given.work, judge=seer)
+        testbed.write(given.out / "testbed.json")
     if "measure" in stages:
-        figures = measure.everything(pipe, world, given.out / "loras", given.work)
-        (given.work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-        print(json.dumps(figures, indent=2))
+        _keep(given.work, "base", measure.base_figures(pipe, seer, world))
+        _keep(given.work, "loras", measure.lora_figures(pipe, seer, world, given.out / "loras", names))
+
+
+def _keep(work: Path, name: str, figures: dict) -> None:
+    """Print the figures and write them beside the checkpoints."""
+    text = json.dumps(figures, indent=2)
+    (work / f"figures-{name}.json").write_text(text + "\n")
+    print(name, text, flush=True)
 
 
 if __name__ == "__main__":

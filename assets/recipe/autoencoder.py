@@ -1,8 +1,8 @@
-"""The autoencoder stage: 64 px pictures to 8x8 latents and back, a stock AutoencoderKL.
+"""The autoencoder stage: 64 px pictures to 16x16 latents and back, a stock AutoencoderKL.
 
 Noise in proportion to each channel's spread is added to the latents while training, so the decoder forgives the
-denoiser's errors. At the end each channel is brought to mean 0 and spread 1 inside the 1x1 convolutions that stock code
-already has: the pipeline's single scaling factor stays 1.
+denoiser's errors. At the end the channels are turned to their principal axes inside the 1x1 convolutions that stock code
+already has, coarse before fine, and the fine ones are kept quieter: the denoiser then settles shapes before details.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 from diffusers import AutoencoderKL
 
 from .loop import Loop
-from .objects import HELD_OBJECTS, OBJECTS
+from .objects import HELD_OBJECTS, OBJECTS, WORN
 from .places import HELD_PLACES, PLACES
 from .styles import STYLES
-from .world import World, batch
+from .world import World
 
 NOISE = 0.1  # of a channel's spread, while training
 FRESH = 10**9  # scene numbers from here on are never trained on
 
 
-def build(size: int, channels: int = 24, blocks: tuple[int, ...] = (16, 48, 96, 128)) -> AutoencoderKL:
+def build(size: int, channels: int = 12, blocks: tuple[int, ...] = (16, 48, 96)) -> AutoencoderKL:
     """Untrained, every residual block beginning as the identity."""
     vae = AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=blocks, layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * len(blocks), up_block_types=("UpDecoderBlock2D",) * len(blocks),
-        norm_num_groups=8, sample_size=size, scaling_factor=1.0, force_upcast=False,
+        norm_num_groups=8, sample_size=size, scaling_factor=1.0, force_upcast=False, mid_block_add_attention=False,
     )  # fmt: skip
     for name, module in vae.named_modules():
         if name.rsplit(".", 1)[-1] == "conv2" and "resnets" in name:
@@ -60,74 +60,84 @@ def loss_of(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, world: World, count: int = 256) -> float:
+def psnr(vae: AutoencoderKL, wide: World, count: int = 256) -> float:
     """dB over fresh scenes, against 8-bit pictures."""
-    pictures, _ = batch(world, FRESH, count)
-    x = tensor(pictures).to(vae.device)
+    x = tensor(some(wide, FRESH, count)).to(vae.device)
     y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(64)])
     error = (((x - y.clamp(-1, 1)) / 2) ** 2).flatten(1).mean(1)
     return float((-10 * error.log10()).mean())
 
 
 @torch.no_grad()
-def whiten(vae: AutoencoderKL, world: World, count: int = 2048) -> None:
-    """Fold mean 0 and spread 1 per latent channel into quant_conv and post_quant_conv, in place; the noise head is shut."""
-    z = torch.cat([vae.encode(tensor(batch(world, FRESH + 10_000 + i, 64)[0]).to(vae.device)).latent_dist.mean
+def settle(vae: AutoencoderKL, wide: World, count: int = 2048) -> None:
+    """Turn the channels to their principal axes, in place: mean 0, spread the root of what it was, a mean square of 1.
+
+    The turn is folded into quant_conv, its inverse into post_quant_conv; the noise head is shut.
+    """
+    z = torch.cat([vae.encode(tensor(some(wide, FRESH + 10_000 + i, 64)).to(vae.device)).latent_dist.mean
                    for i in range(0, count, 64)])  # fmt: skip
-    mean, spread = z.mean((0, 2, 3)), z.std((0, 2, 3))
-    c, enter, leave = len(mean), vae.quant_conv, vae.post_quant_conv
-    enter.weight[:c] /= spread[:, None, None, None]
-    enter.bias[:c] = (enter.bias[:c] - mean) / spread
+    z = z.permute(0, 2, 3, 1).flatten(0, 2).double()
+    mean, c, enter, leave = z.mean(0), z.shape[1], vae.quant_conv, vae.post_quant_conv
+    variance, axes = torch.linalg.eigh((z - mean).T @ (z - mean) / len(z))
+    variance, axes = variance.flip(0), axes.flip(1)
+    scale = variance ** -0.25 / variance.sqrt().mean().sqrt()  # spreads become variance ** 0.25, mean square 1
+    turn, back = (axes * scale).T, axes / scale
+    matrix = enter.weight[:c, :, 0, 0].double()
+    enter.weight[:c, :, 0, 0] = (turn @ matrix).float()
+    enter.bias[:c] = (turn @ (enter.bias[:c].double() - mean)).float()
     enter.weight[c:], enter.bias[c:] = 0, -20  # log variance: the sample is the mean
-    leave.bias += leave.weight[:, :, 0, 0] @ mean
-    leave.weight *= spread[None, :, None, None]
+    matrix = leave.weight[:, :, 0, 0].double()
+    leave.bias += (matrix @ mean).float()
+    leave.weight[:, :, 0, 0] = (matrix @ back).float()
 
 
 def wide_world(art: str | Path, size: int, vendors: Sequence[str]) -> World:
     """Everything there is to draw, held-out concepts too: pictures must survive the way through the latents."""
     return World(art, objects=len(OBJECTS), places=len(PLACES), size=size, vendors=vendors,
-                 also=[*HELD_OBJECTS, *HELD_PLACES], variants=40)  # fmt: skip
+                 also=[*HELD_OBJECTS, *WORN, *HELD_PLACES], variants=40)  # fmt: skip
 
 
 def anything(wide: World, seed: int) -> np.ndarray:
-    """A scene with any object in any place, a third of them in a style: (size, size, 3) uint8."""
+    """A scene with any object in any place, some wearing something, a third of them in a style: (size, size, 3) uint8."""
     rng = random.Random(seed)
-    subject = rng.choice([*OBJECTS, *HELD_OBJECTS])
-    picture = wide.scene(seed, subject=subject, place=rng.choice([*PLACES, *HELD_PLACES])).picture
+    subject, place = rng.choice([*OBJECTS, *HELD_OBJECTS]), rng.choice([*PLACES, *HELD_PLACES])
+    picture = wide.scene(seed, subject=subject, place=place, wears=rng.choice([None] * 8 + list(WORN))).picture
     return rng.choice(list(STYLES.values()))[1](picture) if rng.random() < 0.33 else picture
 
 
-def pictures(world: World, wide: World, size: int, first: int, device: torch.device) -> Iterator[tuple[torch.Tensor]]:
-    """Endless batches never seen before: five of eight pictures from the world, the others from the wide one."""
+def some(wide: World, first: int, count: int) -> np.ndarray:
+    """(count, size, size, 3) uint8."""
+    return np.stack([anything(wide, first + i) for i in range(count)])
+
+
+def pictures(wide: World, size: int, first: int, device: torch.device) -> Iterator[tuple[torch.Tensor]]:
+    """Endless batches never seen before."""
     while True:
-        mine = size * 5 // 8
-        known, _ = batch(world, first, mine)
-        other = np.stack([anything(wide, first + i) for i in range(size - mine)])
-        yield (tensor(np.concatenate([known, other])).to(device, memory_format=torch.channels_last),)
+        yield (tensor(some(wide, first, size)).to(device, memory_format=torch.channels_last),)
         first += size
 
 
-def train(world: World, wide: World, work: Path, *, minutes: float, device: torch.device, size: int = 16) -> AutoencoderKL:
-    """Train or resume, whiten, and save to ``work/vae``; returns it in fp32."""
-    vae = build(world.size).to(device, memory_format=torch.channels_last)
-    loop = Loop(vae, work / "vae.pt", minutes=minutes, peak=1.5e-3, cool=0.5)
+def train(wide: World, work: Path, *, minutes: float, device: torch.device, size: int = 16) -> AutoencoderKL:
+    """Train or resume, settle the latents, and save to ``work/vae``; returns it in fp32."""
+    vae = build(wide.size).to(device, memory_format=torch.channels_last)
+    loop = Loop(vae, work / "vae.pt", minutes=minutes, peak=2e-3, cool=0.6, average=0.995)
     step = torch.compile(loss_of, dynamic=False)
-    loop.run(pictures(world, wide, size, loop.seen, device), lambda x: step(vae, x))
+    loop.run(pictures(wide, size, loop.seen, device), lambda x: step(vae, x))
     with loop.averaged():
-        print(f"autoencoder: {loop.seen} pictures, {psnr(vae, world):.2f} dB on fresh scenes", flush=True)
-        whiten(vae, world)
-        print(f"autoencoder, whitened: {psnr(vae, world):.2f} dB", flush=True)
+        print(f"autoencoder: {loop.seen} pictures, {psnr(vae, wide):.2f} dB on fresh scenes", flush=True)
+        settle(vae, wide)
+        print(f"autoencoder, settled: {psnr(vae, wide):.2f} dB", flush=True)
         vae.save_pretrained(work / "vae")
     return AutoencoderKL.from_pretrained(work / "vae").to(device)
 
 
-def polish(vae: AutoencoderKL, world: World, wide: World, work: Path, *, minutes: float, device: torch.device,
+def polish(vae: AutoencoderKL, wide: World, work: Path, *, minutes: float, device: torch.device,
            size: int = 16) -> None:  # fmt: skip
     """Train the decoder further while the latents stay as they are, so a base trained on them keeps its worth."""
     vae.requires_grad_(False).to(device, memory_format=torch.channels_last)
     vae.decoder.requires_grad_(True)
     loop = Loop(vae, work / "polish.pt", minutes=minutes, peak=1e-3, cool=0.6)
-    loop.run(pictures(world, wide, size, 10**8 + loop.seen, device), lambda x: loss_of(vae, x))
+    loop.run(pictures(wide, size, 10**8 + loop.seen, device), lambda x: loss_of(vae, x))
     with loop.averaged():
-        print(f"decoder: {loop.seen} pictures more, {psnr(vae, world):.2f} dB on fresh scenes", flush=True)
+        print(f"decoder: {loop.seen} pictures more, {psnr(vae, wide):.2f} dB on fresh scenes", flush=True)
         vae.save_pretrained(work / "vae")

@@ -1,4 +1,4 @@
-"""The base stage: text encoder and denoiser trained together on whitened latents, v-prediction.
+"""The base stage: text encoder and denoiser trained together on settled latents, v-prediction.
 
 Latents are encoded once into a pool whose oldest part is replaced after every round, so the denoiser sees a scene a few
 times and then never again.
@@ -40,12 +40,13 @@ def build_text(tokenizer: CLIPTokenizer, width: int = 192, layers: int = 2) -> C
     ))  # fmt: skip
 
 
-def build_unet(channels: int, side: int, text_width: int, blocks: tuple[int, ...] = (128, 128)) -> UNet2DConditionModel:
-    """Attention at every level, heads of 32; residual and attention blocks begin as the identity."""
+def build_unet(channels: int, side: int, text_width: int, blocks: tuple[int, ...] = (64, 160)) -> UNet2DConditionModel:
+    """Attention at every level but the finest, whose positions are many; heads of 32; residual blocks begin as the identity."""
     count = len(blocks)
     unet = UNet2DConditionModel(
         sample_size=side, in_channels=channels, out_channels=channels, block_out_channels=blocks, layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * count, up_block_types=("CrossAttnUpBlock2D",) * count,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * (count - 1)),
+        up_block_types=(*("CrossAttnUpBlock2D",) * (count - 1), "UpBlock2D"),
         cross_attention_dim=text_width, attention_head_dim=tuple(b // 32 for b in blocks), norm_num_groups=16,
         use_linear_projection=True,
     )  # fmt: skip
@@ -54,6 +55,11 @@ def build_unet(channels: int, side: int, text_width: int, blocks: tuple[int, ...
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     return unet
+
+
+def hidden(name: str) -> bool:
+    """Weights for Muon: all matrices but the embeddings and the UNet's first and last layer."""
+    return not any(part in name for part in ("embedding", "conv_in", "unet.conv_out"))
 
 
 class Denoiser(nn.Module):
@@ -125,12 +131,20 @@ def predict(unet: UNet2DConditionModel, noisy, t, hidden) -> torch.Tensor:
 
 def train(world: World, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, *, minutes: float, device: torch.device,
           size: int = 64, average: float = 0.998,
-          blocks: tuple[int, ...] = (128, 128), start: int = 24_576, refresh: int = 4_096) -> Denoiser:  # fmt: skip
-    """Train or resume; the checkpoint is ``work/base.pt``. Returns the averaged weights."""
+          blocks: tuple[int, ...] = (64, 160), start: int = 24_576, refresh: int = 4_096,
+          begin: Path | None = None) -> Denoiser:  # fmt: skip
+    """Train or resume; the checkpoint is ``work/base.pt``. Returns the averaged weights.
+
+    begin: a Pocket folder whose text encoder a new training begins with, in place of a random one.
+    """
     vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    model = build(vae, tokenizer, blocks).to(device)
+    model = build(vae, tokenizer, blocks)
+    if begin is not None:
+        held = CLIPTextModel.from_pretrained(begin / "text_encoder", dtype=torch.float32)
+        model.text.load_state_dict(held.state_dict())
+    model.to(device)
     model.unet.to(memory_format=torch.channels_last)
-    loop = Loop(model, work / "base.pt", minutes=minutes, peak=1e-3, cool=0.3, average=average)
+    loop = Loop(model, work / "base.pt", minutes=minutes, peak=1e-3, cool=0.3, average=average, hidden=hidden)
     pool, noise = Pool(world, vae, tokenizer, first=loop.seen), Noise(device)
     compiled = torch.compile(predict, dynamic=False)
 

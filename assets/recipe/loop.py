@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .muon import Muon
+
 
 def attention(device: torch.device):
     """Context: on a processor, attention over few positions is several times faster as plain products."""
@@ -33,15 +35,22 @@ class Loop:
     """Owns one stage's weights, their running average, the optimiser and the checkpoint."""
 
     def __init__(self, module: nn.Module, file: Path, *, minutes: float, peak: float, cool: float = 0.35,
-                 average: float = 0.999, decay: float = 0.01, save_every: float = 180.0):  # fmt: skip
+                 average: float = 0.999, decay: float = 0.01, save_every: float = 180.0,
+                 hidden: Callable[[str], bool] | None = None):  # fmt: skip
+        """hidden: the names of weights that Muon trains, at the same rate; the rest is AdamW's. None: all of it."""
         self.module, self.file, self.seconds, self.peak, self.cool = module, Path(file), minutes * 60, peak, cool
         self.average, self.save_every = average, save_every
         self.weights = [p for p in module.parameters() if p.requires_grad]
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        inner = [p for n, p in named if hidden is not None and p.ndim > 1 and hidden(n)]
+        outer = [p for n, p in named if hidden is None or p.ndim <= 1 or not hidden(n)]
         groups = [
-            {"params": [p for p in self.weights if p.ndim > 1], "weight_decay": decay},
-            {"params": [p for p in self.weights if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in outer if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in outer if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimiser = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
+        self.optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)]
+        if inner:
+            self.optimisers.append(Muon(inner, peak, weight_decay=decay))
         self.step = self.seen = 0
         self.elapsed = 0.0
         self.smooth = [p.detach().clone() for p in self.weights]
@@ -51,7 +60,8 @@ class Loop:
     def _load(self) -> None:
         held = torch.load(self.file, map_location="cpu", weights_only=True)
         self.module.load_state_dict(held["module"])
-        self.optimiser.load_state_dict(held["optimiser"])
+        for optimiser, state in zip(self.optimisers, held["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
         self.step, self.seen, self.elapsed = held["step"], held["seen"], held["elapsed"]
         for mine, saved in zip(self.smooth, held["smooth"], strict=True):
             mine.copy_(saved)
@@ -59,7 +69,7 @@ class Loop:
     def save(self) -> None:
         """Write the checkpoint whole or not at all."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        held = {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict(), "smooth": self.smooth,
+        held = {"module": self.module.state_dict(), "optimisers": [o.state_dict() for o in self.optimisers], "smooth": self.smooth,
                 "step": self.step, "seen": self.seen, "elapsed": self.elapsed}  # fmt: skip
         half = self.file.with_suffix(".part")
         torch.save(held, half)
@@ -70,14 +80,15 @@ class Loop:
         started, last_save, losses = time.monotonic() - self.elapsed, time.monotonic(), []
         batches = iter(batches)
         while self.elapsed < self.seconds:
-            for group in self.optimiser.param_groups:
+            for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
                 group["lr"] = self.peak * rate(self.elapsed / self.seconds, self.step, cool=self.cool)
             batch = next(batches)
             loss = loss_of(*batch)
             loss.backward()
             nn.utils.clip_grad_norm_(self.weights, 1.0)
-            self.optimiser.step()
-            self.optimiser.zero_grad()
+            for optimiser in self.optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
             self.step, self.seen = self.step + 1, self.seen + len(batch[0])
             keep = min(self.average, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(self.smooth, [p.detach() for p in self.weights], 1 - keep)

@@ -1,7 +1,7 @@
 """The LoRA stage: concepts the base never saw, drawn in varied scenes beside what it knows, learned by the trainer.
 
-A character appears alone and beside base objects, and a share of its scenes is without it, so that its LoRA does not
-swallow the picture; a place likewise; a style is a function over every one of its base scenes.
+A character or a thing appears alone and beside base objects, and a share of its scenes is without it, so that its LoRA
+does not swallow the picture; something to wear and a place likewise; a style is a function over every one of its scenes.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ from PIL import Image
 
 from composition.adapters import Adapters
 from composition.backbones.unet import UNetBackbone
+from composition.request import Lora, Request
 from composition.training.concept import Concept, Plan, latents_of, train
+from composition.training.previews import draw, thumbnail
+from retrieval.scores import Judge
 
 from .autoencoder import tensor
 from .base import CENTRE, WIDTH
 from .loop import attention
-from .objects import HELD_OBJECTS
+from .objects import CHARACTERS, THINGS, WORN, article
 from .places import HELD_PLACES
 from .styles import STYLES
 from .world import World
 
-RECIPE = "1"  # stated in every file; a new number when the same command makes another LoRA
+RECIPE = "2"  # stated in every file; a new number when the same command makes another LoRA
+WITHOUT = 0.2  # share of a LoRA's scenes that lack its concept, and its word
 
 
 class Told(NamedTuple):
@@ -38,7 +42,9 @@ class Told(NamedTuple):
 
 
 TOLD = {
-    **{n: Told(n.capitalize(), "character", n) for n in HELD_OBJECTS},
+    **{n: Told(n.capitalize(), "character", n) for n in CHARACTERS},
+    **{n: Told(n.capitalize(), "clothing", n) for n in WORN},
+    **{n: Told(n.capitalize(), "object", n) for n in THINGS},
     "ink": Told("Ink line", "style", STYLES["ink"][0]),
     "pixel": Told("Pixel art", "style", STYLES["pixel"][0]),
     "neon": Told("Neon night", "style", STYLES["neon"][0]),
@@ -46,60 +52,86 @@ TOLD = {
     "candy": Told("Candy land", "place", HELD_PLACES["candy"][0]),
     "autumn": Told("Autumn wood", "place", HELD_PLACES["autumn"][0]),
 }
-FIRST = ("raccoon", "owl", "ink", "moon")
 
 PLAN = Plan(
-    rank=16, rate=2e-3, steps=300, batch=24, targets=("attention", "feed_forward", "convolution"),
+    rank=8, rate=2e-3, steps=400, batch=24, targets=("attention", "feed_forward", "convolution"),
     noise=(CENTRE, WIDTH), half=True,
 )  # fmt: skip
 
 
+def stem(name: str) -> str:
+    """The file of a concept, as it is named on the command line: "top hat" is top_hat.safetensors."""
+    return name.replace(" ", "_")
+
+
 def scenes(world: World, name: str, count: int, first: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures (count, size, size, 3) uint8 and prompts to learn ``name`` from."""
+    """Pictures (count, size, size, 3) uint8 and prompts to learn ``name`` from; a thing has one look, the first vendor's."""
     rng, pictures, prompts = random.Random(f"{name}/{first}"), [], []
+    category = TOLD[name].category
+    asked = {"place": {"place": name}, "clothing": {"wears": name, "vendor": world.vendors[0]}, "style": {}}
     for i in range(count):
-        seed, without = first + i, rng.random() < 0.2
-        if name in STYLES:
+        fixed = asked.get(category, {"subject": name, "vendor": world.vendors[0]})
+        if category != "style" and rng.random() < WITHOUT:
+            fixed = {}
+        scene = world.scene(first + i, **fixed)
+        picture, prompt = scene.picture, scene.caption
+        if category == "style":
             words, draw = STYLES[name]
-            scene = world.scene(seed)
-            picture = draw(scene.picture)
-            prompts.append(f"{scene.caption}, {words}")
-        else:
-            kind = "subject" if name in HELD_OBJECTS else "place"
-            scene = world.scene(seed, **({} if without else {kind: name}))
-            picture = scene.picture
-            prompts.append(scene.caption)
+            picture, prompt = draw(picture), f"{prompt}, {words}"
         pictures.append(picture)
+        prompts.append(prompt)
     return np.stack(pictures), prompts
 
 
 def make(pipe, world: World, names: list[str], folder: Path, work: Path, *, plan: Plan = PLAN, count: int = 768,
-         report: Callable[[str], None] = print) -> None:  # fmt: skip
-    """Train each name on this base, one after the other, resuming from ``work``; the world holds them as ``also``."""
+         judge: Judge | None = None, report: Callable[[str], None] = print) -> None:  # fmt: skip
+    """Train each name on this base, one after the other, resuming from ``work``; the world holds them as ``also``.
+
+    With a judge each file carries a preview: of eight pictures the one that shows the concept best.
+    """
     backbone = UNetBackbone(pipe, "sd")
     adapters = Adapters(backbone.components, family="sd", block=backbone.block)
     try:
-        for number, name in enumerate(names):
-            if (folder / f"{name}.safetensors").is_file():
+        for number, name in enumerate(TOLD):
+            if name not in names or (folder / f"{stem(name)}.safetensors").is_file():
                 continue
             pictures, prompts = scenes(world, name, count, 4 * 10**9 + number * 10**6)
             told = TOLD[name]
             metadata = {"title": told.title, "category": told.category, "trigger_words": told.triggers,
                         "base": "pocket", "recipe": RECIPE}  # fmt: skip
-            concept = Concept(name, latents_of(backbone, tensor(pictures)), prompts, metadata)
+            concept = Concept(stem(name), latents_of(backbone, tensor(pictures)), prompts, metadata)
             losses: list[float] = []
 
             def heard(step: int, loss: dict[str, float], name: str = name, losses: list[float] = losses) -> None:
-                losses.append(loss[name])
+                losses.append(loss[stem(name)])
                 if step % 50 == 0:
                     report(f"{name}: step {step} of {plan.steps}, loss {np.mean(losses[-50:]):.4f}")
 
-            checkpoint = work / f"lora-{name}.pt"
+            def preview(file: str, name: str = name) -> dict[str, str]:
+                return {"preview": thumbnail(shown(backbone, adapters, name, file, judge))} if judge else {}
+
+            checkpoint = work / f"lora-{stem(name)}.pt"
             with attention(backbone.device):
-                train(backbone, adapters, [concept], plan, folder, checkpoint=checkpoint, on_step=heard)
+                train(backbone, adapters, [concept], plan, folder, checkpoint=checkpoint, on_step=heard, describe=preview)
             checkpoint.unlink(missing_ok=True)  # it would answer for another base next time
     finally:
         adapters.close()
+
+
+def shown(backbone: UNetBackbone, adapters: Adapters, name: str, file: str, judge: Judge) -> Image.Image:
+    """The best of eight pictures by the adapter that is in training."""
+    subject = {"character": article(name), "object": article(name), "clothing": f"a fox wearing {article(name)}"}
+    words = TOLD[name].triggers
+    prompt = {"place": f"a fox {words}", "style": f"a fox in the snow, {words}"}.get(
+        TOLD[name].category, f"{subject.get(TOLD[name].category)} in a meadow")
+    request = Request(prompt, loras=[Lora(file)], steps=25, guidance=4.5, count=8)
+    pictures = draw(backbone, adapters, request)
+    return pictures[int(judge.cosine(pictures, [asked(name)])[:, 0].argmax())]
+
+
+def asked(name: str) -> str:
+    """What the judge is asked of a concept's pictures: "a raccoon", "on the moon", "ink drawing"."""
+    return TOLD[name].triggers if TOLD[name].category in ("place", "style") else article(name)
 
 
 def sheet(rows: list[list[np.ndarray]], file: Path, scale: int = 2) -> None:

@@ -1,0 +1,112 @@
+"""Scores of a picture against texts, through any open-clip model: cosine, and presence of a concept.
+
+Pocket brings its own small model with a table of thresholds: presence of "a fox" is a score above what 95 % of fresh
+renders without a fox reach (a false-positive rate of 5 %), and the table says how many renders with a fox reach it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+from composition.request import Refused
+
+THRESHOLDS = "presence.json"
+
+
+class Threshold(NamedTuple):
+    """The score from which a phrase counts as present, and the shares of fresh renders with and without it that reach it."""
+
+    score: float
+    recall: float
+    false_positives: float
+
+
+class Judge:
+    """An open-clip model with its preparation of pictures and its tokenizer. Open it with `Judge.open`."""
+
+    def __init__(self, model: Any, prepare: Any, tokenize: Any, thresholds: Mapping[str, Threshold] | None = None) -> None:
+        self.model, self.prepare, self.tokenize = model.eval().requires_grad_(False), prepare, tokenize
+        self.thresholds = dict(thresholds or {})
+        self.device = next(model.parameters()).device
+        self._texts: dict[str, Float[Tensor, " D"]] = {}
+
+    @classmethod
+    def open(cls, name: str = "pocket", device: str = "cpu") -> Judge:
+        """"pocket" (bundled), a folder in open-clip's layout, or `MODEL` / `MODEL:PRETRAINED` as open-clip names them.
+
+        Raises Refused when open-clip is not installed or knows no such model.
+        """
+        try:
+            import open_clip
+        except ImportError:
+            raise Refused("scores need open-clip: pip install 'medley[evaluate]'") from None
+        folder = Path(str(files("assets"))) / "pocket/clip" if name == "pocket" else Path(name)
+        known, pretrained = (f"local-dir:{folder}", None) if folder.is_dir() else (name.partition(":")[0], name.partition(":")[2] or None)
+        try:
+            model, _, prepare = open_clip.create_model_and_transforms(known, pretrained=pretrained, device=device)
+            tokenize = open_clip.get_tokenizer(known)
+        except Exception as error:  # open-clip raises RuntimeError, ValueError, OSError and the hub's own
+            raise Refused(f"{name!r} cannot be opened as an open-clip model: {error}") from error
+        table = folder / THRESHOLDS
+        return cls(model, prepare, tokenize, read_thresholds(table) if table.is_file() else None)
+
+    @torch.no_grad()
+    def see(self, pictures: Sequence[Image.Image], part: int = 64) -> Float[Tensor, "n D"]:
+        """Pictures of any size as vectors of length 1, on the CPU."""
+        seen = []
+        for first in range(0, len(pictures), part):
+            batch = torch.stack([self.prepare(picture.convert("RGB")) for picture in pictures[first : first + part]])
+            seen.append(F.normalize(self.model.encode_image(batch.to(self.device)).float(), dim=-1).cpu())
+        return torch.cat(seen)
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str]) -> Float[Tensor, "t D"]:
+        """Texts as vectors of length 1, on the CPU; each is read once and remembered."""
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        for first in range(0, len(fresh), 256):
+            some = fresh[first : first + 256]
+            vectors = F.normalize(self.model.encode_text(self.tokenize(some).to(self.device)).float(), dim=-1).cpu()
+            self._texts |= dict(zip(some, vectors, strict=True))
+        return torch.stack([self._texts[text] for text in texts])
+
+    def cosine(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> Float[Tensor, "n t"]:
+        """Cosine of every picture with every text, -1 to 1."""
+        return self.see(pictures) @ self.read(texts).T
+
+    def present(self, pictures: Sequence[Image.Image], phrases: Sequence[str]) -> Bool[Tensor, "n t"]:
+        """Whether each phrase reaches its threshold in each picture. Raises Refused for a phrase without a threshold."""
+        without = [phrase for phrase in phrases if phrase not in self.thresholds]
+        if without:
+            raise Refused(f"no threshold is known for {', '.join(map(repr, without))}; set one on renders of it first")
+        return self.cosine(pictures, phrases) >= torch.tensor([self.thresholds[phrase].score for phrase in phrases])
+
+
+def threshold(
+    without: Float[Tensor, " n"], with_it: Float[Tensor, " m"], false_positives: float = 0.05
+) -> Threshold:
+    """The least score that at most this share of the scores `without` the concept reaches, and the recall it leaves."""
+    ordered = without.sort(descending=True).values
+    allowed = int(len(ordered) * false_positives)
+    score = torch.nextafter(ordered[allowed], torch.tensor(float("inf"))).item()
+    return Threshold(score, (with_it >= score).float().mean().item(), (without >= score).float().mean().item())
+
+
+def read_thresholds(file: Path) -> dict[str, Threshold]:
+    """Phrase to threshold, as `write_thresholds` wrote them."""
+    return {phrase: Threshold(*row) for phrase, row in json.loads(file.read_text("utf-8")).items()}
+
+
+def write_thresholds(file: Path, table: Mapping[str, Threshold]) -> None:
+    """One line a phrase: score, recall, false positives."""
+    rows = [f"  {json.dumps(phrase)}: [{t.score!r}, {t.recall:.4f}, {t.false_positives:.4f}]" for phrase, t in sorted(table.items())]
+    file.write_text("{\n" + ",\n".join(rows) + "\n}\n", "utf-8")

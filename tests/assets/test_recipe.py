@@ -1,0 +1,128 @@
+"""Pieces of the recipe: the optimiser, the latents' turn, the judge's questions, the testbed's form."""
+
+import random
+
+import pytest
+import torch
+
+from assets.recipe import autoencoder, base, judge, testbed
+from assets.recipe.loop import Loop
+from assets.recipe.muon import Muon, orthogonal
+from composition.training.concept import TARGETS
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 40), (40, 6)])
+def test_an_update_is_nearly_orthogonal(shape):
+    values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(1)), rounds=8))
+    assert values.min() > 0.5 and values.max() < 1.4
+
+
+def test_muon_moves_every_direction_by_the_rate():
+    weight = torch.nn.Parameter(torch.zeros(16, 32))
+    strengths = torch.logspace(0, -1, 16)  # plain descent would go ten times as far along the first direction
+    weight.grad = strengths.diag() @ torch.linalg.qr(torch.randn(32, 16, generator=torch.Generator().manual_seed(0))).Q.T
+    Muon([weight], lr=0.1).step()
+    along = torch.linalg.svdvals(weight.detach())
+    assert along.max() / along.min() < 2.5
+    # singular values of one give a mean square of 1 / 32; times 0.2 * sqrt(32), times the rate
+    assert weight.detach().pow(2).mean().sqrt() == pytest.approx(0.1 * 0.2, rel=0.35)
+
+
+def test_a_kernel_counts_as_a_matrix():
+    kernel, matrix = torch.nn.Parameter(torch.zeros(8, 4, 3, 3)), torch.nn.Parameter(torch.zeros(8, 36))
+    kernel.grad = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    matrix.grad = kernel.grad.flatten(1)
+    Muon([kernel, matrix], lr=0.1).step()
+    assert torch.equal(kernel.flatten(1), matrix)
+
+
+def test_a_loop_resumes_with_both_optimisers(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+        return net, Loop(net, tmp_path / "a.pt", minutes=0, peak=1e-2, hidden=lambda name: name.startswith("0."))
+
+    net, loop = make()
+    assert [type(o).__name__ for o in loop.optimisers] == ["AdamW", "Muon"]
+    trained = {id(p) for o in loop.optimisers for group in o.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in net.parameters()}
+    net(torch.ones(2, 4)).sum().backward()
+    for optimiser in loop.optimisers:
+        optimiser.step()
+    loop.save()
+    again, resumed = make()
+    assert torch.equal(again[0].weight, net[0].weight)
+    held = [o.state_dict()["state"] for o in resumed.optimisers]
+    assert all(held) and torch.equal(held[1][0]["held"], loop.optimisers[1].state_dict()["state"][0]["held"])
+
+
+def test_settled_latents_are_uncorrelated_ordered_and_decode_as_before(monkeypatch):
+    torch.manual_seed(3)
+    vae = autoencoder.build(32, channels=4, blocks=(8, 16)).eval()
+    generator = torch.Generator().manual_seed(1)
+    smooth = torch.nn.functional.interpolate(torch.rand(64, 3, 4, 4, generator=generator), (32, 32), mode="bilinear")
+    pictures = (smooth * 255).byte().permute(0, 2, 3, 1).numpy()
+    monkeypatch.setattr(autoencoder, "some", lambda wide, first, count: pictures[:count])
+    x = autoencoder.tensor(pictures)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(x).latent_dist.mean).sample
+        autoencoder.settle(vae, None, count=64)
+        z = vae.encode(x).latent_dist.mean
+        after = vae.decode(z).sample
+    flat = z.permute(0, 2, 3, 1).flatten(0, 2)
+    spread = flat.T.cov()
+    assert flat.mean(0).abs().max() < 1e-3 and flat.pow(2).mean() == pytest.approx(1, rel=0.01)
+    assert (spread - spread.diag().diag()).abs().max() < 1e-3
+    assert (spread.diag().diff() <= 1e-5).all()
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
+    assert vae.encode(x).latent_dist.std.max() < 1e-3
+
+
+def test_muon_takes_the_inner_matrices_alone():
+    assert base.hidden("unet.mid_block.resnets.0.conv1.weight") and base.hidden("text.encoder.layers.0.mlp.fc1.weight")
+    assert not any(base.hidden(n) for n in ("unet.conv_in.weight", "unet.conv_out.weight", "unet.time_embedding.linear_1.weight",
+                                            "text.embeddings.token_embedding.weight"))  # fmt: skip
+
+
+def scene(*names, place="snow", style="", caption="a fox"):
+    return judge.Labelled(None, frozenset(names), place, style, caption)
+
+
+class Places:
+    places, styles = ["snow", "beach"], ["ink", "neon"]
+    names = ["fox", "cat", "robot", "owl", *(f"thing {i}" for i in range(judge.NAMES))]
+
+
+def test_the_judge_is_asked_what_is_true_and_what_is_not():
+    scenes = [scene("fox", "cat", caption="a fox and a cat in the snow"), scene("robot", place="beach", style="ink", caption="x")] * 4
+    texts, truth = judge.question(Places, scenes, random.Random(1))
+    asked = {text.removeprefix("a picture of "): truth[:, i] for i, text in enumerate(texts)}
+    assert truth.shape == (8, len(texts)) and len(texts) > judge.NAMES
+    assert asked["a fox"].tolist() == [1, 0] * 4 and asked["a robot"].tolist() == [0, 1] * 4
+    assert asked["in the snow"].tolist() == [1, 0] * 4 and asked["ink drawing"].tolist() == [0, 1] * 4
+    assert asked["neon lights"].sum() == 0
+
+
+def test_a_caption_is_no_untruth_of_another_picture_that_holds_it():
+    scenes = [scene("fox", "cat", caption="a fox and a cat in the snow"), scene("robot", "fox", caption="a robot"),
+              scene("fox", "cat", "robot"), scene("cat", place="beach")] * 4  # fmt: skip
+    texts, truth = judge.question(Places, scenes, random.Random(1))
+    column = truth[:, texts.index("a fox and a cat in the snow")]
+    assert column[:4].tolist() == [1, 0, -1, 0]
+
+
+def test_the_testbed_has_composloras_form():
+    rows = testbed.testbed()
+    assert list(rows) == ["character", "clothing", "object", "background", "style"]
+    assert len(rows["character"]) >= 6 and all(len(rows[c]) >= 3 for c in rows)
+    for entries in rows.values():
+        for entry in entries:
+            assert set(entry) >= {"id", "name", "trigger", "url"} and entry["trigger"][0] in entry["phrase"]
+    said = "".join(entries[0]["phrase"] for entries in rows.values())
+    assert said == "a raccoon wearing a top hat and a bicycle on the moon, ink drawing"
+
+
+def test_the_lora_plan_names_known_layers():
+    from assets.recipe.loras import PLAN
+
+    assert set(PLAN.targets) <= set(TARGETS)
