@@ -1,4 +1,4 @@
-"""The command line: medley demo, generate, compare, loras, inspect, methods, doctor.
+"""The command line: medley demo, generate, compare, train, ui, loras, inspect, methods, doctor.
 
 torch and diffusers are imported inside commands only, so that `medley --help` answers at once. Errors are one line on
 stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
-from app import flags, make, record, settings, show
+from app import flags, make, record, settings, show, train
+from app.errors import sentence
 from composition import Cancelled, Lora, Receipt, Refused, Request, __version__
-from composition.request import explain
 
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 app = typer.Typer(help="Medley composes several LoRAs into one picture.", no_args_is_help=True, add_completion=False)
+app.add_typer(train.sub, name="train")
 
 DEMO = Request(prompt="a raccoon and a fox on the moon, ink drawing",
                loras=[Lora("raccoon"), Lora("moon"), Lora("ink", weight=0.25)], seed=2)
@@ -156,6 +156,21 @@ def _triggered(request: Request, engine: Any, say: Console) -> Request:
 
 
 @app.command()
+def ui(
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The port (the first free one from 7860).")] = None,
+    model: Model = None, device: Device = None, dtype: Dtype = None, offload: Offload = "auto", lora_dir: Folders = None,
+    out_dir: Out = PICTURES, browse: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+) -> None:
+    """The page: make pictures in a browser, on this machine alone."""
+    record.ready(out_dir)
+    from app import serve
+
+    number, place = serve.port(port), _place(device, dtype, offload, lora_dir)
+    with make.open_engine(model or "pocket", place) as engine:
+        serve.serve(engine, out_dir, number, lambda address: out.print(Text(f"{address}  (Ctrl-C stops)")), browse=browse)
+
+
+@app.command()
 def loras(model: Model = None, lora_dir: Folders = None, json: Json = False) -> None:
     """The LoRAs that can be named: bundled with the model, in your folder, in --lora-dir."""
     make.prepare(model or "pocket")
@@ -247,21 +262,7 @@ def run(command: Callable[[], Any]) -> int:
     except Exception as error:
         if os.environ.get("MEDLEY_DEBUG"):
             raise
-        return _fail(_sentence(error), 2)
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, TyperException):
-        return error.format_message()
-    if isinstance(error, ValidationError):
-        return explain(error)
-    if isinstance(error, Refused):
-        return str(error)
-    if type(error).__name__ == "OutOfMemoryError":
-        return "out of memory: use a smaller --size, --offload model, or --dtype float16"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or ''}: {error.strerror}".lstrip(": ")
-    return f"unexpected {type(error).__name__}: {error} (MEDLEY_DEBUG=1 shows where)"
+        return _fail(error.format_message() if isinstance(error, TyperException) else sentence(error), 2)
 
 
 def _fail(sentence: str, code: int) -> int:

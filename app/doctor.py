@@ -10,7 +10,8 @@ from app import settings
 from app.make import Place, open_engine, prepare
 from composition import Lora, Refused, Request, __version__
 
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pydantic", "typer", "rich", "pillow")
+_PACKAGES = (
+    "torch", "diffusers", "transformers", "accelerate", "safetensors", "pydantic", "gradio", "typer", "rich", "pillow")
 
 
 @dataclass

@@ -1,0 +1,172 @@
+"""Jobs: requests in line for one engine, made one after another by one thread; each can be stopped without harm to the rest."""
+
+import os
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from PIL import Image
+
+from app.errors import sentence
+from app.preview import Preview
+from composition import Cancelled, Refused, Request, Result
+
+if TYPE_CHECKING:
+    from composition import Engine, Event
+
+State = Literal["waiting", "running", "done", "cancelled", "failed"]
+
+
+class Job:
+    """One request on its way. The worker writes it, anyone may read it.
+
+    number: its name among the jobs. step of steps: how far it is (steps 0 until the first one is done). preview: the
+    latest picture of the work. stop: set to stop it before its next evaluation. result and path: when done. error: when
+    failed, a sentence. finished: set at the end, whatever it was.
+    """
+
+    def __init__(self, number: int, request: Request) -> None:
+        self.number = number
+        self.request = request
+        self.state: State = "waiting"
+        self.step = self.steps = 0
+        self.preview: Image.Image | None = None
+        self.result: Result | None = None
+        self.path: Path | None = None
+        self.error = ""
+        self.stop = threading.Event()
+        self.finished = threading.Event()
+        self._begun = self._ended = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been running, 0 while it waits."""
+        if not self._begun:
+            return 0.0
+        return (self._ended or time.perf_counter()) - self._begun
+
+    def begin(self) -> None:
+        self._begun = time.perf_counter()
+        self.state = "running"
+
+    def end(self, state: State, error: str = "") -> None:
+        self._ended = time.perf_counter()
+        self.state, self.error = state, error
+        self.finished.set()
+
+
+class Jobs:
+    """The line of one engine. Use it as a context manager: at its end everything is cancelled and the thread joined.
+
+    keep: writes a result to disk and answers where; called by the worker, so that a picture is kept whoever still looks.
+    room: how many may wait. A job is forgotten when it ends: who submitted it holds the only reference.
+    """
+
+    def __init__(self, engine: "Engine", keep: Callable[[Result], Path], *, room: int = 64) -> None:
+        self._engine, self._keep, self._room = engine, keep, room
+        self._preview = Preview(engine.backbone.decode) if _may_preview(engine) else None
+        self._changed = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
+        self._count = 0
+        self._closed = False
+        self._worker = threading.Thread(target=self._work, name="medley-jobs", daemon=True)
+        self._worker.start()
+
+    def submit(self, request: Request) -> Job:
+        """Put a request at the end of the line. Raises Refused when the line is full or closed."""
+        with self._changed:
+            if self._closed:
+                raise Refused("Medley is closing; start it again to make pictures")
+            if len(self._waiting) >= self._room:
+                raise Refused(f"{self._room} pictures are waiting already: wait for some of them, or cancel them")
+            self._count += 1
+            job = Job(self._count, request)
+            self._waiting.append(job)
+            self._changed.notify_all()
+            return job
+
+    def cancel(self, number: int) -> None:
+        """Stop the job of this number: at once when it waits, before its next evaluation when it runs. Else nothing."""
+        with self._changed:
+            if waiting := next((job for job in self._waiting if job.number == number), None):
+                self._leave(waiting)
+            elif self._running is not None and self._running.number == number:
+                self._running.stop.set()
+
+    def before(self, job: Job) -> int:
+        """How many jobs are made before this one."""
+        with self._changed:
+            ahead = self._running is not None and self._running is not job
+            return self._waiting.index(job) + ahead if job in self._waiting else 0
+
+    def close(self) -> None:
+        """Cancel every job and wait for the worker to end."""
+        with self._changed:
+            self._closed = True
+            for job in tuple(self._waiting):
+                self._leave(job)
+            if self._running is not None:
+                self._running.stop.set()
+            self._changed.notify_all()
+        self._worker.join()
+
+    def __enter__(self) -> "Jobs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _leave(self, job: Job) -> None:
+        self._waiting.remove(job)
+        job.stop.set()
+        job.end("cancelled")
+
+    def _work(self) -> None:
+        while self._next():
+            pass
+
+    def _next(self) -> bool:
+        """Make the next job; False when there will be none. A call of its own, so that no local outlives the job."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return False
+            job = self._running = self._waiting.popleft()
+            job.begin()
+        state, error = self._make(job)
+        with self._changed:
+            self._running = None
+        job.end(state, error)
+        return True
+
+    def _make(self, job: Job) -> tuple[State, str]:
+        def tell(event: "Event") -> None:
+            job.step, job.steps = event.index, event.count
+            if self._preview is not None and (picture := self._preview.of(event)) is not None:
+                job.preview = picture
+
+        try:
+            if self._preview is not None:
+                self._preview.begin()
+            result = self._engine.run(job.request, on_step=tell, cancel=job.stop)
+            if job.stop.is_set():  # cancelled after the last evaluation
+                return "cancelled", ""
+            job.path, job.result = self._keep(result), result
+        except Cancelled:
+            return "cancelled", ""
+        except Exception as error:  # whatever it is, the next job must run
+            if os.environ.get("MEDLEY_DEBUG"):
+                traceback.print_exc()
+            return "failed", sentence(error)
+        return "done", ""
+
+
+def _may_preview(engine: "Engine") -> bool:
+    """False where decoding would push the denoiser off the device at every look."""
+    placement = engine.backbone.placement
+    return placement is None or placement.offload != "model"
