@@ -68,9 +68,12 @@ class Backbone(Protocol):
         ...
 
     def denoise(
-        self, latents: Float[Tensor, "B *S"], t: Num[Tensor, ""], cond: Conditioning
+        self, latents: Float[Tensor, "B *S"], t: Num[Tensor, ""] | Num[Tensor, "B"], cond: Conditioning
     ) -> Float[Tensor, "R B *S"]:
-        """One evaluation on all rows of `cond`; `latents` are already scaled for the scheduler."""
+        """One evaluation on all rows of `cond`; `latents` are already scaled for the scheduler.
+
+        t: one time for all pictures, or a time for each.
+        """
         ...
 
     def decode(self, latents: Float[Tensor, "B *S"]) -> list[Image.Image]: ...

@@ -88,9 +88,10 @@ class UNetBackbone:
         return noise * scheduler.init_noise_sigma, scheduler.timesteps
 
     def denoise(
-        self, latents: Float[Tensor, "B C H W"], t: Num[Tensor, ""], cond: Conditioning
+        self, latents: Float[Tensor, "B C H W"], t: Num[Tensor, ""] | Num[Tensor, "B"], cond: Conditioning
     ) -> Float[Tensor, "R B C H W"]:
         rows, pictures = cond.rows, latents.shape[0]
+        t = t.repeat(rows) if t.ndim else t
 
         def flat(value: Tensor) -> Tensor:
             return value.expand(rows, pictures, *value.shape[2:]).flatten(0, 1).to(latents.dtype)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 
@@ -26,8 +26,8 @@ def write(
 ) -> None:
     """Write the factors by component and layer path.
 
-    alpha other than rank is stated in the header as diffusers states it, and `up` divided by it; text encoders' keys
-    carry "text_model.", which every transformers reads.
+    The file appears whole or not at all. alpha other than rank is stated in the header as diffusers states it, and `up`
+    divided by it; text encoders' keys carry "text_model.", which every transformers reads.
     """
     tensors: dict[str, Tensor] = {}
     header = {"format": "pt", **metadata}
@@ -46,5 +46,17 @@ def write(
     if scale != 1:
         header["lora_adapter_metadata"] = json.dumps(settings, sort_keys=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata=header)
-    file.chmod(0o644)
+    part = file.with_name(f"{file.name}.part")
+    part.write_bytes(_settled(save(tensors, metadata=header)))
+    part.chmod(0o644)
+    part.replace(file)
+
+
+def _settled(data: bytes) -> bytes:
+    """The same file with the words of its header in order: the library shuffles them, and equal LoRAs should be equal."""
+    length = int.from_bytes(data[:8], "little")
+    words = json.loads(data[8 : 8 + length])
+    words["__metadata__"] = dict(sorted(words["__metadata__"].items()))
+    text = json.dumps(words, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]

@@ -1,13 +1,21 @@
 """Concept LoRAs: they learn, a resumed run is the uninterrupted one, company changes nothing, stock diffusers agrees."""
 
+import base64
+import io
+from dataclasses import replace
+
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from composition.adapters import Adapters
 from composition.backbones.unet import UNetBackbone
-from composition.request import Refused
-from composition.training.concept import Concept, Plan, choose, latents_of, train
+from composition.request import Lora, Refused, Request
+from composition.sampler import Conditioning
+from composition.training import defaults, header, previews, state
+from composition.training.batches import Batches
+from composition.training.concept import Concept, Plan, _base, choose, latents_of, train
 from tests import toys
 
 
@@ -27,15 +35,16 @@ def toy(dtype=torch.float64, make=toys.sd):
 
 def concept(name, seed=0, count=6, dtype=torch.float64, side=16):
     latents = torch.randn(count, 4, side, side, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    return Concept(name, latents, [f"a {name} {i % 3}" for i in range(count)], {"title": name, "trigger_words": name})
+    return Concept(name, latents, [f"a {name} {i % 3}" for i in range(count)], {"title": name, "trigger_words": name},
+                   origin=f"{seed} {count}", others=["an owl", ""], blends=[f"a {name} and an owl"])  # fmt: skip
 
 
 def parts(checkpoint):
     return torch.load(checkpoint, weights_only=True)["parts"]
 
 
-def learn(concepts, plan, folder, **kwargs):
-    backbone, adapters = toy()
+def learn(concepts, plan, folder, make=toys.sd, **kwargs):
+    backbone, adapters = toy(make=make)
     try:
         return train(backbone, adapters, concepts, plan, folder, **kwargs)
     finally:
@@ -56,28 +65,106 @@ def test_loss_falls_and_the_base_is_untouched(tmp_path, double):
     assert all(not p.requires_grad for p in backbone.denoiser.parameters())
 
 
-def test_resumed_equals_uninterrupted(tmp_path, double):
-    plan = Plan(rank=2, steps=6, batch=2, warm=2, targets=("attention", "text"))
-    learn([concept("fox")], plan, tmp_path / "whole", checkpoint=tmp_path / "whole.pt", save_every=6)
+@pytest.mark.parametrize(("make", "extra"), [
+    (toys.sd, {"targets": ("attention", "text")}), (toys.sd, {"keep": 0.3, "blend": 0.3}), (toys.sdxl, {"keep": 0.3})])
+def test_resumed_equals_uninterrupted(tmp_path, double, make, extra):
+    plan = Plan(rank=2, steps=6, batch=2, warm=2, **extra)
+    learn([concept("fox")], plan, tmp_path / "whole", make, checkpoint=tmp_path / "whole.pt", save_every=6)
     count = iter(range(100))
-    stopped = learn([concept("fox")], plan, tmp_path / "half", checkpoint=tmp_path / "half.pt", stop=lambda: next(count) == 2)
+    stopped = learn(
+        [concept("fox")], plan, tmp_path / "half", make, checkpoint=tmp_path / "half.pt", stop=lambda: next(count) == 2)
     assert stopped == {}
-    learn([concept("fox")], plan, tmp_path / "half", checkpoint=tmp_path / "half.pt", save_every=6)
+    assert state.reached(tmp_path / "half.pt") == 3
+    learn([concept("fox")], plan, tmp_path / "half", make, checkpoint=tmp_path / "half.pt", save_every=6)
     for a, b in zip(parts(tmp_path / "whole.pt"), parts(tmp_path / "half.pt"), strict=True):
         assert torch.equal(a, b)
+    assert (tmp_path / "whole/fox.safetensors").read_bytes() == (tmp_path / "half/fox.safetensors").read_bytes()
 
 
-def test_trained_in_company_equals_trained_alone(tmp_path, double):
-    plan = Plan(rank=2, steps=4, batch=2, warm=2, targets=("attention", "feed_forward", "convolution"))
+@pytest.mark.parametrize(("make", "extra"), [
+    (toys.sd, {"targets": ("attention", "feed_forward", "convolution")}), (toys.sd, {"keep": 0.25, "blend": 0.25}),
+    (toys.sd, {"targets": ("attention", "text"), "keep": 0.25, "blend": 0.25}),
+    (toys.sdxl, {"targets": ("attention", "projection"), "keep": 0.25, "blend": 0.25, "guided": 2.0, "noise": (0.0, 1.0)})])
+def test_trained_in_company_equals_trained_alone(tmp_path, double, make, extra):
+    plan = Plan(rank=2, steps=4, batch=2, warm=2, **extra)
     both = [concept("fox", 1), concept("owl", 2)]
-    learn(both, plan, tmp_path, checkpoint=tmp_path / "both.pt", save_every=4)
+    learn(both, plan, tmp_path, make, checkpoint=tmp_path / "both.pt", save_every=4)
     company = parts(tmp_path / "both.pt")
     for k, one in enumerate(both):
         file = tmp_path / f"{one.name}.pt"
-        learn([one], plan, tmp_path, checkpoint=file, save_every=4)
+        learn([one], plan, tmp_path, make, checkpoint=file, save_every=4)
         for index, (mine, together) in enumerate(zip(parts(file), company, strict=True)):
             span = slice(2 * k, 2 * k + 2)
             torch.testing.assert_close(together[:, span] if index % 2 else together[span], mine, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [toys.sd, toys.sdxl])
+def test_a_time_for_each_picture_equals_one_at_a_time(double, make):
+    backbone, adapters = toy(make=make)
+    adapters.close()
+    cond = backbone.encode(["a fox"], ["an owl"])
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    times = torch.tensor([3, 400, 999])
+    with torch.no_grad():
+        together = backbone.denoise(latents, times, cond)
+        for index, t in enumerate(times):
+            alone = backbone.denoise(latents[index : index + 1], t, cond)
+            torch.testing.assert_close(together[:, index : index + 1], alone, rtol=1e-9, atol=1e-12)
+            same = backbone.denoise(latents[index : index + 1], t[None], cond)
+            assert torch.equal(same, alone)
+
+
+def test_kept_and_blended_rows_have_the_base_for_a_goal(double):
+    """Against goals written out row by row."""
+    backbone, adapters = toy()
+    one, plan = concept("fox"), Plan(rank=2, batch=12, keep=0.3, blend=0.3, empty=0.0)
+    with adapters.training(["fox"], 2, choose(backbone.components, plan.targets)) as stacks:
+        for layers in stacks.values():
+            for stack in layers.values():
+                stack.up.data.normal_()  # an adapter that says something, to be left out of the goals
+        batch = Batches(backbone, adapters, [one], plan).draw(5)
+        added = _base(backbone, adapters, batch, batch.asked)
+    adapters.close()
+    rows = batch.asked.rows.tolist()
+    kept = [row for row in rows if rows.count(row) == 1]
+    blended = sorted({row for row in rows if rows.count(row) == 2})
+    assert len(kept) in (3, 4) and len(blended) in (3, 4)
+    for row in range(12):
+        wanted = torch.zeros(4, 16, 16, dtype=torch.float64)
+        for index in [i for i, r in enumerate(rows) if r == row]:
+            cond = Conditioning({"text": batch.asked.cond.values["text"][:, index : index + 1]})
+            with torch.no_grad():
+                said = backbone.denoise(batch.noisy[row : row + 1], batch.t[row], cond)[0, 0]
+            wanted += float(batch.asked.sign[index]) * said
+        torch.testing.assert_close(added[row], wanted, rtol=1e-9, atol=1e-12)
+        assert (batch.goal[row] == 0).all() == (row in kept)
+    guided = Batches(backbone, adapters, [one], replace(plan, guided=2.0)).draw(5)
+    share = torch.zeros(12).index_add_(0, guided.asked.rows, guided.asked.sign)
+    for row in range(12):
+        assert float(share[row]) == (1.0 if row in kept else 0.5)
+        torch.testing.assert_close(guided.goal[row], batch.goal[row] / 2)
+
+
+def test_checkpointing_and_previews_change_nothing(tmp_path, double):
+    plan = Plan(rank=2, steps=3, batch=2, warm=1)
+    learn([concept("fox")], plan, tmp_path, checkpoint=tmp_path / "plain.pt", save_every=3)
+    for name, checkpointing in (("previews.pt", False), ("again.pt", True)):
+        backbone, adapters = toy()
+        seen = []
+
+        def on_step(step, losses, backbone=backbone, adapters=adapters, seen=seen):
+            seen.extend(previews.draw(backbone, adapters, Request(prompt="a fox", loras=[Lora("fox")], steps=2, count=2)))
+
+        before = dict(vars(backbone.denoiser))
+        train(backbone, adapters, [concept("fox")], plan, tmp_path, checkpoint=tmp_path / name, save_every=3,
+              on_step=on_step, checkpointing=checkpointing)  # fmt: skip
+        assert vars(backbone.denoiser) == before
+        assert not backbone.denoiser.is_gradient_checkpointing
+        adapters.close()
+        assert len(seen) == 6
+        assert seen[0].tobytes() != seen[4].tobytes()
+        for a, b in zip(parts(tmp_path / "plain.pt"), parts(tmp_path / name), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("alpha", [None, 1.0])
@@ -107,12 +194,17 @@ def test_stock_diffusers_reads_the_file(tmp_path, alpha):
         torch.testing.assert_close(after[name] - bare[name], wanted, rtol=1e-3, atol=1e-5)
 
 
-def test_sdxl_trains(tmp_path):
-    backbone, adapters = toy(torch.float32, toys.sdxl)
-    seen = []
-    train(backbone, adapters, [concept("fox", dtype=torch.float32)], Plan(rank=2, steps=2, batch=2), tmp_path,
-          on_step=lambda step, losses: seen.append(losses))  # fmt: skip
-    assert len(seen) == 2 and (tmp_path / "fox.safetensors").is_file()
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("make", [toys.sd, toys.sdxl])
+def test_every_family_and_precision_trains(tmp_path, make, half):
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone, adapters = toy(dtype, make)
+        seen = []
+        train(backbone, adapters, [concept("fox", dtype=torch.float32)], Plan(rank=2, steps=2, batch=2, half=half, keep=0.4),
+              tmp_path, on_step=lambda step, losses, seen=seen: seen.append(losses["fox"]))  # fmt: skip
+        adapters.close()
+        assert len(seen) == 2 and all(loss > 0 for loss in seen)
+    assert (tmp_path / "fox.safetensors").is_file()
 
 
 def test_refuses_in_plain_words(tmp_path):
@@ -121,8 +213,23 @@ def test_refuses_in_plain_words(tmp_path):
     with pytest.raises(Refused, match="one each"):
         Concept("fox", torch.zeros(2, 4, 8, 8), ["a fox"])
     learn([concept("fox")], Plan(rank=2, steps=2, batch=2), tmp_path, checkpoint=tmp_path / "c.pt", save_every=1)
-    with pytest.raises(Refused, match="another plan"):
-        learn([concept("fox")], Plan(rank=2, steps=3, batch=2), tmp_path, checkpoint=tmp_path / "c.pt")
+    plan = Plan(rank=2, steps=3, batch=2)
+    for words, one, other in (("another plan", concept("fox"), plan), ("other concepts", concept("owl"), replace(plan, steps=2)),
+                              ("other pictures", concept("fox", 3), replace(plan, steps=2))):
+        with pytest.raises(Refused, match=f"{words}.*delete"):
+            learn([one], other, tmp_path, checkpoint=tmp_path / "c.pt")
+    for damage in (b"", b"nothing", (tmp_path / "c.pt").read_bytes()[:-900]):
+        (tmp_path / "c.pt").write_bytes(damage)
+        with pytest.raises(Refused, match="c.pt.*damaged.*delete"):
+            learn([concept("fox")], plan, tmp_path, checkpoint=tmp_path / "c.pt")
+    for wrong in ({"rate": 0.0}, {"rate": float("nan")}, {"steps": 0}, {"keep": 0.6, "blend": 0.5}, {"empty": -0.1}):
+        with pytest.raises(Refused):
+            Plan(**wrong)
+    backbone, adapters = toy()
+    backbone.family = "flux"
+    with pytest.raises(Refused, match="SDXL.*not on flux"):
+        train(backbone, adapters, [concept("fox")], plan, tmp_path)
+    adapters.close()
 
 
 def test_targets_and_latents():
@@ -134,3 +241,38 @@ def test_targets_and_latents():
     assert set(choose(backbone.components, ("feed_forward",))) == {"unet"}
     latents = latents_of(backbone, torch.zeros(3, 3, 32, 32))
     assert latents.shape == (3, 4, 16, 16)
+
+
+def test_header_has_what_modelspec_asks_and_nothing_of_this_machine():
+    backbone, adapters = toy()
+    adapters.close()
+    told = header.header(backbone, "/home/somebody/models/dream.safetensors", Plan(rank=4, rate=1e-3), title="My cat",
+                         category="character", trigger="mycat", pictures=5, size=(32, 32), software="medley 1")  # fmt: skip
+    assert told["modelspec.sai_model_spec"] == "1.0.1"
+    assert told["modelspec.architecture"] == "dream/lora"
+    assert (told["modelspec.title"], told["title"]) == ("My cat", "My cat")
+    assert (told["modelspec.trigger_phrase"], told["trigger_words"]) == ("mycat", "mycat")
+    assert told["modelspec.resolution"] == "32x32"
+    assert (told["steps"], told["rank"], told["rate"], told["pictures"]) == ("500", "4", "0.001", "5")
+    assert not any("/home" in value or "somebody" in value for value in told.values())
+    names = {"pocket": "pocket", "org/name": "org/name", "./a/b": "b", "~/b": "b", "C:\\models\\b": "b", "b.safetensors": "b"}
+    assert {given: header.plain_name(given) for given in names} == names
+
+
+def test_thumbnail_is_small_whatever_the_picture():
+    for picture in (Image.effect_noise((600, 400), 200).convert("RGB"), Image.new("RGB", (64, 64), "red")):
+        data = base64.b64decode(previews.thumbnail(picture), validate=True)
+        with Image.open(io.BytesIO(data)) as opened:
+            assert opened.format == "PNG"
+            assert max(opened.size) <= 128
+        assert len(data) <= 40_000
+
+
+def test_defaults_by_size():
+    backbone, adapters = toy()
+    adapters.close()
+    usual = defaults.usual(backbone)
+    assert (usual.count(1), usual.count(10_000)) == (usual.views, 10_000)
+    assert defaults.halves(torch.device("cpu"), torch.bfloat16)
+    assert defaults.dtype_for("cpu", None) == "float32"
+    assert defaults.dtype_for(None, "bfloat16") == "bfloat16"

@@ -1,0 +1,131 @@
+"""The rows of a training step: which pictures, how much noise, and what they read, from (seed, concept, step) alone."""
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from composition.adapters import Adapters
+from composition.backbones.base import Backbone
+from composition.request import Refused
+from composition.sampler import Conditioning
+from composition.training.plan import Concept, Plan
+
+GOLDEN = 0.6180339887498949
+
+
+class Batch(NamedTuple):
+    """One step's rows, adapter after adapter. goal: what the denoiser should answer, less what the base says in `asked`."""
+
+    noisy: Float[Tensor, "rows C H W"]
+    t: Int[Tensor, "rows"]
+    goal: Float[Tensor, "rows C H W"]
+    cond: Conditioning  # (1, rows, ...)
+    count: int  # adapters
+    asked: "Asked | None"
+
+
+class Asked(NamedTuple):
+    """What the base without adapters says of some rows (a row may come twice) is added to their goals, times `sign`."""
+
+    rows: Int[Tensor, "n"]
+    sign: Float[Tensor, "n"]
+    cond: Conditioning  # (1, n, ...)
+
+
+class Batches:
+    """Draws the rows of a step.
+
+    Most rows are a picture with its prompt. Some (Plan.keep) have a prompt without the concept, and the base's own
+    answer for a goal. Some (Plan.blend) have a prompt that puts the concept elsewhere, and for a goal the picture's,
+    moved by what the new words mean to the base: its answer to the new prompt less its answer to the picture's own.
+    Plan.guided g: the answer to a prompt need only lie 1/g of the way from the base's answer to no prompt, so that
+    guidance of g, which multiplies that way, ends at the pictures and not far beyond.
+    """
+
+    def __init__(self, backbone: Backbone, adapters: Adapters, concepts: Sequence[Concept], plan: Plan) -> None:
+        self.backbone, self.adapters, self.concepts, self.plan = backbone, adapters, concepts, plan
+        self.kept = backbone.scheduler.alphas_cumprod.double().cpu()
+        self.log_sigma = ((1 - self.kept) / self.kept).sqrt().log()
+        self.kind = backbone.scheduler.config.prediction_type
+        self.dtype = None if plan.half else backbone.dtype  # autocast takes single precision as it is
+        self.read: dict[str, dict[str, Tensor]] = {}
+
+    def draw(self, step: int) -> Batch:
+        parts = [self._rows(concept, step) for concept in self.concepts]
+        device, size = self.backbone.device, self.plan.batch
+        noisy, t, goal = (torch.cat(same).to(device) for same in zip(*(part[:3] for part in parts), strict=True))
+        values = [self._encoded(k, part[3]) for k, part in enumerate(parts)]
+        cond = Conditioning({key: torch.cat([v[key] for v in values], 1) for key in values[0]})
+        asked = [(k * size + row, sign, prompt) for k, part in enumerate(parts) for row, sign, prompt in part[4]]
+        base = None
+        if asked:
+            rows, sign, prompts = zip(*asked, strict=True)
+            base = Asked(torch.tensor(rows, device=device), torch.tensor(sign, device=device), Conditioning(self._bare(prompts)))
+        return Batch(noisy.to(self.dtype or noisy.dtype), t, goal, cond, len(parts), base)
+
+    def _rows(
+        self, concept: Concept, step: int
+    ) -> tuple[Tensor, Tensor, Tensor, list[str], list[tuple[int, float, str]]]:
+        """One concept's noisy latents, times, goals, prompts, and (row, sign, prompt) of what the base is asked."""
+        name = f"{self.plan.seed}/{concept.name}/{step}"
+        rng = random.Random(name)
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        size = self.plan.batch
+        pick = torch.randint(len(concept.prompts), (size,), generator=generator)
+        latents = concept.latents[pick].cpu()
+        noise = torch.randn(latents.shape, generator=generator, dtype=latents.dtype)
+        t = self._times(size, generator)
+        kept = self.kept[t].to(latents.dtype).view(-1, 1, 1, 1)
+        a, s = kept.sqrt(), (1 - kept).sqrt()
+        goals = {"epsilon": lambda: noise, "v_prediction": lambda: a * noise - s * latents, "sample": lambda: latents}
+        if self.kind not in goals:
+            raise Refused(f"this base predicts {self.kind!r}; concepts can be trained on {', '.join(goals)}")
+        goal, prompts, asked = goals[self.kind]().clone(), [], []
+        for row in range(size):
+            own = concept.prompts[int(pick[row])]
+            place = (step * size + row) * GOLDEN % 1.0  # shares come out even over any few steps
+            if concept.others and place < self.plan.keep:
+                prompts.append(rng.choice(concept.others))
+                goal[row] = 0
+                asked.append((row, 1.0, prompts[-1]))
+                continue
+            if concept.blends and 0 <= place - self.plan.keep < self.plan.blend:
+                prompts.append(rng.choice(concept.blends))
+                asked += [(row, 1.0, prompts[-1]), (row, -1.0, own)]
+            else:
+                prompts.append("" if rng.random() < self.plan.empty else own)
+            if self.plan.guided > 1 and prompts[-1]:
+                goal[row] /= self.plan.guided
+                asked.append((row, 1 - 1 / self.plan.guided, ""))
+        return a * latents + s * noise, t, goal, prompts, asked
+
+    def _times(self, size: int, generator: torch.Generator) -> Tensor:
+        even = torch.randint(len(self.kept), (size,), generator=generator)
+        if self.plan.noise is None:
+            return even
+        centre, width = self.plan.noise
+        wanted = torch.randn(size, generator=generator, dtype=torch.float64) * width + centre
+        drawn = torch.searchsorted(self.log_sigma, wanted).clamp(max=len(self.kept) - 1)
+        return torch.where(torch.rand(size, generator=generator) < 0.1, even, drawn)
+
+    def _encoded(self, k: int, prompts: list[str]) -> dict[str, Tensor]:
+        """(1, batch, ...) tensors. With a text part, read anew with the gradient on; else each prompt once."""
+        if "text" in self.plan.targets:
+            self.adapters.use_text({self.concepts[k].name: 1.0})
+            try:
+                return dict(self.backbone.encode(prompts, None).values)
+            finally:
+                self.adapters.use_text({})
+        return self._bare(prompts)
+
+    def _bare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The same, read by the base alone."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self.read:
+                with torch.no_grad():
+                    self.read[prompt] = dict(self.backbone.encode([prompt], None).values)
+        return {key: torch.cat([self.read[p][key] for p in prompts], 1) for key in self.read[prompts[0]]}

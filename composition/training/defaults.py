@@ -1,0 +1,56 @@
+"""What usually works, by the size of the model: where a training starts when the user says nothing."""
+
+from dataclasses import dataclass
+
+import torch
+
+from composition.backbones.base import Backbone
+
+SMALL = 100_000_000  # parameters of a denoiser that learns within minutes on a processor
+
+
+@dataclass(frozen=True)
+class Usual:
+    """rank .. guided: as in Plan. views: how many of each picture, `most` in all. checkpointing: of gradients."""
+
+    rank: int
+    rate: float
+    steps: int
+    batch: int
+    targets: tuple[str, ...]
+    noise: tuple[float, float] | None
+    keep: float
+    blend: float
+    guided: float
+    views: int
+    most: int
+    checkpointing: bool
+
+    def count(self, pictures: int) -> int:
+        """Views of a folder of so many pictures."""
+        return max(pictures, min(self.views * pictures, self.most))
+
+
+def usual(backbone: Backbone) -> Usual:
+    """For this model."""
+    if sum(p.numel() for p in backbone.denoiser.parameters()) < SMALL:
+        return Usual(16, 2e-3, 500, 16, ("attention", "feed_forward", "convolution"), (0.0, 1.1), 0.1, 0.2, 2.0, 64, 640, False)
+    if backbone.family == "sdxl":
+        return Usual(16, 1e-4, 1000, 1, ("attention", "feed_forward"), None, 0.2, 0.0, 1.0, 8, 200, True)
+    return Usual(16, 1e-4, 1000, 2, ("attention", "feed_forward"), None, 0.2, 0.0, 1.0, 16, 400, False)
+
+
+def halves(device: torch.device, base: torch.dtype) -> bool:
+    """True when products in bfloat16 are fast here, or the base is stored so: a fact of the machine, not of the model."""
+    if base == torch.bfloat16:
+        return True
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def dtype_for(device: str | None, wanted: str | None) -> str | None:
+    """The base's number type: as wanted, else bfloat16 on a GPU that has it (half precision overflows in training)."""
+    if wanted is None and device not in ("cpu", "mps") and torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return wanted or "float32"

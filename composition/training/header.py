@@ -1,0 +1,50 @@
+"""The header of a trained LoRA file: what the library shows of it, and what the modelspec standard asks.
+
+github.com/Stability-AI/ModelSpec, version 1.0.1. Neither a path of the user's machine nor a clock is in it: the same
+training gives the same bytes.
+"""
+
+from pathlib import PurePath
+
+from composition.backbones.base import Backbone
+from composition.origin import text_width
+from composition.training.plan import Plan
+
+_ARCHITECTURES = {768: "stable-diffusion-v1", 2048: "stable-diffusion-xl-v1-base"}
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+def header(
+    backbone: Backbone, base: str, plan: Plan, *, title: str, category: str, trigger: str, pictures: int,
+    size: tuple[int, int], software: str,
+) -> dict[str, str]:
+    """Names and values of the header. base: the model as the user named it; size: (width, height) in pixels."""
+    kind = backbone.scheduler.config.prediction_type
+    told = {
+        "title": title, "category": category, "trigger_words": trigger, "base": plain_name(base),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture(backbone, base)}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        "modelspec.trigger_phrase": trigger,
+        "modelspec.resolution": f"{size[0]}x{size[1]}",
+        "modelspec.prediction_type": _PREDICTIONS.get(kind, kind),
+        "steps": str(plan.steps), "rank": str(plan.rank), "rate": f"{plan.rate:g}", "pictures": str(pictures),
+        "software": software,
+    }  # fmt: skip
+    return {name: value for name, value in told.items() if value}
+
+
+def architecture(backbone: Backbone, base: str) -> str:
+    """The base in the words of modelspec; a bundled or unknown one by its own name."""
+    width = text_width(backbone.components)
+    if width == 1024:
+        return f"stable-diffusion-v2-{'768-v' if backbone.scheduler.config.prediction_type == 'v_prediction' else '512'}"
+    return _ARCHITECTURES.get(width, plain_name(base))
+
+
+def plain_name(base: str) -> str:
+    """A bundled name or hub id as it is; of a path on this machine the last part alone."""
+    path = PurePath(base.replace("\\", "/"))
+    local = path.is_absolute() or len(path.parts) > 2 or base.startswith((".", "~")) or path.suffix == ".safetensors"
+    return path.name.removesuffix(".safetensors") if local or ":" in base else base

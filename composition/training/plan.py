@@ -1,0 +1,82 @@
+"""What to learn and how: Plan and Concept, checked when they are built."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from composition.request import Refused
+
+# Layers by what they are, as pieces of their paths; "text" is every projection of the text encoders.
+TARGETS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+    "projection": ("proj_in", "proj_out"),
+    "convolution": ("conv1", "conv2", "conv_shortcut"),
+    "text": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train. rate: peak of AdamW, warmed up, then a cosine down to a tenth. batch: rows per concept and step.
+
+    noise: None draws timesteps evenly; (centre, width) draws ln sigma from that normal distribution, besides a tenth
+    evenly. empty: the share of prompts replaced by "", which keeps guidance working. keep: the share of rows that have one
+    of a concept's `others` for a prompt and the base's own answer for a goal, so that what is learned stays with its
+    trigger. blend: the share that have one of its `blends`, so that other words go on to mean what they meant beside
+    the trigger. guided: the guidance at which pictures should come out as those learned from, 1 for none. half:
+    bfloat16 autocast.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    rate: float = 1e-3
+    steps: int = 500
+    batch: int = 8
+    targets: tuple[str, ...] = ("attention", "feed_forward")
+    noise: tuple[float, float] | None = None
+    empty: float = 0.1
+    keep: float = 0.0
+    blend: float = 0.0
+    guided: float = 1.0
+    warm: int = 25
+    decay: float = 0.0
+    half: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        strange = set(self.targets) - set(TARGETS)
+        if strange or not self.targets:
+            raise Refused(f"targets {sorted(strange)} are unknown; choose from {', '.join(TARGETS)}")
+        if min(self.rank, self.steps, self.batch) < 1:
+            raise Refused(f"rank, steps and batch must be at least 1, not {self.rank}, {self.steps}, {self.batch}")
+        if min(self.empty, self.keep, self.blend) < 0 or self.keep + self.blend >= 1 or self.empty >= 1:
+            raise Refused(f"empty, keep and blend are shares, not {self.empty:g}, {self.keep:g}, {self.blend:g}")
+        if not self.guided >= 1:
+            raise Refused(f"guided must be at least 1, not {self.guided:g}")
+        if not 0 < self.rate < 1:
+            raise Refused(f"the rate must lie between 0 and 1, not {self.rate:g}; 1e-4 is usual")
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """What one adapter learns from: latents (n, C, H, W) as the denoiser sees them, and a prompt for each.
+
+    metadata: for the file's header (title, category, trigger_words, base, ...). origin: what the latents were made
+    from, in any words; a checkpoint is only continued with the same. others: prompts that have nothing to do with it.
+    blends: prompts with it in other company than the pictures show.
+    """
+
+    name: str
+    latents: Float[Tensor, "n C H W"]
+    prompts: Sequence[str]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    origin: str = ""
+    others: Sequence[str] = ()
+    blends: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.latents) != len(self.prompts) or not len(self.prompts):
+            raise Refused(f"{self.name}: {len(self.latents)} pictures and {len(self.prompts)} prompts; give one each")
