@@ -16,11 +16,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from composition.training.attention import plain_attention
+
 from .autoencoder import tensor
-from .loop import Loop, attention
+from .loop import Loop
 from .tokenizer import LENGTH, ids
 from .world import World, batch
 
+APART = 10**8  # scene numbers between two processes that train together
 EMPTY = 0.1  # share of captions replaced by nothing, for guidance
 CENTRE, WIDTH = 0.0, 1.1  # ln sigma of the noise trained on: normal, besides a tenth spread evenly over the steps
 
@@ -144,8 +147,8 @@ def train(world: World, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path
         model.text.load_state_dict(held.state_dict())
     model.to(device)
     model.unet.to(memory_format=torch.channels_last)
-    loop = Loop(model, work / "base.pt", minutes=minutes, peak=1e-3, cool=0.3, average=average, hidden=hidden)
-    pool, noise = Pool(world, vae, tokenizer, first=loop.seen), Noise(device)
+    loop = Loop(model, work / "base.pt", minutes=minutes, peak=1.5e-3, cool=0.35, average=average, hidden=hidden)
+    pool, noise = Pool(world, vae, tokenizer, first=loop.seen + loop.rank * APART), Noise(device)
     compiled = torch.compile(predict, dynamic=False)
 
     def loss_of(latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -157,7 +160,7 @@ def train(world: World, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path
             guess = compiled(model.unet, noisy, t, hidden)
         return F.mse_loss(guess.float(), v)
 
-    with attention(device):
+    with plain_attention(device, model.unet.config.sample_size**2):
         loop.run(pool.batches(size, start, refresh), loss_of)
     loop.averaged().__enter__()
     return model

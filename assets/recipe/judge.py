@@ -24,7 +24,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from .loop import Loop, attention
+from composition.training.attention import plain_attention
+
+from .loop import Loop
 from .objects import HELD_OBJECTS, OBJECTS, WORN, article
 from .places import HELD_PLACES, PLACES
 from .styles import STYLES
@@ -232,7 +234,7 @@ def train(art: str | Path, folder: Path, work: Path, *, minutes: float, device: 
     model.visual.compile(dynamic=False)
     learner = Learner(model, len(source.names)).to(device)
     loop = Loop(learner, work / "judge.pt", minutes=minutes, peak=2e-3, cool=0.5, average=0.998, decay=0.02)
-    with attention(device):
+    with plain_attention(device, LENGTH):
         loop.run(questions(source, words, size, START + loop.seen, device), lambda *asked: loss_of(learner, *asked))
     with loop.averaged():
         settle(model, source, loop.seen)

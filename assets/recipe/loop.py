@@ -1,27 +1,24 @@
 """The one training loop of the recipe: a budget in minutes, averaged weights, checkpoints it resumes from.
 
 The learning rate is a function of the share of the budget that is spent, so a stage that was stopped, or that shares its
-machine, still ends with its rate cooled down. A larger budget on a later call takes the training further.
+machine, still ends with its rate cooled down. A larger budget on a later call takes the training further. Started by
+torchrun, several processes share the gradient of their batches; on a processor one process to a core is the fastest.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .muon import Muon
-
-
-def attention(device: torch.device):
-    """Context: on a processor, attention over few positions is several times faster as plain products."""
-    return sdpa_kernel([SDPBackend.MATH]) if device.type == "cpu" else nullcontext()
 
 
 def rate(spent: float, step: int, *, warm: int = 200, cool: float = 0.35) -> float:
@@ -29,6 +26,14 @@ def rate(spent: float, step: int, *, warm: int = 200, cool: float = 0.35) -> flo
     start = min(1.0, (step + 1) / warm)
     end = max(0.0, min(1.0, (spent - (1 - cool)) / cool))
     return start * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * end)))
+
+
+def joined() -> tuple[int, int]:
+    """This process's number among those that train together, and how many they are; joins them when torchrun said so."""
+    if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch.manual_seed(dist.get_rank())
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 class Loop:
@@ -51,11 +56,15 @@ class Loop:
         self.optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)]
         if inner:
             self.optimisers.append(Muon(inner, peak, weight_decay=decay))
+        self.rank, self.together = joined()
         self.step = self.seen = 0
         self.elapsed = 0.0
         self.smooth = [p.detach().clone() for p in self.weights]
         if self.file.is_file():
             self._load()
+        if self.together > 1:
+            for weight in self.weights:
+                dist.broadcast(weight.data, 0)
 
     def _load(self) -> None:
         held = torch.load(self.file, map_location="cpu", weights_only=True)
@@ -68,6 +77,8 @@ class Loop:
 
     def save(self) -> None:
         """Write the checkpoint whole or not at all."""
+        if self.rank:
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         held = {"module": self.module.state_dict(), "optimisers": [o.state_dict() for o in self.optimisers], "smooth": self.smooth,
                 "step": self.step, "seen": self.seen, "elapsed": self.elapsed}  # fmt: skip
@@ -85,24 +96,45 @@ class Loop:
             batch = next(batches)
             loss = loss_of(*batch)
             loss.backward()
+            self._share()
             nn.utils.clip_grad_norm_(self.weights, 1.0)
             for optimiser in self.optimisers:
                 optimiser.step()
                 optimiser.zero_grad()
-            self.step, self.seen = self.step + 1, self.seen + len(batch[0])
+            self.step, self.seen = self.step + 1, self.seen + len(batch[0]) * self.together
             keep = min(self.average, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(self.smooth, [p.detach() for p in self.weights], 1 - keep)
-            self.elapsed = time.monotonic() - started
+            self.elapsed = self._agreed(time.monotonic() - started)
             losses.append(loss.detach())
-            if self.step % 100 == 0:
+            if self.step % 100 == 0 and not self.rank:
                 mean = torch.stack(losses).mean().item()
                 line = f"{self.elapsed / 60:6.1f} min  step {self.step}  pictures {self.seen}  loss {mean:.4f}"
                 (report or print)(line)
+            if self.step % 100 == 0:
                 losses = []
             if time.monotonic() - last_save > self.save_every:
                 self.save()
                 last_save = time.monotonic()
         self.save()
+
+    @torch.no_grad()
+    def _share(self) -> None:
+        """The gradient of all processes' batches, in each of them."""
+        if self.together == 1:
+            return
+        grads = [p.grad for p in self.weights if p.grad is not None]
+        flat = _flatten_dense_tensors(grads)
+        dist.all_reduce(flat)
+        for grad, mean in zip(grads, _unflatten_dense_tensors(flat / self.together, grads), strict=True):
+            grad.copy_(mean)
+
+    def _agreed(self, elapsed: float) -> float:
+        """Seconds by the slowest process's clock, so that all have one rate and end together."""
+        if self.together == 1:
+            return elapsed
+        clock = torch.tensor(elapsed, device=self.weights[0].device)
+        dist.all_reduce(clock, dist.ReduceOp.MAX)
+        return float(clock)
 
     def averaged(self):
         """Context: the module holds the averaged weights inside, the trained ones again after."""

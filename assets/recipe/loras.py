@@ -23,7 +23,6 @@ from retrieval.scores import Judge
 
 from .autoencoder import tensor
 from .base import CENTRE, WIDTH
-from .loop import attention
 from .objects import CHARACTERS, THINGS, WORN, article
 from .places import HELD_PLACES
 from .styles import STYLES
@@ -54,7 +53,7 @@ TOLD = {
 }
 
 PLAN = Plan(
-    rank=8, rate=2e-3, steps=400, batch=24, targets=("attention", "feed_forward", "convolution"),
+    rank=8, rate=2e-3, steps=300, batch=16, targets=("attention", "feed_forward", "convolution"),
     noise=(CENTRE, WIDTH), half=True,
 )  # fmt: skip
 
@@ -111,8 +110,7 @@ def make(pipe, world: World, names: list[str], folder: Path, work: Path, *, plan
                 return {"preview": thumbnail(shown(backbone, adapters, name, file, judge))} if judge else {}
 
             checkpoint = work / f"lora-{stem(name)}.pt"
-            with attention(backbone.device):
-                train(backbone, adapters, [concept], plan, folder, checkpoint=checkpoint, on_step=heard, describe=preview)
+            train(backbone, adapters, [concept], plan, folder, checkpoint=checkpoint, on_step=heard, describe=preview)
             checkpoint.unlink(missing_ok=True)  # it would answer for another base next time
     finally:
         adapters.close()

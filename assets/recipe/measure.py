@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from composition.training.attention import plain_attention
+from composition.training.defaults import halves
 from retrieval.scores import Judge
 
-from .loop import attention
 from .loras import TOLD, asked, stem
 from .objects import FACES, article
 from .places import PLACES
@@ -45,12 +46,12 @@ def pairs(world: World, count: int, seed: int = 5) -> list[tuple[list[str], str,
 
 
 def paint(pipe: Any, prompts: Sequence[str], *, seed: int = 1, part: int = 50) -> list[Image.Image]:
-    """A picture for each prompt, one generator each."""
-    done = []
+    """A picture for each prompt, one generator each; products in bfloat16 where the processor has it."""
+    done, half = [], torch.autocast(pipe.device.type, torch.bfloat16, enabled=halves(pipe.device, pipe.unet.dtype))
     for i in range(0, len(prompts), part):
         some = list(prompts[i : i + part])
         generators = [torch.Generator().manual_seed(seed * 100_000 + i + k) for k in range(len(some))]
-        with attention(pipe.device):
+        with plain_attention(pipe.device, pipe.unet.config.sample_size**2), half:
             done += pipe(some, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators).images
     return done
 
