@@ -107,8 +107,7 @@ def _plan(wishes: Wishes, usual: Any, half: bool) -> "Plan":
 
     asked = {name: getattr(wishes, name) for name in ("steps", "rank", "rate", "batch", "targets")}
     chosen = {name: getattr(usual, name) if value is None else value for name, value in asked.items()}
-    return Plan(**chosen, noise=usual.noise, keep=usual.keep, blend=usual.blend, guided=usual.guided, empty=0.0, half=half,
-                seed=wishes.seed)  # fmt: skip
+    return Plan(**chosen, noise=usual.noise, keep=usual.keep, empty=0.0, half=half, seed=wishes.seed)
 
 
 def _say(plan: "Plan", engine: "Engine", out: Console) -> None:
@@ -132,8 +131,7 @@ def _concept(lesson: Lesson, folder: Any, engine: "Engine", plan: "Plan", views:
         pictures=len(folder), size=size, software=f"medley {__version__}")
     return Concept(
         lesson.name, latents_of(engine.backbone, pixels, part=8), prompts, told,
-        origin=f"{told['base']} {size} {views} {wishes.flip} {folder.origin}", others=captions.others(),
-        blends=captions.blends(lesson.trigger, lesson.category))
+        origin=f"{told['base']} {size} {views} {wishes.flip} {folder.origin}", others=captions.others())
 
 
 class _Previews:

@@ -169,9 +169,9 @@ class Asked(NamedTuple):
 class Learner(nn.Module):
     """What is trained: the model, and the table of one free vector for each name."""
 
-    def __init__(self, model: nn.Module, names: int):
+    def __init__(self, model: nn.Module, names: int, dim: int):
         super().__init__()
-        self.model, self.table = model, nn.Parameter(torch.randn(names, model.text_projection.shape[1]))
+        self.model, self.table = model, nn.Parameter(torch.randn(names, dim))
 
 
 def question(source: Source, scenes: Sequence[Labelled], rng: random.Random) -> tuple[list[str], torch.Tensor]:
@@ -232,7 +232,7 @@ def train(art: str | Path, folder: Path, work: Path, *, minutes: float, device: 
     model = build(len(words)).to(device)
     model.visual.to(memory_format=torch.channels_last)
     model.visual.compile(dynamic=False)
-    learner = Learner(model, len(source.names)).to(device)
+    learner = Learner(model, len(source.names), config(0)["model_cfg"]["embed_dim"]).to(device)
     loop = Loop(learner, work / "judge.pt", minutes=minutes, peak=2e-3, cool=0.5, average=0.998, decay=0.02)
     with plain_attention(device, LENGTH):
         loop.run(questions(source, words, size, START + loop.seen, device), lambda *asked: loss_of(learner, *asked))

@@ -53,7 +53,7 @@ TOLD = {
 }
 
 PLAN = Plan(
-    rank=8, rate=2e-3, steps=300, batch=16, targets=("attention", "feed_forward", "convolution"),
+    rank=8, rate=2e-3, steps=200, batch=16, targets=("attention", "feed_forward", "convolution"),
     noise=(CENTRE, WIDTH), half=True,
 )  # fmt: skip
 

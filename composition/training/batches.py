@@ -29,10 +29,9 @@ class Batch(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What the base without adapters says of some rows (a row may come twice) is added to their goals, times `sign`."""
+    """Rows whose goal is what the base without adapters says of them."""
 
     rows: Int[Tensor, "n"]
-    sign: Float[Tensor, "n"]
     cond: Conditioning  # (1, n, ...)
 
 
@@ -40,10 +39,7 @@ class Batches:
     """Draws the rows of a step.
 
     Most rows are a picture with its prompt. Some (Plan.keep) have a prompt without the concept, and the base's own
-    answer for a goal. Some (Plan.blend) have a prompt that puts the concept elsewhere, and for a goal the picture's,
-    moved by what the new words mean to the base: its answer to the new prompt less its answer to the picture's own.
-    Plan.guided g: the answer to a prompt need only lie 1/g of the way from the base's answer to no prompt, so that
-    guidance of g, which multiplies that way, ends at the pictures and not far beyond.
+    answer for a goal.
     """
 
     def __init__(self, backbone: Backbone, adapters: Adapters, concepts: Sequence[Concept], plan: Plan) -> None:
@@ -60,17 +56,17 @@ class Batches:
         noisy, t, goal = (torch.cat(same).to(device) for same in zip(*(part[:3] for part in parts), strict=True))
         values = [self._encoded(k, part[3]) for k, part in enumerate(parts)]
         cond = Conditioning({key: torch.cat([v[key] for v in values], 1) for key in values[0]})
-        asked = [(k * size + row, sign, prompt) for k, part in enumerate(parts) for row, sign, prompt in part[4]]
+        asked = [(k * size + row, prompt) for k, part in enumerate(parts) for row, prompt in part[4]]
         base = None
         if asked:
-            rows, sign, prompts = zip(*asked, strict=True)
-            base = Asked(torch.tensor(rows, device=device), torch.tensor(sign, device=device), Conditioning(self._bare(prompts)))
+            rows, prompts = zip(*asked, strict=True)
+            base = Asked(torch.tensor(rows, device=device), Conditioning(self._bare(prompts)))
         return Batch(noisy.to(self.dtype or noisy.dtype), t, goal, cond, len(parts), base)
 
     def _rows(
         self, concept: Concept, step: int
-    ) -> tuple[Tensor, Tensor, Tensor, list[str], list[tuple[int, float, str]]]:
-        """One concept's noisy latents, times, goals, prompts, and (row, sign, prompt) of what the base is asked."""
+    ) -> tuple[Tensor, Tensor, Tensor, list[str], list[tuple[int, str]]]:
+        """One concept's noisy latents, times, goals, prompts, and (row, prompt) of what the base is asked."""
         name = f"{self.plan.seed}/{concept.name}/{step}"
         rng = random.Random(name)
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
@@ -86,21 +82,13 @@ class Batches:
             raise Refused(f"this base predicts {self.kind!r}; concepts can be trained on {', '.join(goals)}")
         goal, prompts, asked = goals[self.kind]().clone(), [], []
         for row in range(size):
-            own = concept.prompts[int(pick[row])]
             place = (step * size + row) * GOLDEN % 1.0  # shares come out even over any few steps
             if concept.others and place < self.plan.keep:
                 prompts.append(rng.choice(concept.others))
                 goal[row] = 0
-                asked.append((row, 1.0, prompts[-1]))
-                continue
-            if concept.blends and 0 <= place - self.plan.keep < self.plan.blend:
-                prompts.append(rng.choice(concept.blends))
-                asked += [(row, 1.0, prompts[-1]), (row, -1.0, own)]
+                asked.append((row, prompts[-1]))
             else:
-                prompts.append("" if rng.random() < self.plan.empty else own)
-            if self.plan.guided > 1 and prompts[-1]:
-                goal[row] /= self.plan.guided
-                asked.append((row, 1 - 1 / self.plan.guided, ""))
+                prompts.append("" if rng.random() < self.plan.empty else concept.prompts[int(pick[row])])
         return a * latents + s * noise, t, goal, prompts, asked
 
     def _times(self, size: int, generator: torch.Generator) -> Tensor:

@@ -83,16 +83,6 @@ def others() -> tuple[str, ...]:
     return (*scenes, *_SUBJECTS, *[""] * (len(scenes) // 2))
 
 
-def blends(trigger: str, category: str) -> tuple[str, ...]:
-    """Prompts with the trigger where its pictures do not show it."""
-    if category == "place":
-        return tuple(f"{subject} {trigger}" for subject in _SUBJECTS)
-    if category == "style":
-        return tuple(f"{subject} {place}, {trigger}" for subject in _SUBJECTS for place in _PLACES)
-    called = plain(trigger, category)[0]
-    return (*[f"{called} {place}" for place in _PLACES], *[f"{called} and {subject}" for subject in _SUBJECTS])
-
-
 def examples(trigger: str, category: str) -> tuple[str, str]:
     """Two prompts that show what was learned: by itself, and among words the base knew before."""
     if category in LAST:

@@ -150,7 +150,7 @@ def _learn(backbone: Backbone, adapters: Adapters, state: State, batch: Batch, p
 
 @torch.no_grad()
 def _base(backbone: Backbone, adapters: Adapters, batch: Batch, asked: Asked) -> Float[Tensor, "rows C H W"]:
-    """What the base without adapters says of the rows in question, summed with its signs; 0 elsewhere."""
+    """What the base without adapters says of the rows in question; 0 elsewhere."""
     adapters.use({})
     said = backbone.denoise(batch.noisy[asked.rows], batch.t[asked.rows], asked.cond)[0].to(batch.goal)
-    return torch.zeros_like(batch.goal).index_add_(0, asked.rows, said * asked.sign.to(said).view(-1, 1, 1, 1))
+    return torch.zeros_like(batch.goal).index_add_(0, asked.rows, said)

@@ -11,7 +11,7 @@ SMALL = 100_000_000  # parameters of a denoiser that learns within minutes on a 
 
 @dataclass(frozen=True)
 class Usual:
-    """rank .. guided: as in Plan. views: how many of each picture, `most` in all. checkpointing: of gradients."""
+    """rank .. keep: as in Plan. views: how many of each picture, `most` in all. checkpointing: of gradients."""
 
     rank: int
     rate: float
@@ -20,8 +20,6 @@ class Usual:
     targets: tuple[str, ...]
     noise: tuple[float, float] | None
     keep: float
-    blend: float
-    guided: float
     views: int
     most: int
     checkpointing: bool
@@ -34,10 +32,10 @@ class Usual:
 def usual(backbone: Backbone) -> Usual:
     """For this model."""
     if sum(p.numel() for p in backbone.denoiser.parameters()) < SMALL:
-        return Usual(16, 2e-3, 500, 16, ("attention", "feed_forward", "convolution"), (0.0, 1.1), 0.1, 0.2, 2.0, 64, 640, False)
+        return Usual(8, 2e-3, 250, 16, ("attention", "feed_forward", "convolution"), (0.0, 1.1), 0.15, 64, 640, False)
     if backbone.family == "sdxl":
-        return Usual(16, 1e-4, 1000, 1, ("attention", "feed_forward"), None, 0.2, 0.0, 1.0, 8, 200, True)
-    return Usual(16, 1e-4, 1000, 2, ("attention", "feed_forward"), None, 0.2, 0.0, 1.0, 16, 400, False)
+        return Usual(16, 1e-4, 1000, 1, ("attention", "feed_forward"), None, 0.2, 8, 200, True)
+    return Usual(16, 1e-4, 1000, 2, ("attention", "feed_forward"), None, 0.2, 16, 400, False)
 
 
 def halves(device: torch.device, base: torch.dtype) -> bool:

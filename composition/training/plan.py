@@ -25,9 +25,7 @@ class Plan:
     noise: None draws timesteps evenly; (centre, width) draws ln sigma from that normal distribution, besides a tenth
     evenly. empty: the share of prompts replaced by "", which keeps guidance working. keep: the share of rows that have one
     of a concept's `others` for a prompt and the base's own answer for a goal, so that what is learned stays with its
-    trigger. blend: the share that have one of its `blends`, so that other words go on to mean what they meant beside
-    the trigger. guided: the guidance at which pictures should come out as those learned from, 1 for none. half:
-    bfloat16 autocast.
+    trigger. half: bfloat16 autocast.
     """
 
     rank: int = 8
@@ -39,8 +37,6 @@ class Plan:
     noise: tuple[float, float] | None = None
     empty: float = 0.1
     keep: float = 0.0
-    blend: float = 0.0
-    guided: float = 1.0
     warm: int = 25
     decay: float = 0.0
     half: bool = False
@@ -52,10 +48,8 @@ class Plan:
             raise Refused(f"targets {sorted(strange)} are unknown; choose from {', '.join(TARGETS)}")
         if min(self.rank, self.steps, self.batch) < 1:
             raise Refused(f"rank, steps and batch must be at least 1, not {self.rank}, {self.steps}, {self.batch}")
-        if min(self.empty, self.keep, self.blend) < 0 or self.keep + self.blend >= 1 or self.empty >= 1:
-            raise Refused(f"empty, keep and blend are shares, not {self.empty:g}, {self.keep:g}, {self.blend:g}")
-        if not self.guided >= 1:
-            raise Refused(f"guided must be at least 1, not {self.guided:g}")
+        if not (0 <= self.empty < 1 and 0 <= self.keep < 1):
+            raise Refused(f"empty and keep are shares from 0 to below 1, not {self.empty:g} and {self.keep:g}")
         if not 0 < self.rate < 1:
             raise Refused(f"the rate must lie between 0 and 1, not {self.rate:g}; 1e-4 is usual")
 
@@ -66,7 +60,6 @@ class Concept:
 
     metadata: for the file's header (title, category, trigger_words, base, ...). origin: what the latents were made
     from, in any words; a checkpoint is only continued with the same. others: prompts that have nothing to do with it.
-    blends: prompts with it in other company than the pictures show.
     """
 
     name: str
@@ -75,7 +68,6 @@ class Concept:
     metadata: Mapping[str, str] = field(default_factory=dict)
     origin: str = ""
     others: Sequence[str] = ()
-    blends: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if len(self.latents) != len(self.prompts) or not len(self.prompts):
