@@ -25,8 +25,8 @@ out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highli
 app = typer.Typer(help="Medley composes several LoRAs into one picture.", no_args_is_help=True, add_completion=False)
 app.add_typer(train.sub, name="train")
 
-DEMO = Request(prompt="a raccoon and a fox on the moon, ink drawing",
-               loras=[Lora("raccoon"), Lora("moon"), Lora("ink", weight=0.25)], seed=2)
+DEMO = Request(prompt="a raccoon and a fox on the moon, pixel art",
+               loras=[Lora("raccoon", weight=0.8), Lora("moon", weight=0.8), Lora("pixel", weight=0.7)], seed=1)
 
 # The flags that generate and compare share. None: not given, so that what --from has is kept.
 Prompt = Annotated[str | None, typer.Argument(help="What to draw. Trigger words are not added unless --triggers is given.")]

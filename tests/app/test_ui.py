@@ -151,7 +151,7 @@ def test_from_cards_to_a_picture_with_its_receipt(server, tab, tmp_path):
     page.keyboard.press("ArrowLeft")
     assert page.get_by_label("Weight of Raccoon as a number").input_value() == "0.95"
     fill(page, "prompt", "a raccoon in the snow, ink drawing")
-    more(page, steps=100, negative="fog")
+    more(page, steps=500, negative="fog")
     generate(page)
     running(page)
     page.locator("#picture.preview").wait_for()
@@ -161,11 +161,11 @@ def test_from_cards_to_a_picture_with_its_receipt(server, tab, tmp_path):
     assert picture.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
     assert picture.bounding_box()["width"] >= 400
     report = page.locator("#report").inner_text()
-    assert "raccoon: applied 180/180 tensors" in report
-    assert "ink: applied 180/180 tensors" in report
+    for name in ("raccoon", "ink"):
+        assert server.engine.inspect(name).line() in report
     found = record.read(download(page, tmp_path / "got.png")).request
     assert [(lora.source, lora.weight) for lora in found.loras] == [("raccoon", 0.95), ("ink", 0.45)]
-    assert (found.prompt, found.negative, found.steps) == ("a raccoon in the snow, ink drawing", "fog", 100)
+    assert (found.prompt, found.negative, found.steps) == ("a raccoon in the snow, ink drawing", "fog", 500)
     assert str(found.seed) in report and page.locator("#seed input").input_value() == str(found.seed)
     saved = sorted(server.pictures.glob("*.png"))[-1]
     assert str(saved) in report
