@@ -224,7 +224,7 @@ def test_a_closed_tab_takes_its_job_with_it(server, tab):
 
 
 @pytest.mark.parametrize(("values", "said"), [
-    ({"size": "63x63"}, "Size 63x63: width and height must be multiples of 8; 64x64 is the nearest"),
+    ({"size": "63x63"}, "Size 63x63: width and height must be multiples of 4; 64x64 is the nearest"),
     ({"size": "big"}, "Size big: write WIDTHxHEIGHT"),
     ({"steps": 0}, "Steps: Input should be greater than or equal to 1 (given 0)"),
     ({"steps": ""}, "Steps is empty"),
@@ -268,11 +268,13 @@ def test_a_methods_options_follow_it_and_are_kept(tab, tmp_path):
     page.get_by_text("One LoRA at a time, in turn").wait_for()
     page.locator("#options-switch button").first.click()
     fill(page, "option-switch-tau", 2)
+    page.keyboard.press("Tab")  # as anybody leaves a field
     page.get_by_label("Composite", exact=True).check()
     page.get_by_text("Asks every LoRA at every step").wait_for()
     page.locator("#options-switch").wait_for(state="hidden")
     page.get_by_label("Switch", exact=True).check()
     page.locator("#options-switch").wait_for()
+    page.wait_for_function("() => document.querySelector('#option-switch-tau input').value === '2'")
     more(page, steps=4)
     page.locator("#prompt textarea").focus()
     page.keyboard.press("Shift+Enter")
