@@ -106,11 +106,10 @@ class Loop:
             torch._foreach_lerp_(self.smooth, [p.detach() for p in self.weights], 1 - keep)
             self.elapsed = self._agreed(time.monotonic() - started)
             losses.append(loss.detach())
-            if self.step % 100 == 0 and not self.rank:
-                mean = torch.stack(losses).mean().item()
-                line = f"{self.elapsed / 60:6.1f} min  step {self.step}  pictures {self.seen}  loss {mean:.4f}"
-                (report or print)(line)
             if self.step % 100 == 0:
+                mean = torch.stack(losses).mean().item()
+                if not self.rank:
+                    (report or print)(f"{self.elapsed / 60:6.1f} min  step {self.step}  pictures {self.seen}  loss {mean:.4f}")
                 losses = []
             if time.monotonic() - last_save > self.save_every:
                 self.save()
