@@ -88,7 +88,7 @@ class Source:
         style = fixed.pop("style", rng.choice(self.styles) if rng.random() < 0.2 else "")
         if not fixed.get("subject"):
             fixed["subject"] = rng.choice(self.further if wide else list(HELD_OBJECTS) if rng.random() < 0.3 else self.own)
-        if "wears" not in fixed and rng.random() < 0.12:
+        if "wears" not in fixed and rng.random() < 0.35:
             fixed["wears"] = rng.choice(list(WORN))
         fixed.setdefault("place", rng.choice(self.places))
         fixed.setdefault("count", rng.choices((1, 2, 3), (0.5, 0.38, 0.12))[0])
