@@ -1,4 +1,4 @@
-"""The command line: medley demo, generate, compare, train, ui, loras, inspect, methods, doctor.
+"""The command line: medley demo, generate, compare, evaluate, train, ui, loras, inspect, methods, doctor.
 
 torch and diffusers are imported inside commands only, so that `medley --help` answers at once. Errors are one line on
 stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
-from app import flags, make, record, settings, show, train
+from app import evaluate, flags, make, record, settings, show, train
 from app.errors import sentence
 from composition import Cancelled, Lora, Receipt, Refused, Request, __version__
 
@@ -25,8 +25,8 @@ out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highli
 app = typer.Typer(help="Medley composes several LoRAs into one picture.", no_args_is_help=True, add_completion=False)
 app.add_typer(train.sub, name="train")
 
-DEMO = Request(prompt="a raccoon and a fox on the moon, pixel art",
-               loras=[Lora("raccoon", weight=0.8), Lora("moon", weight=0.8), Lora("pixel", weight=0.7)], seed=1)
+DEMO = Request(prompt="a raccoon and a fox on the moon, neon lights",
+               loras=[Lora("raccoon", weight=0.8), Lora("moon", weight=0.7), Lora("neon", weight=0.5)], seed=2)
 
 # The flags that generate and compare share. None: not given, so that what --from has is kept.
 Prompt = Annotated[str | None, typer.Argument(help="What to draw. Trigger words are not added unless --triggers is given.")]
@@ -153,6 +153,9 @@ def _triggered(request: Request, engine: Any, say: Console) -> Request:
     if added:
         say.print(Text(f"prompt with trigger words: {request.prompt}"))
     return request
+
+
+app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Scores of a picture against texts, through any open-clip model: cosine, and presence of a concept.
+"""Scores of a picture against texts, through any open-clip model: CLIPScore, presence of a concept, leakage.
 
 Pocket brings its own small model with a table of thresholds: presence of "a fox" is a score above what 95 % of fresh
 renders without a fox reach (a false-positive rate of 5 %), and the table says how many renders with a fox reach it.
@@ -6,6 +6,7 @@ renders without a fox reach (a false-positive rate of 5 %), and the table says h
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from composition.request import Refused
 
-THRESHOLDS = "presence.json"
+THRESHOLDS, CONFUSION = "presence.json", "confusion.json"  # beside a judge's weights
+SCALES = {"100": "100 * max(0, cos)", "2.5": "2.5 * max(0, cos)", "cos": "cos"}  # Hessel et al. 2021 (2104.08718): 2.5
+OUTER = 0.4  # share of the width that is looked at on either side for a doubled concept; narrower finds fewer, wider invents
 
 
 class Threshold(NamedTuple):
@@ -34,9 +37,13 @@ class Threshold(NamedTuple):
 class Judge:
     """An open-clip model with its preparation of pictures and its tokenizer. Open it with `Judge.open`."""
 
-    def __init__(self, model: Any, prepare: Any, tokenize: Any, thresholds: Mapping[str, Threshold] | None = None) -> None:
+    def __init__(
+        self, model: Any, prepare: Any, tokenize: Any, thresholds: Mapping[str, Threshold] | None = None, name: str = "",
+        folder: Path | None = None,
+    ) -> None:
+        """name: what is printed beside every score. folder: where its files are, None when open-clip fetched it."""
         self.model, self.prepare, self.tokenize = model.eval().requires_grad_(False), prepare, tokenize
-        self.thresholds = dict(thresholds or {})
+        self.thresholds, self.name, self.folder = dict(thresholds or {}), name, folder
         self.device = next(model.parameters()).device
         self._texts: dict[str, Float[Tensor, " D"]] = {}
 
@@ -49,7 +56,7 @@ class Judge:
         try:
             import open_clip
         except ImportError:
-            raise Refused("scores need open-clip: pip install 'medley[evaluate]'") from None
+            raise Refused("scores need open-clip: pip install open-clip-torch") from None
         folder = Path(str(files("assets"))) / "pocket/clip" if name == "pocket" else Path(name)
         known, pretrained = (f"local-dir:{folder}", None) if folder.is_dir() else (name.partition(":")[0], name.partition(":")[2] or None)
         try:
@@ -57,8 +64,12 @@ class Judge:
             tokenize = open_clip.get_tokenizer(known)
         except Exception as error:  # open-clip raises RuntimeError, ValueError, OSError and the hub's own
             raise Refused(f"{name!r} cannot be opened as an open-clip model: {error}") from error
-        table = folder / THRESHOLDS
-        return cls(model, prepare, tokenize, read_thresholds(table) if table.is_file() else None)
+        if not folder.is_dir():
+            return cls(model, prepare, tokenize, name=name)
+        table, weights = folder / THRESHOLDS, sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pt")])
+        digest = hashlib.sha256(weights[0].read_bytes()).hexdigest()[:12] if weights else ""
+        return cls(model, prepare, tokenize, read_thresholds(table) if table.is_file() else None,
+                   f"{name} {digest}".strip(), folder)
 
     @torch.no_grad()
     def see(self, pictures: Sequence[Image.Image], part: int = 64) -> Float[Tensor, "n D"]:
@@ -79,6 +90,15 @@ class Judge:
             self._texts |= dict(zip(some, vectors, strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        """Whether each text is longer than the model reads: its end is cut off, the end token stays."""
+        inner = getattr(self.tokenize, "tokenizer", None)  # open-clip wraps a transformers tokenizer
+        room = int(getattr(self.tokenize, "context_length", None) or self.model.context_length)
+        if inner is not None:
+            clean = getattr(self.tokenize, "clean_fn", lambda text: text)
+            return [len(inner(clean(text), truncation=False, verbose=False).input_ids) > room for text in texts]
+        return [len(self.tokenize.encode(text)) + 2 > room for text in texts]
+
     def cosine(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> Float[Tensor, "n t"]:
         """Cosine of every picture with every text, -1 to 1."""
         return self.see(pictures) @ self.read(texts).T
@@ -89,6 +109,37 @@ class Judge:
         if without:
             raise Refused(f"no threshold is known for {', '.join(map(repr, without))}; set one on renders of it first")
         return self.cosine(pictures, phrases) >= torch.tensor([self.thresholds[phrase].score for phrase in phrases])
+
+    def doubled(self, pictures: Sequence[Image.Image], phrases: Sequence[str]) -> Bool[Tensor, "n t"]:
+        """Whether each phrase is present on both sides of each picture: looked at the outer parts, OUTER of the width each.
+
+        One thing in the middle is in neither part, two things beside each other are one in each: a concept that stands in
+        both was drawn twice. Raises Refused as `present` does.
+        """
+        left, right = zip(*(sides(picture) for picture in pictures), strict=True)
+        return self.present(left, phrases) & self.present(right, phrases)
+
+
+def sides(picture: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """The left and the right OUTER of a picture, each in the middle of a square of its mean colour."""
+    picture = picture.convert("RGB")
+    wide = max(1, round(picture.width * OUTER))
+    made = []
+    for first in (0, picture.width - wide):
+        part = picture.crop((first, 0, first + wide, picture.height))
+        side = max(part.size)
+        square = Image.new("RGB", (side, side), part.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+        square.paste(part, ((side - part.width) // 2, (side - part.height) // 2))
+        made.append(square)
+    return made[0], made[1]
+
+
+def clip_score(cosine: Float[Tensor, "*n"], scale: str = "100") -> Float[Tensor, "*n"]:
+    """CLIPScore of each cosine: "100" as torchmetrics has it, "2.5" as Hessel et al. 2021, "cos" as it is.
+
+    Below nothing is nothing, picture by picture (not of the mean). No prefix ("A photo depicts") is put before the text.
+    """
+    return cosine if scale == "cos" else float(scale) * cosine.clamp(min=0)
 
 
 def threshold(

@@ -112,7 +112,7 @@ def test_demo(shell):
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (shell.folder / "demo").glob("*.png"))
     assert names == [f"demo-0000-{way}.png" for way in ("composite", "merge", "prompt", "strip", "switch")]
-    for word in ("raccoon: applied", "moon: applied", "pixel: applied", "demo-0000-strip.png"):
+    for word in ("raccoon: applied", "moon: applied", "neon: applied", "demo-0000-strip.png"):
         assert word in done.stdout
 
 

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from retrieval.scores import Judge
 
-from . import autoencoder, base, export, judge, loras, measure, presence, testbed, tokenizer
+from . import autoencoder, base, confusion, export, judge, loras, measure, presence, testbed, tokenizer
 from .places import PLACES
 from .world import ART, World, strange_words
 
@@ -79,6 +79,7 @@ def main() -> None:
     if "judge" in stages:
         judge.train(given.art, given.out / "clip", given.work, minutes=minutes["judge"], device=device)
         _keep(given.work, "judge", presence.settle(given.out / "clip", given.art))
+        confusion.settle(given.out / "clip", given.art)
     if {"loras", "measure"} & set(stages):
         pipe = StableDiffusionPipeline.from_pretrained(given.out / "sd").to(device)
         pipe.set_progress_bar_config(disable=True)

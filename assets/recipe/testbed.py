@@ -1,7 +1,7 @@
 """The testbed: one character and at most one LoRA of each other category, in ComposLoRA's form (arXiv 2402.16843).
 
-Each entry has besides id, name, trigger and url the ``phrase`` that says it in a prompt; the phrases of a set, in the order
-of the categories, are its prompt.
+Each entry has besides id, name, trigger and url: ``phrase``, which says it in a prompt (the phrases of a set, in the order
+of the categories, are its prompt); ``concept``, what a judge is asked of a picture; ``alone``, a prompt for it by itself.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .loras import TOLD, Told, stem
+from .loras import TOLD, Told, asked, stem
 from .objects import article
 
 CATEGORIES = ("character", "clothing", "object", "background", "style")  # ComposLoRA says background where a LoRA says place
@@ -23,11 +23,19 @@ def phrase(name: str, told: Told) -> str:
     }[told.category]  # fmt: skip
 
 
+def alone(name: str, told: Told) -> str:
+    """A prompt with nothing else that is new: something to wear, a place and a style need somebody the base knows."""
+    return {
+        "clothing": f"a fox wearing {article(name)}", "place": f"a fox {told.triggers}", "style": f"a fox, {told.triggers}",
+    }.get(told.category, article(name))  # fmt: skip
+
+
 def testbed() -> dict[str, list[dict[str, object]]]:
     """Category to its entries."""
     rows: dict[str, list[dict[str, object]]] = {category: [] for category in CATEGORIES}
     for name, told in TOLD.items():
-        entry = {"id": stem(name), "name": told.title, "trigger": [told.triggers], "phrase": phrase(name, told), "url": ""}
+        entry = {"id": stem(name), "name": told.title, "trigger": [told.triggers], "phrase": phrase(name, told), "concept": asked(name),
+                 "alone": alone(name, told), "url": ""}  # fmt: skip
         rows["background" if told.category == "place" else told.category].append(entry)
     return rows
 

@@ -119,15 +119,16 @@ class World:
 
     def scene(
         self, seed: int, *, subject: str | None = None, place: str | None = None, count: int | None = None,
-        wears: str | None = None, vendor: str | None = None,
+        wears: str | None = None, vendor: str | None = None, names: Sequence[str] = (),
     ) -> Scene:  # fmt: skip
         """The scene of this seed; ``subject`` puts that object in it, ``place``, ``count`` and ``vendor`` fix the rest.
 
-        ``wears``: one of the objects wears it: the subject, else one of FACES.
+        ``names``: exactly these objects in this order, one perhaps twice. ``wears``: one of the objects wears it: the
+        subject, else one of FACES.
         """
         rng = random.Random(f"{self.seed}/{seed}")
         count = count or rng.choices((1, 2, 3), SHARES)[0]
-        names = rng.sample(self.objects, min(count, len(self.objects)))
+        names = list(names) or rng.sample(self.objects, min(count, len(self.objects)))
         if wears and not subject:
             subject = rng.choice([n for n in FACES if n in self.objects])
         if subject and subject not in names:

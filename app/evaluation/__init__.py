@@ -1,0 +1,1 @@
+"""Evaluation: pictures made or given, scored, compared with their uncertainty, and reported."""

@@ -1,0 +1,70 @@
+"""What is asked for, whatever answers it: cases of an evaluation, and the pictures that answer them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from composition import Request
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing a picture should show.
+
+    name: the LoRA's, or the phrase. phrase: what the judge is asked ("a raccoon"). category: as a Lora's. alone: a prompt for
+    it by itself, "" for none. references: pictures of it that the user gave.
+    """
+
+    name: str
+    phrase: str
+    category: str = ""
+    alone: str = ""
+    references: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt with one noise. Every method answers it with the same seed.
+
+    group: what is resampled as one (a set of LoRAs, a prompt): pictures of one group are not independent. seed: number of
+    the seed within its group. text: what CLIPScore is asked. request: as asked, method included. method: how the request or
+    the given picture came to be, "" when it is not known. picture: a picture that is there already. line: of the manifest.
+    """
+
+    group: str
+    seed: int
+    text: str
+    concepts: tuple[Concept, ...] = ()
+    request: Request | None = None
+    method: str = ""
+    picture: Path | None = None
+    line: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of LoRAs asked for; of concepts where there is no request."""
+        return len(self.request.loras) if self.request else len(self.concepts)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What pairs the answers of two methods."""
+        return self.group, self.seed
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something left out, and why. line: of the manifest, 0 for none."""
+
+    where: str
+    why: str
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.why}" if self.line else f"{self.where}: {self.why}"
+
+
+@dataclass
+class Asked:
+    """The cases that can be answered, and what cannot."""
+
+    cases: list[Case] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)

@@ -1,0 +1,154 @@
+"""A manifest: JSONL with one request or one finished picture a line, or a folder that has `metadata.jsonl`.
+
+A line with `file_name` is a picture that is there (relative to the manifest, as Hugging Face's imagefolder has it), with its
+prompt as `text`. Other lines are requests, with the fields of a Request. Besides: `concepts` (phrases, or objects with
+`phrase` and, if you like, `name`, `category`, `references`), `group` (what is resampled as one: the prompt, unless told
+otherwise), `method` (what made a given picture), `text` (what CLIPScore is asked, when it is not the prompt). Columns that
+mean nothing here are left alone beside `file_name`. Lines that `medley generate` wrote need nothing added.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from app.evaluation.cases import Asked, Case, Concept, Problem
+from app.evaluation.ways import GIVEN
+from composition import Receipt, Refused, Request
+
+OURS = ("file_name", "concepts", "group", "text", "request")
+CONCEPT = {"phrase", "name", "category", "references"}
+
+
+def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "pocket") -> Asked:
+    """Cases and what is wrong, line by line; nothing stops at a bad line. Raises Refused when there is no manifest.
+
+    inspect: what a LoRA's file says of itself; raises Refused when there is none (the line is left out). model: for requests
+    that name none.
+    """
+    path = source / "metadata.jsonl" if source.is_dir() else source
+    if not path.is_file():
+        raise Refused(f"{source} has no metadata.jsonl" if source.is_dir() else f"{source} is not there; give a JSONL manifest, "
+                      "or a folder with metadata.jsonl")  # fmt: skip
+    asked, seen = Asked(), Counter()
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            case = _case(_object(line), path.parent, inspect, model, number)
+        except Refused as error:
+            asked.problems.append(Problem(str(path), str(error), number))
+            continue
+        turn = (case.group, case.method)
+        seed = seen[turn]
+        seen[turn] += 1
+        asked.cases.append(case if case.seed >= 0 else replace(case, seed=seed))
+    if not asked.cases and not asked.problems:
+        raise Refused(f"{path} is empty; write one request a line, as {{\"prompt\": \"a fox\", \"seed\": 1}}")
+    return asked
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"not readable as JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise Refused(f"expected an object with the fields of a request, found {type(row).__name__}")
+    return row
+
+
+def _case(row: dict[str, Any], folder: Path, inspect: Callable[[str], Receipt | None], model: str, line: int) -> Case:
+    picture = row.get("file_name")
+    request = _request(row, model, given=picture is not None)
+    path = None
+    if picture is not None:
+        path = _inside(folder, picture)
+        if not path.is_file():
+            raise Refused(f"the picture {picture!r} is missing")
+    text = row.get("text", request.prompt if request else None)
+    if not isinstance(text, str) or not text.strip():
+        raise Refused('a text is needed: the prompt, as "text" beside file_name or as "prompt" of a request')
+    told = row["concepts"] if "concepts" in row else None
+    concepts = _concepts(told, folder) if told is not None else _of_loras(request, inspect)
+    group, method = row.get("group", text), row.get("method", GIVEN if path else "")
+    if not isinstance(group, str) or not isinstance(method, str):
+        raise Refused("group and method are texts")
+    if request and not request.loras and path and "method" not in row:
+        method = GIVEN
+    seed = row.get("seed", -1) if path else (request.seed if request else -1)
+    return Case(group, seed if isinstance(seed, int) and not isinstance(seed, bool) else -1, text, concepts, request, method, path, line)
+
+
+def _request(row: dict[str, Any], model: str, *, given: bool) -> Request | None:
+    """The request a line is, or holds; None beside a picture that came without one."""
+    held = row.get("request")
+    if held is not None:
+        return Request.read(held if isinstance(held, str) else json.dumps(held))
+    if given:
+        return None
+    fields = {key: value for key, value in row.items() if key not in OURS}
+    fields.setdefault("model", model)
+    if "prompt" not in fields and isinstance(row.get("text"), str):
+        fields["prompt"] = row["text"]
+    if "prompt" not in fields:
+        raise Refused('neither a picture ("file_name") nor a request ("prompt") is named')
+    return replace(Request.read(json.dumps(fields)), count=1)
+
+
+def _inside(folder: Path, name: Any) -> Path:
+    if not isinstance(name, str) or not name:
+        raise Refused("file_name is the path of a picture")
+    return folder / name
+
+
+def _of_loras(request: Request | None, inspect: Callable[[str], Receipt | None]) -> tuple[Concept, ...]:
+    """What each LoRA of a request stands for: its first trigger word, as it or its file says."""
+    found = []
+    for name, lora in zip(request.names, request.loras, strict=True) if request else ():
+        receipt = inspect(lora.source)
+        triggers = lora.triggers or (receipt.triggers if receipt else ())
+        if not triggers:
+            continue
+        category = lora.category or (receipt.category if receipt else "")
+        found.append(Concept(name, phrase(triggers[0], category), category, phrase(triggers[0], category)))
+    return tuple(found)
+
+
+def phrase(trigger: str, category: str) -> str:
+    """What a judge is asked for a trigger word: characters and things as "a raccoon", the rest as it is written."""
+    plain = trigger.replace(" ", "").isalpha() and trigger == trigger.lower() and len(trigger.split()) <= 2
+    plural = trigger.endswith("s") and not trigger.endswith("ss")
+    if category not in ("character", "object", "clothing") or not plain or plural or trigger.split()[0] in ("a", "an", "the"):
+        return trigger
+    return f"{'an' if trigger[0] in 'aeio' else 'a'} {trigger}"
+
+
+def _concepts(given: Any, folder: Path) -> tuple[Concept, ...]:
+    if not isinstance(given, list):
+        raise Refused("concepts is a list of phrases, or of objects with a phrase")
+    return tuple(_concept(one, folder) for one in given)
+
+
+def _concept(given: Any, folder: Path) -> Concept:
+    row = {"phrase": given} if isinstance(given, str) else given
+    if not isinstance(row, dict) or not isinstance(row.get("phrase"), str) or not row["phrase"].strip():
+        raise Refused(f"a concept is a phrase or an object with a phrase, not {given!r}")
+    if unknown := set(row) - CONCEPT:
+        raise Refused(f"a concept has {', '.join(sorted(CONCEPT))}, not {', '.join(sorted(unknown))}")
+    references = row.get("references", [])
+    if not isinstance(references, list) or not all(isinstance(one, str) for one in references):
+        raise Refused(f"references of {row['phrase']!r} is a list of picture files")
+    lost = [one for one in references if not (folder / one).is_file()]
+    if lost:
+        raise Refused(f"the reference picture {lost[0]!r} of {row['phrase']!r} is missing")
+    name, category = row.get("name", row["phrase"]), row.get("category", "")
+    if not isinstance(name, str) or not isinstance(category, str):
+        raise Refused(f"name and category of {row['phrase']!r} are texts")
+    return Concept(name, row["phrase"], category, references=tuple(folder / one for one in references))

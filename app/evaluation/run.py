@@ -1,0 +1,275 @@
+"""One evaluation from the wishes to the report: cases, tuning, pictures, scores, statistics, files."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from app import make
+from app.evaluation import manifest, mllm, report, statistics, testbed
+from app.evaluation.cases import Asked, Case, Concept, Problem
+from app.evaluation.making import Made, Maker, Store
+from app.evaluation.summary import mean, per_concept, summary
+from app.evaluation.ways import GIVEN, NONE, Row, Ways, equal, interleaved, title
+from composition import Receipt, Refused, Request
+
+if TYPE_CHECKING:
+    from app.evaluation.scoring import Scorer
+
+FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)  # of every LoRA's weight, tried when a method is tuned
+PILOTS = 8  # sets of each size that weights are tried on, with noise that is used for nothing else
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asked for. testbed or manifest: one of them. sets None: all. like: settings of every picture."""
+
+    folder: Path
+    like: Request
+    testbed: str = ""
+    manifest: Path | None = None
+    methods: tuple[str, ...] = ()
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sizes: tuple[int, ...] = (2, 3, 4, 5)
+    sets: int | None = 24
+    seeds: int = 3
+    limit: int | None = None
+    weight: float = 1.0
+    prefix: str = ""
+    tune: tuple[str, ...] = ()
+    equal: bool = True
+    references: int = 4
+    judge: str = "pocket"
+    scale: str = "100"
+    resamples: int = statistics.RESAMPLES
+    seed: int = 0
+    place: make.Place = make.Place()
+    endpoint: mllm.Endpoint | None = None
+    pairs: int = 50
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it: the report's document, the scored pictures, what was left out, and the page."""
+
+    document: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    problems: Sequence[Problem]
+    page: Path
+
+
+class Evaluation:
+    """One evaluation at work. Make it and call `run`; Ctrl-C raises Cancelled, and the same wishes go on from there."""
+
+    def __init__(self, wishes: Wishes, console: Console) -> None:
+        self.wishes, self.console = wishes, console
+        self.tuned: list[dict[str, Any]] = []
+        self._stack = ExitStack()
+
+    def run(self) -> Outcome:
+        """Make what is missing, score everything, write the report. Raises Refused when nothing at all can be done."""
+        make.prepare(self.wishes.like.model)
+        with self._stack:
+            asked = self._asked()
+            cases = interleaved(asked.cases, self.wishes.limit)
+            if not cases:
+                raise Refused("nothing can be evaluated: " + "; ".join(map(str, asked.problems[:3])))
+            scorer = self._scorer()
+            ways = self._ways(cases, scorer)
+            made = self._made(cases, ways)
+            references, trouble = self._references(cases, scorer)
+            seen = scorer.see(made)
+            scorer.settle(made, seen)
+            scores = scorer.score(made, seen, references)
+            rows = [self._row(made[index], score) for index, score in zip(seen, scores, strict=True)]
+            problems = [*asked.problems, *(self.maker.problems if self._opened else []), *scorer.problems, *trouble]
+            if not rows:
+                raise Refused("no picture could be made or read: " + "; ".join(map(str, problems[:3])))
+            document = self._document(rows, problems, scorer)
+            return Outcome(document, rows, problems, report.write(self.wishes.folder, rows, document))
+
+    # what is asked ---------------------------------------------------------------------------------------------------
+
+    def _asked(self) -> Asked:
+        if self.wishes.manifest is not None:
+            return manifest.read(self.wishes.manifest, self._inspect, self.wishes.like.model)
+        asked, lost = Asked(), {}
+        for size in self.wishes.sizes:
+            for one in testbed.drawn(self._table, size, self.wishes.sets, self.wishes.seed):
+                missing = [entry.id for entry in one if not self._there(entry.id, lost)]
+                if not missing:
+                    asked.cases += testbed.cases([one], self.wishes.seeds, self.wishes.like, weight=self.wishes.weight, prefix=self.wishes.prefix)
+        asked.problems += [Problem(f"LoRA {name}", f"{why}; every set with it is left out") for name, why in lost.items()]
+        return asked
+
+    @cached_property
+    def _table(self) -> dict[str, list[testbed.Entry]]:
+        return testbed.read(self.wishes.testbed)
+
+    def _there(self, name: str, lost: dict[str, str]) -> bool:
+        from composition import library
+
+        if name in lost:
+            return False
+        try:
+            library.find(name, self.wishes.like.model, self.wishes.place.folders)
+        except Refused as error:
+            lost[name] = str(error)
+            return False
+        return True
+
+    def _inspect(self, source: str) -> Receipt | None:
+        from composition import files, library
+
+        return files.inspect(library.find(source, self.wishes.like.model, self.wishes.place.folders))
+
+    # pictures --------------------------------------------------------------------------------------------------------
+
+    _opened = False
+
+    @cached_property
+    def maker(self) -> Maker:
+        """The engine, opened when the first picture is to be made."""
+        engine = self._stack.enter_context(make.open_engine(self.wishes.like.model, self.wishes.place))
+        self._opened = True
+        return Maker(engine, Store(self.wishes.folder), self.console)
+
+    def _make(self, rows: Sequence[Row], what: str) -> list[Made]:
+        if all(row.request is None for row in rows):
+            return [Made(row, row.picture, f"given-{index}") for index, row in enumerate(rows) if row.picture]
+        return self.maker.make(rows, what)
+
+    def _ways(self, cases: Sequence[Case], scorer: "Scorer") -> Ways:
+        """The methods, with weights tuned on other sets' and other noise's pictures where that was asked."""
+        ways = Ways({name: self.wishes.options.get(name, {}) for name in self.wishes.methods})
+        if not self.wishes.tune or self.wishes.manifest is not None:
+            return ways
+        factors = {}
+        for size in sorted({case.size for case in cases}):
+            sets = [one for one in testbed.drawn(self._table, size, PILOTS, seed=self.wishes.seed + 1)
+                    if all(self._there(entry.id, {}) for entry in one)]  # fmt: skip
+            pilots = testbed.cases(sets, 1, self.wishes.like, weight=self.wishes.weight, prefix=self.wishes.prefix, pilot=True)
+            for name in self.wishes.tune:
+                rows = [ways.row(case, name, factor) for factor in FACTORS for case in pilots]
+                made = self._make(rows, f"tuning {name}, {size} LoRAs")
+                factors[name, size] = self._best(name, size, made, scorer)
+        return replace(ways, factors=factors)
+
+    def _best(self, name: str, size: int, made: Sequence[Made], scorer: "Scorer") -> float:
+        """The factor with the highest presence (where it is known) and CLIPScore on the pilots."""
+        seen = scorer.see(made)
+        scores = dict(zip(seen, scorer.score(made, seen, {}), strict=True))
+        tried = {}
+        for factor in FACTORS:
+            mine = [row for index, row in scores.items() if _factor(made[index], self.wishes.weight) == factor]
+            if mine:
+                found = [row["presence"] for row in mine if row["presence"] is not None]
+                tried[factor] = (sum(found) / len(mine), sum(row["clipscore"] for row in mine) / len(mine))
+        best = max(tried, key=lambda factor: tried[factor], default=1.0)
+        self.tuned.append({"method": name, "size": size, "factor": best, "pictures": len(made), "tried": {
+            f"{factor:g}": {"presence": round(a, 4), "clipscore": round(b, 3)} for factor, (a, b) in tried.items()}})  # fmt: skip
+        return best
+
+    def _made(self, cases: Sequence[Case], ways: Ways) -> list[Made]:
+        """Pictures of all ways of all cases, those at equal evaluations last; in the order of the cases."""
+        rows: list[Row] = []
+        for case in cases:
+            if case.picture is not None:
+                rows.append(Row(case, case.method or (case.request.method if case.request else GIVEN), None, case.picture))
+            elif ways.options:
+                rows += ways.rows(case)
+            elif case.request:
+                rows += [ways.alone(case)] if case.request.loras else []
+                rows.append(Row(case, case.request.method if case.request.loras else NONE, case.request))
+        rows = [row for _, row in sorted(enumerate(rows), key=lambda pair: self._order(pair[1], pair[0]))]
+        made = self._make(rows, "making")
+        more = [further for one in made if one.evaluations and (further := equal(one.row, one.evaluations))] if self.wishes.equal else []
+        made += self._make(more, "at equal evaluations") if more else []
+        place = {(case.group, case.seed): index for index, case in enumerate(cases)}
+        return sorted(made, key=lambda one: place[one.row.case.key])
+
+    def _order(self, row: Row, index: int) -> tuple[Any, ...]:
+        """One set's pictures together, a way's seeds in a row: LoRAs are read, and folded, once."""
+        ways = (NONE, *self.wishes.methods)
+        return (row.case.size, row.case.group, ways.index(row.way) if row.way in ways else len(ways), index)
+
+    def _references(self, cases: Sequence[Case], scorer: "Scorer") -> tuple[dict[str, Any], list[Problem]]:
+        """Vectors of pictures of each LoRA alone, or of the user's own."""
+        from app.evaluation.scoring import gather
+
+        given: dict[str, Concept] = {}
+        alone: dict[str, Row] = {}
+        for case in cases:
+            for concept in case.concepts:
+                if concept.references:
+                    given.setdefault(concept.name, concept)
+                elif self.wishes.references and case.request and concept.alone and concept.name in case.request.names:
+                    lora = case.request.loras[case.request.names.index(concept.name)]
+                    request = replace(case.request, prompt=f"{self.wishes.prefix}{concept.alone}", loras=[replace(lora, weight=1.0)],
+                                      method="merge", options={}, count=1)  # fmt: skip
+                    alone.setdefault(concept.name, Row(Case(f"reference/{concept.name}", 0, concept.alone, (concept,), request), "reference", request))
+        rows = [Row(row.case, "reference", replace(row.request, seed=testbed.noise(row.case.group, number, True)))
+                for name, row in alone.items() if name not in given and row.request for number in range(self.wishes.references)]  # fmt: skip
+        made = self._make(rows, "references") if rows else []
+        return gather(made, scorer.see(made), scorer.judge, list(given.values()))
+
+    # scores ----------------------------------------------------------------------------------------------------------
+
+    def _scorer(self) -> "Scorer":
+        from app.evaluation.scoring import Scorer
+        from retrieval.scores import Judge
+
+        return Scorer(Judge.open(self.wishes.judge, self.wishes.place.device or "cpu"), self.wishes.scale)
+
+    def _row(self, one: Made, score: Mapping[str, Any]) -> dict[str, Any]:
+        case, request = one.row.case, one.row.request or one.row.case.request
+        return {"id": one.id, "way": one.row.way, "group": case.group, "number": case.seed, "size": case.size,
+                "seed": request.seed if request else None, "prompt": request.prompt if request else case.text, "text": case.text,
+                "picture": Path(os.path.relpath(one.path, self.wishes.folder)).as_posix(), **score,
+                "request": json.loads(request.json()) if request else None, "line": case.line}  # fmt: skip
+
+    def _document(self, rows: Sequence[Mapping[str, Any]], problems: Sequence[Problem], scorer: "Scorer") -> dict[str, Any]:
+        wishes, found = self.wishes, list(dict.fromkeys(row["way"] for row in rows))
+        first = (NONE, *(way for name in wishes.methods for way in (name, f"{name}@equal")))
+        ways = [*(way for way in first if way in found), *sorted(way for way in found if way not in first)]
+        texts = {row["text"]: row["cut"] for row in rows}
+        metrics = summary(rows, ways, resamples=wishes.resamples, seed=wishes.seed)
+        second = mllm.compare(wishes.endpoint, wishes.folder, rows, ways, wishes.pairs, resamples=wishes.resamples,
+                              seed=wishes.seed) if wishes.endpoint else None  # fmt: skip
+        from app.evaluation import telling
+
+        return {
+            "title": f"Evaluation: {wishes.testbed or wishes.manifest}", "ways": ways, "titles": {way: title(way) for way in ways},
+            "pictures": len(rows), "groups": len({row["group"] for row in rows}),
+            "group_word": "set" if wishes.testbed else "prompt", "sizes": sorted({row["size"] for row in rows}),
+            "model": wishes.like.model if self._opened else "", "metrics": metrics, "concepts": per_concept(rows, ways),
+            "resamples": wishes.resamples, "resample_seed": wishes.seed, "tuned": self.tuned, "mllm": second,
+            "judge": telling.judge(scorer, texts), "remarks": telling.remarks(self.tuned, ways, second),
+            "problems": telling.grouped(problems), "settings": telling.settings(wishes),
+        }  # fmt: skip
+
+
+def _factor(one: Made, weight: float) -> float:
+    """The factor of a pilot, from its first LoRA."""
+    case, request = one.row.case, one.row.request
+    assert case.request and request
+    ratio = request.loras[0].weight / case.request.loras[0].weight if weight else 1.0
+    return min(FACTORS, key=lambda factor: abs(factor - ratio))
+
+
+def below(outcome: Outcome, bars: Sequence[tuple[str, str, float]]) -> list[str]:
+    """What does not reach its bar, as sentences: (way or "" for every method, metric, value)."""
+    found = []
+    for way, metric, bar in bars:
+        for name in [way] if way else [way for way in outcome.document["ways"] if way != NONE]:
+            value = mean(outcome.document["metrics"], metric, name)
+            if value is None or value < bar:
+                found.append(f"{metric} of {title(name)} is {'not known' if value is None else f'{value:.4g}'}, below {bar:g}")
+    return found

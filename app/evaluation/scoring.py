@@ -1,0 +1,192 @@
+"""Every picture's scores: CLIPScore, each concept's score and presence, likeness to references, leakage."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from app.evaluation.cases import Concept, Problem
+from app.evaluation.making import Made
+from retrieval.scores import SCALES, Judge, clip_score, sides, threshold
+
+PART = 64  # pictures open at a time
+FEW = 40  # pictures without a concept from which a threshold can be set on them
+FALSE_POSITIVES = 0.05
+THINGS = ("", "character", "object")  # categories of what can stand beside another of its kind
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the report. larger: whether more is better. share: shown in percent. about: what it says, in one line."""
+
+    key: str
+    title: str
+    about: str
+    larger: bool = True
+    share: bool = False
+    digits: int = 2
+
+
+METRICS = (
+    Metric("presence", "Presence", "share of the concepts asked for that the judge finds", share=True, digits=1),
+    Metric("all_present", "All present", "share of pictures in which every concept is found", share=True, digits=1),
+    Metric("clipscore", "CLIPScore", "agreement of the picture with the whole prompt"),
+    Metric("concept", "CLIP-T", "mean over concepts of 100 * cosine with the concept's own phrase"),
+    Metric("concept_min", "CLIP-T, least", "the same of the concept that agrees least: a lost concept shows here"),
+    Metric("clip_i", "CLIP-I", "100 * cosine with pictures by each LoRA alone, mean over the LoRAs"),
+    Metric("clip_i_min", "CLIP-I, least", "the same of the LoRA that is least alike"),
+    Metric("leakage", "Leakage", "share of pictures with one thing twice and another not at all", larger=False, share=True, digits=1),
+    Metric("evaluations", "Evaluations", "denoiser evaluations a picture", larger=False, digits=1),
+    Metric("seconds", "Seconds", "seconds a picture, loading left out", larger=False),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Vectors of one picture: whole, and its two sides where leakage is asked."""
+
+    whole: Float[Tensor, " D"]
+    sides: Float[Tensor, "2 D"] | None
+
+
+class Scorer:
+    """A judge at work on one evaluation. Thresholds are the judge's own, else set on this evaluation's pictures."""
+
+    def __init__(self, judge: Judge, scale: str = "100") -> None:
+        self.judge, self.scale = judge, scale
+        self.problems: list[Problem] = []
+        self.thresholds: dict[str, float] = {phrase: row.score for phrase, row in judge.thresholds.items()}
+        self.settled: dict[str, int] = {}  # phrase to the number of pictures its threshold was set on
+
+    def see(self, made: Sequence[Made]) -> dict[int, Seen]:
+        """Index to vectors; a picture that cannot be opened is a problem and left out."""
+        found: dict[int, Seen] = {}
+        for first in range(0, len(made), PART):
+            opened = {}
+            for index in range(first, min(first + PART, len(made))):
+                picture = self._open(made[index])
+                if picture is not None:
+                    opened[index] = picture
+            if not opened:
+                continue
+            whole = self.judge.see(list(opened.values()))
+            parts = {index: sides(picture) for index, picture in opened.items() if len(_things(made[index].row.case.concepts)) > 1}
+            beside = self.judge.see([side for pair in parts.values() for side in pair]) if parts else None
+            at = {index: 2 * place for place, index in enumerate(parts)}
+            for place, index in enumerate(opened):
+                two = beside[at[index] : at[index] + 2] if beside is not None and index in at else None
+                found[index] = Seen(whole[place], two)
+        return found
+
+    def _open(self, one: Made) -> Image.Image | None:
+        try:
+            with Image.open(one.path) as image:
+                return image.convert("RGB")
+        except FileNotFoundError:
+            why = f"{one.path} is missing"
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            why = f"{one.path} is no readable picture: {error}"
+        case = one.row.case
+        self.problems.append(Problem(str(one.path), why, case.line))
+        return None
+
+    def settle(self, made: Sequence[Made], seen: Mapping[int, Seen]) -> None:
+        """Set a threshold for every phrase that has none, on the pictures of cases without it: 5 % of them pass."""
+        phrases = {concept.phrase for one in made for concept in one.row.case.concepts} - self.thresholds.keys()
+        for phrase in sorted(phrases):
+            others = [index for index in seen if phrase not in {c.phrase for c in made[index].row.case.concepts}]
+            if len(others) < FEW:
+                continue
+            text = self.judge.read([phrase])[0]
+            scores = torch.stack([seen[index].whole for index in others]) @ text
+            self.thresholds[phrase] = threshold(scores, scores, FALSE_POSITIVES).score
+            self.settled[phrase] = len(others)
+
+    def score(
+        self, made: Sequence[Made], seen: Mapping[int, Seen], references: Mapping[str, Float[Tensor, "n D"]]
+    ) -> list[dict[str, Any]]:
+        """One row of scores for each picture seen, in order. references: concept's name to vectors of pictures of it."""
+        texts = list(dict.fromkeys(made[index].row.case.text for index in seen))
+        cut = dict(zip(texts, self.judge.cut(texts), strict=True))
+        return [self._row(made[index], one, cut, references) for index, one in seen.items()]
+
+    def _row(
+        self, one: Made, seen: Seen, cut: Mapping[str, bool], references: Mapping[str, Float[Tensor, "n D"]]
+    ) -> dict[str, Any]:
+        case = one.row.case
+        cosine = seen.whole @ self.judge.read([case.text])[0]
+        row: dict[str, Any] = {"clipscore": float(clip_score(cosine, self.scale)), "cut": cut[case.text]}
+        concepts = [self._concept(concept, seen.whole, references) for concept in case.concepts]
+        present = [concept["present"] for concept in concepts]
+        likeness = [concept["clip_i"] for concept in concepts if concept["clip_i"] is not None]
+        scores = [concept["score"] for concept in concepts]
+        known = bool(present) and None not in present
+        row |= {
+            "concepts": concepts,
+            "concept": sum(scores) / len(scores) if scores else None,
+            "concept_min": min(scores, default=None),
+            "presence": sum(present) / len(present) if known else None,
+            "all_present": float(all(present)) if known else None,
+            "clip_i": sum(likeness) / len(likeness) if likeness else None,
+            "clip_i_min": min(likeness, default=None),
+            "leakage": self._leakage(case.concepts, seen),
+            "evaluations": one.evaluations,
+            "seconds": one.seconds,
+        }  # fmt: skip
+        return row
+
+    def _concept(self, concept: Concept, whole: Float[Tensor, " D"], references: Mapping[str, Float[Tensor, "n D"]]) -> dict[str, Any]:
+        cosine = float(whole @ self.judge.read([concept.phrase])[0])
+        bar = self.thresholds.get(concept.phrase)
+        like = references.get(concept.name)
+        return {"name": concept.name, "phrase": concept.phrase, "category": concept.category, "score": 100 * cosine,
+                "present": None if bar is None else cosine >= bar,
+                "clip_i": None if like is None or not len(like) else 100 * float((like @ whole).mean())}  # fmt: skip
+
+    def _leakage(self, concepts: Sequence[Concept], seen: Seen) -> float | None:
+        """1 when of two things one stands on both sides of the picture and the other is nowhere; None without two."""
+        things = _things(concepts)
+        if seen.sides is None or len(things) < 2 or any(thing.phrase not in self.thresholds for thing in things):
+            return None
+        bars = torch.tensor([self.thresholds[thing.phrase] for thing in things])
+        texts = self.judge.read([thing.phrase for thing in things])
+        here: Bool[Tensor, " t"] = texts @ seen.whole >= bars
+        twice: Bool[Tensor, " t"] = (texts @ seen.sides.T >= bars[:, None]).all(1)
+        leaked = any(bool(twice[a]) and not bool(here[b]) for a in range(len(things)) for b in range(len(things)) if a != b)
+        return float(leaked)
+
+
+def _things(concepts: Sequence[Concept]) -> list[Concept]:
+    return [concept for concept in concepts if concept.category in THINGS]
+
+
+def gather(made: Sequence[Made], seen: Mapping[int, Seen], judge: Judge, given: Sequence[Concept]) -> tuple[
+    dict[str, Float[Tensor, "n D"]], list[Problem]
+]:  # fmt: skip
+    """Vectors of reference pictures by concept: those made by the LoRA alone, or the user's own where there are any."""
+    vectors: dict[str, list[Tensor]] = defaultdict(list)
+    problems = []
+    for index, one in seen.items():
+        vectors[made[index].row.case.concepts[0].name].append(one.whole)
+    for concept in given:
+        pictures = []
+        for path in concept.references:
+            try:
+                with Image.open(Path(path)) as image:
+                    pictures.append(image.convert("RGB"))
+            except (OSError, ValueError) as error:
+                problems.append(Problem(str(path), f"a reference of {concept.name} cannot be read: {error}"))
+        if pictures:
+            vectors[concept.name] = list(judge.see(pictures))
+    return {name: torch.stack(rows) for name, rows in vectors.items()}, problems
+
+
+def formula(scale: str) -> str:
+    """CLIPScore's formula, as printed beside it."""
+    return SCALES[scale]

@@ -1,0 +1,145 @@
+"""Intervals and tests for pictures that come in groups: the same prompt's pictures are not independent.
+
+Everything is resampled by group, never by picture. Seeds and numbers of resamples are arguments, and are reported.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95  # of intervals; 1 - LEVEL is the bar of tests
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, its confidence interval (None where there is one group only), and what it rests on."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    pictures: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How much more `first` scores than `second` on the same cases.
+
+    p: of a two-sided permutation test (signs of whole groups). holm: that, adjusted for all pairs of one metric together.
+    effect: mean over groups of the difference, in units of its standard deviation (Cohen's d_z); None when nothing varies.
+    better: share of pictures in which first scores higher, ties counted half.
+    """
+
+    first: str
+    second: str
+    difference: Interval
+    p: float
+    holm: float
+    effect: float | None
+    better: float
+
+    @property
+    def parted(self) -> bool:
+        """Whether the two are told apart: the interval leaves 0 out and the permutation test agrees (p <= 0.05).
+
+        Both, because an interval over few groups is too short; with five groups or fewer no test can agree.
+        """
+        low, high = self.difference.low, self.difference.high
+        return low is not None and high is not None and (low > 0 or high < 0) and self.p <= 1 - LEVEL
+
+
+def _sums(values: Sequence[float], groups: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(sum, number) of each group, groups in the order of their names."""
+    _, which = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
+    return np.bincount(which, np.asarray(values, float)), np.bincount(which).astype(float)
+
+
+def interval(values: Sequence[float], groups: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The mean over pictures with a bootstrap interval over groups (95 %).
+
+    Percentiles are taken further out for few groups, as of Student's t with groups - 1 degrees of freedom (Hesterberg 2015,
+    "What teachers should know about the bootstrap", expanded percentile interval).
+    """
+    sums, numbers = _sums(values, groups)
+    mean = float(sums.sum() / numbers.sum())
+    count = len(sums)
+    if count < 2:
+        return Interval(mean, None, None, len(values), count)
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    means = (draws @ sums) / (draws @ numbers)
+    low, high = np.quantile(means, [share := _tail(count), 1 - share])
+    return Interval(mean, float(low), float(high), len(values), count)
+
+
+def _tail(count: int) -> float:
+    """The share left out on each side for this many groups."""
+    from scipy.stats import norm, t
+
+    return float(norm.cdf(np.sqrt(count / (count - 1)) * t.ppf((1 - LEVEL) / 2, count - 1)))
+
+
+def permuted(differences: Sequence[float], groups: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """Two-sided p of "no difference": the signs of whole groups are flipped, all ways where there are few enough.
+
+    Drawn at random otherwise, and then the observed signs count as one of the draws.
+    """
+    sums, _ = _sums(differences, groups)
+    observed, close = abs(sums.sum()), 1e-9 * max(1.0, float(np.abs(sums).sum()))
+    if 2 ** len(sums) <= resamples:
+        signs = np.array(list(product((-1, 1), repeat=len(sums))))
+        return float(np.mean(np.abs(signs @ sums) >= observed - close))
+    signs = np.random.default_rng(seed).choice((-1, 1), size=(resamples, len(sums)))
+    return float((1 + np.sum(np.abs(signs @ sums) >= observed - close)) / (1 + resamples))
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """p values adjusted for being several (Holm 1979)."""
+    order, adjusted, largest = np.argsort(chances, kind="stable"), [0.0] * len(chances), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(chances) - rank) * chances[index]))
+        adjusted[index] = float(largest)
+    return adjusted
+
+
+def paired(
+    scores: dict[str, dict[tuple[str, int], float]], *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[Paired]:
+    """Every two methods on the cases both have: method to case (group, seed) to score, in the order of the methods."""
+    found = []
+    names = list(scores)
+    for index, first in enumerate(names):
+        for second in names[index + 1 :]:
+            both = sorted(scores[first].keys() & scores[second].keys())
+            if not both:
+                continue
+            more = [scores[first][key] - scores[second][key] for key in both]
+            groups = [group for group, _ in both]
+            better = float(np.mean([1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in more]))
+            found.append(Paired(
+                first, second, interval(more, groups, resamples=resamples, seed=seed),
+                permuted(more, groups, resamples=resamples, seed=seed), 1.0, _effect(more, groups), better))  # fmt: skip
+    adjusted = holm([one.p for one in found])
+    return [Paired(**{**vars(one), "holm": p}) for one, p in zip(found, adjusted, strict=True)]
+
+
+def _effect(differences: Sequence[float], groups: Sequence[str]) -> float | None:
+    sums, numbers = _sums(differences, groups)
+    means = sums / numbers
+    spread = float(means.std(ddof=1)) if len(means) > 1 else 0.0
+    return float(means.mean() / spread) if spread > 1e-12 else None
+
+
+def ranks(means: dict[str, float], pairs: Sequence[Paired], *, larger: bool = True) -> dict[str, int]:
+    """Method to rank: 1 + the number of methods that are better and told apart from it.
+
+    Methods that the pictures do not tell apart may share a rank; that is no proof that they are alike.
+    """
+    beaten = dict.fromkeys(means, 0)
+    for one in pairs:
+        if one.parted:
+            first_wins = (one.difference.mean > 0) == larger
+            beaten[one.second if first_wins else one.first] += 1
+    return {name: 1 + beaten[name] for name in means}

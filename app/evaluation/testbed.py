@@ -1,0 +1,137 @@
+"""A testbed: LoRAs by category in ComposLoRA's form, and the sets drawn from it (arXiv 2402.16843, section 4.1).
+
+A set is one character and at most one LoRA of each other category. The file is ComposLoRA's own `*_lora_info.json`: category
+to entries of id, name, trigger (a list) and url. Ours have besides `phrase`, `concept` and `alone`; without them the prompt is
+all triggers joined by commas, as theirs is.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+from app.evaluation.cases import Case, Concept
+from composition import Lora, Refused, Request
+
+CATEGORIES = {"background": "place"}  # where ComposLoRA's word is not ours
+PILOT = "tuning"  # the cases that weights are tuned on have seeds of their own
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One LoRA of a testbed: the name it is found by, what it is, and the words that call it."""
+
+    id: str
+    name: str
+    category: str
+    triggers: tuple[str, ...]
+    phrase: str
+    concept: Concept
+
+    def __str__(self) -> str:
+        return self.id
+
+
+Set = tuple[Entry, ...]
+
+
+def read(source: str) -> dict[str, list[Entry]]:
+    """Category to entries, from "pocket" (bundled) or a file. Raises Refused with the entry that is wrong."""
+    path = Path(str(files("assets"))) / source / "testbed.json" if "/" not in source and not source.endswith(".json") else Path(source)
+    if not path.is_file():
+        raise Refused(f"--testbed {source}: there is no {path.name if source not in str(path) else 'such file'}; give pocket or a "
+                      "*_lora_info.json file")  # fmt: skip
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise Refused(f"--testbed {source}: not readable as JSON: {error}") from None
+    if not isinstance(document, dict) or not all(isinstance(rows, list) for rows in document.values()):
+        raise Refused(f"--testbed {source}: expected categories with lists of LoRAs, as in ComposLoRA's *_lora_info.json")
+    if not document.get("character"):
+        raise Refused(f'--testbed {source}: it has no "character"; every set has exactly one')
+    table = {category: [_entry(row, category, source, k) for k, row in enumerate(rows)] for category, rows in document.items()}
+    double = [name for name, times in Counter(entry.id for rows in table.values() for entry in rows).items() if times > 1]
+    if double:
+        raise Refused(f"--testbed {source}: two LoRAs have the id {double[0]!r}")
+    return table
+
+
+def _entry(row: Any, category: str, source: str, number: int) -> Entry:
+    where = f"--testbed {source}: {category} number {number + 1}"
+    if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not row["id"]:
+        raise Refused(f"{where} needs an id: the name its LoRA file is found by")
+    triggers = row.get("trigger", [])
+    triggers = [triggers] if isinstance(triggers, str) else triggers
+    if not isinstance(triggers, list) or not triggers or not all(isinstance(word, str) and word.strip() for word in triggers):
+        raise Refused(f"{where} ({row['id']}) needs its trigger: a list of words")
+    texts = {key: row.get(key, "") for key in ("name", "phrase", "concept", "alone")}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise Refused(f"{where} ({row['id']}): name, phrase, concept and alone are texts")
+    joined = ", ".join(word.strip() for word in triggers)
+    kind = CATEGORIES.get(category, category)
+    concept = Concept(row["id"], texts["concept"] or joined, kind, texts["alone"] or joined)
+    return Entry(row["id"], texts["name"] or row["id"], kind, tuple(triggers), texts["phrase"], concept)
+
+
+def sets(table: dict[str, list[Entry]], size: int) -> list[Set]:
+    """Every set of this size, in the order of the file."""
+    others = [category for category in table if category != "character" and table[category]]
+    if not 1 <= size <= len(others) + 1:
+        raise Refused(f"--loras {size}: sets of this testbed have 1 to {len(others) + 1} LoRAs")
+    return [tuple(chosen) for several in combinations(others, size - 1)
+            for chosen in product(table["character"], *(table[category] for category in several))]  # fmt: skip
+
+
+def drawn(table: dict[str, list[Entry]], size: int, count: int | None, seed: int = 0) -> list[Set]:
+    """`count` sets of this size (None: all), drawn so that LoRAs appear about equally often.
+
+    The order is fixed by the seed and a smaller count is the beginning of a larger one.
+    """
+    left = sets(table, size)
+    random.Random(f"{seed}/{size}").shuffle(left)
+    if count is None or count >= len(left):
+        return left
+    used: Counter[str] = Counter()
+    chosen = []
+    for _ in range(count):
+        best = min(left, key=lambda one: sum(used[entry.id] for entry in one))  # the first of equals: as shuffled
+        left.remove(best)
+        chosen.append(best)
+        used.update(entry.id for entry in best)
+    return chosen
+
+
+def prompt(one: Set) -> str:
+    """The phrases one after the other; where an entry has none, all triggers joined by commas."""
+    if all(entry.phrase for entry in one):
+        return "".join(entry.phrase for entry in one).strip()
+    return ", ".join(word.strip() for entry in one for word in entry.triggers)
+
+
+def noise(group: str, number: int, pilot: bool = False) -> int:
+    """The seed of the generator for this set and seed number, the same for every method."""
+    return random.Random(f"{PILOT if pilot else 'noise'}/{group}/{number}").randrange(2**32)
+
+
+def cases(
+    chosen: Sequence[Set], seeds: int, like: Request, *, weight: float = 1.0, prefix: str = "", pilot: bool = False
+) -> list[Case]:
+    """Each set with each seed number. like: the request's other settings. prefix: put before the prompt, never scored."""
+    made = []
+    for one in chosen:
+        text, group = prompt(one), "+".join(map(str, one))
+        loras = [Lora(entry.id, weight=weight, triggers=entry.triggers, category=_category(entry.category)) for entry in one]
+        for number in range(seeds):
+            request = replace(like, prompt=f"{prefix}{text}", loras=loras, seed=noise(group, number, pilot), count=1)
+            made.append(Case(group, number, text, tuple(entry.concept for entry in one), request))
+    return made
+
+
+def _category(name: str) -> Any:
+    """A category a Lora may have."""
+    return name if name in ("character", "clothing", "style", "place", "object", "pose") else "other"
