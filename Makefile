@@ -35,7 +35,7 @@ $(BIN)/python:
 
 $(VENV)/.product: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing Medley into $(VENV) (the first time takes some minutes: PyTorch is large)"
-	@if [ -n "$(TORCH_INDEX)" ]; then $(PIP) torch --index-url $(TORCH_INDEX); fi
+	@if [ -n "$(TORCH_INDEX)" ]; then $(PIP) torch torchvision --index-url $(TORCH_INDEX); fi
 	$(PIP) --editable .
 	@touch $@
 

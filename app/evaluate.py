@@ -145,9 +145,10 @@ def _say(outcome: "Outcome") -> None:
         cells = []
         for metric in metrics:
             one = found[metric.key]["all"]["means"].get(way)
-            plain = metric.key in ("seconds", "evaluations") or one is None or one["low"] is None
-            value = shown(one["mean"] if one else None, metric)
-            cells.append(value if plain else f"{value}\n{shown(one['low'], metric).removesuffix(' %')}..{shown(one['high'], metric).removesuffix(' %')}")
+            cells.append("-" if one is None else shown(one["mean"], metric))
+            if one is not None and one["low"] is not None and metric.key not in ("seconds", "evaluations"):
+                ends = [shown(one[end], metric).removesuffix(" %") for end in ("low", "high")]
+                cells[-1] += f"\n{'..'.join(ends)}"
         rows.add_row(Text(document["titles"][way]), *map(Text, cells))
     for column in rows.columns:
         column.no_wrap = True

@@ -26,6 +26,7 @@ FILES = ("scores.jsonl", "scores.csv", "summary.json", "index.html")
 
 def write(folder: Path, rows: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) -> Path:
     """All files of the report, each whole or not at all; returns the page. rows: a scored picture each, in order."""
+    folder.mkdir(parents=True, exist_ok=True)
     _put(folder / FILES[0], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     _put(folder / FILES[1], table(rows))
     _put(folder / FILES[2], json.dumps(document, ensure_ascii=False, indent=1) + "\n")

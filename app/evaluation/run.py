@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.text import Text
 
 from app import make
 from app.evaluation import manifest, mllm, report, statistics, testbed
@@ -190,7 +189,9 @@ class Evaluation:
                 rows.append(Row(case, case.request.method if case.request.loras else NONE, case.request))
         rows = [row for _, row in sorted(enumerate(rows), key=lambda pair: self._order(pair[1], pair[0]))]
         made = self._make(rows, "making")
-        more = [further for one in made if one.evaluations and (further := equal(one.row, one.evaluations))] if self.wishes.equal else []
+        plain = {one.row.case.key: one.evaluations for one in made if one.row.way == NONE and one.evaluations}
+        more = [further for one in made if one.evaluations and self.wishes.equal
+                and (further := equal(one.row, one.evaluations, plain.get(one.row.case.key, one.evaluations)))]  # fmt: skip
         made += self._make(more, "at equal evaluations") if more else []
         place = {(case.group, case.seed): index for index, case in enumerate(cases)}
         return sorted(made, key=lambda one: place[one.row.case.key])

@@ -10,7 +10,7 @@ from app.evaluation.cases import Case
 from composition import Lora, Refused, Request
 
 NONE, GIVEN, EQUAL = "none", "given", "@equal"
-MANY = 1.05  # evaluations over the plain steps from which a way is also made at equal evaluations
+MANY = 1.05  # times the prompt alone's evaluations, from which a way is also made at equal evaluations
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ def scaled(lora: Lora, factor: float) -> Lora:
     return replace(lora, weight=round(lora.weight * factor, 6), text_weight=text)
 
 
-def equal(row: Row, evaluations: int) -> Row | None:
-    """The same with as many steps as make its evaluations those of one a step; None where they are already.
+def equal(row: Row, evaluations: int, plain: int) -> Row | None:
+    """The same with as many steps as make its evaluations those of the prompt alone; None where they are already.
 
-    A method that asks K LoRAs in each of T steps gets about T / K steps: what it is worth at Merge's cost.
+    plain: evaluations of the prompt alone. A method that asks K LoRAs in each of T steps gets about T / K steps: what it is
+    worth at Merge's cost.
     """
-    if row.request is None or row.way == NONE or evaluations <= MANY * row.request.steps:
+    if row.request is None or row.way == NONE or evaluations <= MANY * plain:
         return None
-    steps = max(1, round(row.request.steps**2 / evaluations))
-    return Row(row.case, row.way + EQUAL, replace(row.request, steps=steps))
+    return Row(row.case, row.way + EQUAL, replace(row.request, steps=max(1, round(row.request.steps * plain / evaluations))))
 
 
 def title(way: str) -> str:
