@@ -26,10 +26,13 @@ def judge(scorer: Scorer, texts: Mapping[str, bool]) -> dict[str, Any]:
         presence = (f"Presence is not known: this judge has no thresholds, and fewer than {FEW} pictures without each concept are "
                     "here to set them on.")  # fmt: skip
     table = scorer.judge.folder / CONFUSION if scorer.judge.folder else None
+    confusion = json.loads(table.read_text("utf-8")) if table and table.is_file() else None
+    recall = {phrase: row.recall for phrase, row in own.items()}
+    for place, phrase in enumerate(confusion["phrases"] if confusion else ()):  # among other things, as in the pictures scored
+        recall[phrase] = confusion["rows"][place][place]
     return {
         "name": scorer.judge.name, "formula": formula(scorer.scale), "scale": scorer.scale, "texts": len(texts),
-        "cut": sum(texts.values()), "presence": presence, "recall": {phrase: own[phrase].recall for phrase in own},
-        "confusion": json.loads(table.read_text("utf-8")) if table and table.is_file() else None,
+        "cut": sum(texts.values()), "presence": presence, "recall": recall, "confusion": confusion,
     }  # fmt: skip
 
 
