@@ -44,7 +44,7 @@ def evaluate(
     weight: Annotated[float, typer.Option(help="Every LoRA's weight, where none is tuned.")] = 1.0,
     equal: Annotated[bool, typer.Option("--equal/--no-equal", help="Also make methods of several evaluations a step with fewer "
                                         "steps, at one's cost.")] = True,
-    judge: Annotated[str, typer.Option(help="pocket, a folder, or an open-clip model as MODEL:PRETRAINED.")] = "pocket",
+    judge: Annotated[str, typer.Option(help="pocket, a folder, an open-clip model as MODEL:WEIGHTS, or hf-hub:OWNER/NAME.")] = "pocket",
     scale: Annotated[str, typer.Option(help="CLIPScore as 100 (times cosine), 2.5 (Hessel), or cos.")] = "100",
     references: Annotated[int, typer.Option(min=0, max=64, help="Pictures of each LoRA alone, for CLIP-I; 0 for none.")] = 4,
     fail_below: Annotated[list[str] | None, typer.Option(metavar="[METHOD:]METRIC=VALUE", help="Exit code 1 when a mean is below. "
@@ -71,7 +71,7 @@ def evaluate(
     if (manifest is None) == (testbed is None):
         raise Refused("give either a manifest or --testbed: medley evaluate --testbed pocket")
     record.ready(report)
-    make.prepare(model)
+    make.prepare(model, judge=judge)
     bars = [_bar(text) for text in fail_below or []]
     wishes = _wishes(
         manifest=manifest, testbed=testbed or "", methods=methods, sizes=loras, sets=sets, option=option or [], tune=tune, scale=scale,

@@ -43,17 +43,18 @@ def folders(given: Sequence[Path]) -> tuple[Path, ...]:
     return tuple(dict.fromkeys([*([own] if own.is_dir() else []), *given]))
 
 
-def prepare(model: str) -> None:
+def prepare(model: str, *, judge: str = "pocket") -> None:
     """Set the stage before torch is imported: the libraries say nothing that is no error, reach no network for a model
-    that is on this machine, and their threads sleep while they wait (spinning, on cores that something else wants too,
-    was measured forty times slower)."""
+    and a judge that are on this machine, and their threads sleep while they wait (spinning, on cores that something else
+    wants too, was measured forty times slower)."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not os.environ.get("MEDLEY_DEBUG"):
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    if "/" not in model or Path(model).exists():  # a hub id has an owner
+    here = "/" not in model or Path(model).exists()  # a hub id has an owner
+    if here and (judge == "pocket" or Path(judge).is_dir()):
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

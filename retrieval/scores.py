@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,25 +50,34 @@ class Judge:
 
     @classmethod
     def open(cls, name: str = "pocket", device: str = "cpu") -> Judge:
-        """"pocket" (bundled), a folder in open-clip's layout, or `MODEL` / `MODEL:PRETRAINED` as open-clip names them.
+        """"pocket" (bundled), a folder in open-clip's layout, `MODEL:WEIGHTS` as open-clip names them, or `hf-hub:OWNER/NAME`.
 
-        Raises Refused when open-clip is not installed or knows no such model.
+        Raises Refused when open-clip is not installed, knows no such model, or no weights are named.
         """
         try:
             import open_clip
         except ImportError:
             raise Refused("scores need open-clip: pip install open-clip-torch") from None
         folder = Path(str(files("assets"))) / "pocket/clip" if name == "pocket" else Path(name)
-        known, pretrained = (f"local-dir:{folder}", None) if folder.is_dir() else (name.partition(":")[0], name.partition(":")[2] or None)
+        known, weights = (f"local-dir:{folder}", None) if folder.is_dir() else (name, None)
+        if not folder.is_dir() and not name.startswith("hf-hub:"):
+            known, _, weights = name.partition(":")
+            tags = open_clip.list_pretrained_tags_by_model(known)
+            if not tags:
+                near = get_close_matches(known, open_clip.list_models(), 3, 0.5)
+                raise Refused(f"{name!r} is no folder and no model that open-clip knows"
+                              + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ""))  # fmt: skip
+            if weights not in tags:
+                raise Refused(f"{name!r}: say which weights, as {known}:{tags[0]}; there are {', '.join(tags)}")
         try:
-            model, _, prepare = open_clip.create_model_and_transforms(known, pretrained=pretrained, device=device)
+            model, _, prepare = open_clip.create_model_and_transforms(known, pretrained=weights, device=device)
             tokenize = open_clip.get_tokenizer(known)
         except Exception as error:  # open-clip raises RuntimeError, ValueError, OSError and the hub's own
             raise Refused(f"{name!r} cannot be opened as an open-clip model: {error}") from error
         if not folder.is_dir():
             return cls(model, prepare, tokenize, name=name)
-        table, weights = folder / THRESHOLDS, sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pt")])
-        digest = hashlib.sha256(weights[0].read_bytes()).hexdigest()[:12] if weights else ""
+        table, parts = folder / THRESHOLDS, sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pt")])
+        digest = hashlib.sha256(parts[0].read_bytes()).hexdigest()[:12] if parts else ""
         return cls(model, prepare, tokenize, read_thresholds(table) if table.is_file() else None,
                    f"{name} {digest}".strip(), folder)
 

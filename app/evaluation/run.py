@@ -74,7 +74,7 @@ class Evaluation:
 
     def run(self) -> Outcome:
         """Make what is missing, score everything, write the report. Raises Refused when nothing at all can be done."""
-        make.prepare(self.wishes.like.model)
+        make.prepare(self.wishes.like.model, judge=self.wishes.judge)
         with self._stack:
             asked = self._asked()
             cases = interleaved(asked.cases, self.wishes.limit)

@@ -28,8 +28,8 @@ def judge(scorer: Scorer, texts: Mapping[str, bool]) -> dict[str, Any]:
     table = scorer.judge.folder / CONFUSION if scorer.judge.folder else None
     confusion = json.loads(table.read_text("utf-8")) if table and table.is_file() else None
     recall = {phrase: row.recall for phrase, row in own.items()}
-    for place, phrase in enumerate(confusion["phrases"] if confusion else ()):  # among other things, as in the pictures scored
-        recall[phrase] = confusion["rows"][place][place]
+    if confusion:  # recall among other things, as in the pictures scored, not of things alone
+        recall |= {phrase: confusion["rows"][place][place] for place, phrase in enumerate(confusion["phrases"])}
     return {
         "name": scorer.judge.name, "formula": formula(scorer.scale), "scale": scorer.scale, "texts": len(texts),
         "cut": sum(texts.values()), "presence": presence, "recall": recall, "confusion": confusion,

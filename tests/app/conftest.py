@@ -1,6 +1,8 @@
-"""A toy model in a folder with three LoRAs, and the command line called in this process."""
+"""A toy model in a folder with three LoRAs, the command line called in this process, and a browser."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,10 @@ from safetensors.torch import load_file, save_file
 from app import cli
 from composition import Lora, Receipt, Request, Result
 from tests import toys
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-component-update",
+         "--disable-sync"]
 
 
 class Toy(NamedTuple):
@@ -81,3 +87,16 @@ def result() -> Result:
         for lora, digit in zip(loras, "ab", strict=True))
     images = tuple(Image.effect_noise((48, 32), 60.0 + index).convert("RGB") for index in range(2))
     return Result(images, request, {"evaluations": 24, "leaders": ["ink", "owl"]}, {"denoise": 1.5}, receipts)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        message = "chromium is not installed: apt-get install chromium"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,9 +21,6 @@ from app import record, serve
 from composition import Engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(no_silent_downcasting|copy keyword).*")  # gradio on pandas 3
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-component-update",
-         "--disable-sync"]
 PATIENCE = 60_000  # milliseconds until a test gives up
 LONG = 1000  # steps: a picture that is still in the making when something else is looked at
 EVIL = '<img src=x onerror="window.evil=1">${window.evil=2}{{window}}`'
@@ -59,19 +55,6 @@ def server(tmp_path_factory):
         (root / "own" / "broken.safetensors").write_bytes(b"\0" * 20)
         with serve.opened(engine, root / "pictures", serve.port(None)) as address:
             yield Server(address, root / "pictures", engine)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        message = "chromium is not installed: apt-get install chromium"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -30,9 +30,17 @@ def test_thresholds_come_back_as_they_were(tmp_path):
 
 
 def test_an_unknown_model_is_refused_in_plain_words():
-    pytest.importorskip("open_clip")
     with pytest.raises(Refused, match="no-such-model"):
         Judge.open("no-such-model")
+    with pytest.raises(Refused, match="did you mean.*'ViT-B-32'"):
+        Judge.open("ViTB-32:openai")
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32:", "ViT-B-32:openay"])
+def test_a_model_without_weights_is_refused_not_scored_at_random(name):
+    """open-clip would make one with random weights."""
+    with pytest.raises(Refused, match="say which weights.*openai"):
+        Judge.open(name)
 
 
 def test_presence_needs_a_threshold():

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from app import record
+from composition import Refused
 from retrieval.scores import Judge
 from tests.app.evaluation.conftest import rows
 
@@ -259,6 +260,22 @@ def test_bad_flags_are_refused_before_anything_is_made(medley, tmp_path, argumen
     said = medley("evaluate", *arguments, "--report", "r")
     assert said.code == 2 and says in said.err, said.err
     assert not (tmp_path / "r/pictures").exists()
+
+
+@pytest.mark.parametrize("judge, offline", [("pocket", "1"), ("ViT-B-32:openai", None)])
+def test_the_network_is_closed_unless_a_judge_from_elsewhere_is_named(medley, monkeypatch, tmp_path, judge, offline):
+    seen = []
+
+    def opened(name, device="cpu"):
+        seen.append(os.environ.get("HF_HUB_OFFLINE"))
+        raise Refused("enough")
+
+    monkeypatch.setattr(Judge, "open", opened)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "m.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a fox"}))
+    assert "enough" in medley("evaluate", "m.jsonl", "--judge", judge).err
+    assert seen == [offline]
 
 
 def test_csv_and_page(evaluate, tmp_path):
