@@ -8,7 +8,6 @@ mean nothing here are left alone beside `file_name`. Lines that `medley generate
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,8 @@ def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "p
     if not path.is_file():
         raise Refused(f"{source} has no metadata.jsonl" if source.is_dir() else f"{source} is not there; give a JSONL manifest, "
                       "or a folder with metadata.jsonl")  # fmt: skip
-    asked, seen = Asked(), Counter()
+    asked = Asked()
+    seen: dict[tuple[str, str], set[int]] = {}
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -45,10 +45,10 @@ def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "p
         except Refused as error:
             asked.problems.append(Problem(str(path), str(error), number))
             continue
-        turn = (case.group, case.method)
-        seed = seen[turn]
-        seen[turn] += 1
-        asked.cases.append(case if case.seed >= 0 else replace(case, seed=seed))
+        taken = seen.setdefault((case.group, case.method), set())
+        free = case.seed if case.seed >= 0 and case.seed not in taken else max(taken, default=-1) + 1  # no two answer for one
+        taken.add(free)
+        asked.cases.append(replace(case, seed=free))
     if not asked.cases and not asked.problems:
         raise Refused(f"{path} is empty; write one request a line, as {{\"prompt\": \"a fox\", \"seed\": 1}}")
     return asked

@@ -81,6 +81,7 @@ class Evaluation:
             if not cases:
                 raise Refused("nothing can be evaluated: " + "; ".join(map(str, asked.problems[:3])))
             scorer = self._scorer()
+            self.wishes.folder.mkdir(parents=True, exist_ok=True)
             ways = self._ways(cases, scorer)
             made = self._made(cases, ways)
             references, trouble = self._references(cases, scorer)
@@ -236,14 +237,24 @@ class Evaluation:
                 "picture": Path(os.path.relpath(one.path, self.wishes.folder)).as_posix(), **score,
                 "request": json.loads(request.json()) if request else None, "line": case.line}  # fmt: skip
 
-    def _document(self, rows: Sequence[Mapping[str, Any]], problems: Sequence[Problem], scorer: "Scorer") -> dict[str, Any]:
+    def _second(self, rows: Sequence[Mapping[str, Any]], ways: Sequence[str], problems: list[Problem]) -> list[dict[str, Any]] | None:
+        """The second opinion, where one was asked for; an endpoint's trouble is a problem, the report is written all the same."""
+        wishes = self.wishes
+        if wishes.endpoint is None:
+            return None
+        try:
+            return mllm.compare(wishes.endpoint, wishes.folder, rows, ways, wishes.pairs, resamples=wishes.resamples, seed=wishes.seed)
+        except Refused as error:
+            problems.append(Problem("the second opinion", f"{error}; the answers so far are kept"))
+            return None
+
+    def _document(self, rows: Sequence[Mapping[str, Any]], problems: list[Problem], scorer: "Scorer") -> dict[str, Any]:
         wishes, found = self.wishes, list(dict.fromkeys(row["way"] for row in rows))
         first = (NONE, *(way for name in wishes.methods for way in (name, f"{name}@equal")))
         ways = [*(way for way in first if way in found), *sorted(way for way in found if way not in first)]
         texts = {row["text"]: row["cut"] for row in rows}
         metrics = summary(rows, ways, resamples=wishes.resamples, seed=wishes.seed)
-        second = mllm.compare(wishes.endpoint, wishes.folder, rows, ways, wishes.pairs, resamples=wishes.resamples,
-                              seed=wishes.seed) if wishes.endpoint else None  # fmt: skip
+        second = self._second(rows, ways, problems)
         from app.evaluation import telling
 
         return {

@@ -84,6 +84,13 @@ def test_pictures_of_two_methods_pair_by_their_turn_and_requests_by_their_seed(t
         ("x", ("a fox", 0)), ("y", ("a fox", 0)), ("x", ("a fox", 1)), ("y", ("a fox", 1))]
 
 
+def test_no_two_lines_answer_for_one_another(tmp_path):
+    """The same prompt and seed twice, with other weights."""
+    lines = [{"prompt": "x", "seed": 7, "loras": [{"source": "owl", "weight": weight}]} for weight in (0.5, 1.0)]
+    asked = manifest.read(write(tmp_path, *lines), nothing)
+    assert len({case.key for case in asked.cases}) == 2 and {case.group for case in asked.cases} == {"x"}
+
+
 @pytest.mark.parametrize("trigger, category, phrase", [
     ("raccoon", "character", "a raccoon"), ("owl", "character", "an owl"), ("sunglasses", "clothing", "sunglasses"),
     ("on the moon", "place", "on the moon"), ("ink drawing", "style", "ink drawing"), ("ohwx_man", "character", "ohwx_man"),

@@ -87,3 +87,20 @@ def test_trouble_is_said_plainly(server, scored, tmp_path, monkeypatch):
     monkeypatch.setattr(mllm, "WAIT", 0.0)
     with pytest.raises(Refused, match="cannot be reached"):
         mllm.Endpoint.read("http://127.0.0.1:9", "m").better("x", tmp_path / "a0.png", tmp_path / "b0.png")
+
+
+def test_from_the_command_line_it_stands_in_the_report_and_its_trouble_costs_no_report(server, medley, tmp_path):
+    address, _, answer = server
+    lines = []
+    for number in range(2):
+        for way, red in (("a", 200), ("b", 50)):
+            Image.new("RGB", (16, 16), (red, 0, 0)).save(tmp_path / f"{way}{number}.png")
+            lines.append({"file_name": f"{way}{number}.png", "text": f"red {number}", "method": way})
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert medley("evaluate", "m.jsonl", "--mllm", address, "--mllm-model", "m", "--report", "r").code == 0
+    (found,) = json.loads((tmp_path / "r/summary.json").read_text())["mllm"]
+    assert (found["first"], found["first_wins"], found["ties"]) == ("a", 2, 0)
+    assert "Second opinion: a against b: 2 to 0" in (tmp_path / "r/index.html").read_text()
+    answer["code"] = 403
+    said = medley("evaluate", "m.jsonl", "--mllm", address, "--mllm-model", "other", "--report", "r2")
+    assert said.code == 3 and "403" in said.err and (tmp_path / "r2/index.html").is_file()
