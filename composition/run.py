@@ -1,7 +1,7 @@
 """Run: all that a method may touch while it makes one batch of pictures."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from composition.adapters import Adapters
 from composition.backbones.base import Backbone
+from composition.cache import FeatureCache
 from composition.guidance import guide
 from composition.request import Cancelled, Request
 from composition.sampler import Conditioning, Step
@@ -21,7 +22,8 @@ class Run:
     """One batch of B pictures of a request. A method asks it for predictions; it owns nothing that outlives them.
 
     scheduler: this run's own instance. notes: what the method did, plain JSON values. encodings: prompts already
-    encoded, by prompt and text-LoRA weights.
+    encoded, by prompt and text-LoRA weights. categories, triggers: of each LoRA by name, as the request or else its file
+    says.
     """
 
     backbone: Backbone
@@ -32,6 +34,9 @@ class Run:
     notes: dict[str, Any] = field(default_factory=dict)
     encodings: dict[Any, Conditioning] = field(default_factory=dict)
     cancel: threading.Event | None = None
+    categories: Mapping[str, str] = field(default_factory=dict)
+    triggers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    _shares: dict[FeatureCache, float] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,22 +92,56 @@ class Run:
         prompt read with that LoRA.
         """
         uses = [{name: weight} for name, weight in self.live(step).items()] or [{}]
-        given = conds or {}
+        return self._each(step, uses, conds or {})
+
+    def denoise_cached(
+        self, step: Step, cache: FeatureCache, full: Collection[str]
+    ) -> Float[Tensor, "K R B *S"]:
+        """As denoise_each, but only the LoRAs in `full` pay a whole evaluation, which fills their slots; the others take
+        what is deep in the network from theirs. Each of the two kinds is one batch of rows, or a loop as the request says.
+
+        Evaluations are counted in whole ones: a cached one counts by its multiply-adds, attention products left out.
+        """
+        live, parts = self.live(step), {}
+        fresh, aged = [name for name in live if name in full], [name for name in live if name not in full]
+        for names, opened in ((fresh, cache.full), (aged, cache.cached)):
+            for group in [names] if self.request.batched and names else [[name] for name in names]:
+                share = 1.0 if opened == cache.full else self._share(cache, step)
+                with opened(group):
+                    parts |= zip(group, self._each(step, [{name: live[name]} for name in group], {}, share), strict=True)
+        return torch.stack([parts[name] for name in live])
+
+    def _share(self, cache: FeatureCache, step: Step) -> float:
+        """A cached pass's cost over a full one's, worked out once a run."""
+        if cache not in self._shares:
+            tokens = self.encode().values["text"].shape[2]
+            self._shares[cache] = cache.share(self.backbone.axis, tuple(step.latents.shape[-2:]), tokens)
+        return self._shares[cache]
+
+    def _each(
+        self, step: Step, uses: Sequence[Mapping[str, float]], given: Mapping[str, Conditioning], share: float = 1.0
+    ) -> Float[Tensor, "K R B *S"]:
+        """One prediction for each of `uses`, in one batch of rows or one after the other."""
         read = [next((given[name] for name in use if name in given), None) or self.encode(use=use) for use in uses]
         if not self.request.batched or len(uses) == 1:
-            return torch.stack([self.denoise(step, use, cond) for use, cond in zip(uses, read, strict=True)])
+            found = []
+            for use, cond in zip(uses, read, strict=True):
+                self.adapters.use(use)
+                found.append(self._evaluate(step, cond, share))
+            return torch.stack(found)
         each = read[0].rows * step.latents.shape[0]
         with self.adapters.rows([use for use in uses for _ in range(each)]):
-            return self._evaluate(step, Conditioning.stacked(read), len(uses)).unflatten(0, (len(uses), read[0].rows))
+            out = self._evaluate(step, Conditioning.stacked(read), share * len(uses))
+            return out.unflatten(0, (len(uses), read[0].rows))
 
     def guide(self, rows: Float[Tensor, "R B *S"]) -> Float[Tensor, "B *S"]:
         """The request's classifier-free guidance over the rows."""
         return guide(rows, self.request.guidance)
 
-    def _evaluate(self, step: Step, cond: Conditioning, predictions: int) -> Float[Tensor, "R B *S"]:
+    def _evaluate(self, step: Step, cond: Conditioning, predictions: float) -> Float[Tensor, "R B *S"]:
         self._check_cancel()
         latents = self.scheduler.scale_model_input(step.latents, step.t)
-        self.notes["evaluations"] = self.notes.get("evaluations", 0) + predictions
+        self.notes["evaluations"] = self.notes.get("evaluations", 0) + (int(predictions) if predictions % 1 == 0 else predictions)
         return self.backbone.denoise(latents, step.t, cond)
 
     def _check_cancel(self) -> None:
