@@ -1,0 +1,69 @@
+"""Who leads when: CMLoRA's order, refresh steps, rotation and weights (arXiv 2502.04923; Medley's reading of it)."""
+
+from collections.abc import Mapping, Sequence
+
+from composition.request import Refused
+
+# A character first: in the ablation of 2402.16843 the first LoRA counts most, and a style first is the worst.
+RANK = {"character": 0, "clothing": 1, "object": 2, "pose": 3, "other": 4, "": 4, "style": 5, "place": 6}
+LOW = ("place",)  # categories of low frequency
+SLOW = (0.375, 0.875)  # the part of the steps in which neighbours are most alike: refreshed every third, else every second
+
+
+def ordered(
+    names: Sequence[str], categories: Mapping[str, str], order: str = "", low: str = ""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(high, low): the LoRAs by falling frequency, those of low frequency apart.
+
+    order, low: names separated by commas, as a user or a profile pins them; "": by category. low "none": no LoRA is low.
+    When all would be low, none is. Raises Refused for a name that is not there.
+    """
+    by_category = sorted(names, key=lambda name: RANK.get(categories.get(name, ""), RANK["other"]))
+    pinned = _listed(order, names, "order")
+    whole = [*pinned, *(name for name in by_category if name not in pinned)]
+    if low == "none":
+        return tuple(whole), ()
+    under = _listed(low, names, "low") or [name for name in whole if categories.get(name) in LOW]
+    if len(under) == len(whole):
+        return tuple(whole), ()
+    return tuple(name for name in whole if name not in under), tuple(name for name in whole if name in under)
+
+
+def _listed(text: str, names: Sequence[str], option: str) -> list[str]:
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if strange := [name for name in found if name not in names]:
+        raise Refused(f"option {option} of cmlora names {strange[0]!r}; this request has {', '.join(names) or 'no LoRA'}")
+    return list(dict.fromkeys(found))
+
+
+def refreshes(steps: int, every: int = 0) -> tuple[int, ...]:
+    """The steps at which the lead passes on: every `every` steps; 0: every second, in the middle part every third."""
+    if every:
+        return tuple(range(0, steps, every))
+    first, second = (int(share * steps) for share in SLOW)
+    return tuple(sorted({*range(0, first, 2), *range(first, second, 3), *range(second, steps, 2)}))
+
+
+def leader(high: Sequence[str], low: Sequence[str], turn: int, *, late: bool, low_only: bool = False) -> str:
+    """Who leads after `turn` earlier refreshes: early, the high in turn; late, the low and the high but their first, in turn.
+
+    low_only: late, the low alone.
+    """
+    if not late or not low:
+        return high[turn % len(high)]
+    later = list(low) if low_only else [*high, *low][1:]
+    return later[turn % len(later)]
+
+
+def coefficient(count: int, turn: int, *, decay: bool = True) -> float:
+    """c: how much more the leader weighs than another at refresh `turn`: N - 0.5 at first, less by 0.5^i at each, never under 1.
+
+    At c = 1 all weigh the same: the method has come to rest at Composite.
+    """
+    return max(1.0, count - 0.5 - sum(0.5**i for i in range(1, turn + 1)) * decay)
+
+
+def weights(names: Sequence[str], lead: str, c: float) -> dict[str, float]:
+    """u for the leader and v for each other, with u + (N - 1) v = N, so that their mean keeps Composite's scale."""
+    other = len(names) / (c + len(names) - 1)
+    return {name: c * other if name == lead else other for name in names}

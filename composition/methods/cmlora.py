@@ -1,0 +1,139 @@
+"""CMLoRA: one LoRA leads at a time, by its frequency; the others answer from a cache (arXiv 2502.04923).
+
+The prediction is the mean over LoRAs of weight * prediction. High-frequency LoRAs lead early, low-frequency ones late; the lead
+passes on at refresh steps. The leader is asked in full at every step; the others from their slots, refreshed when too old and
+at the change of phase. `reference` does what the authors' released code does where it parts from this: constant weights, the
+phase at step 120, the leader asked in full only when the lead passes on, nothing refreshed late.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from composition import dominance, frequency
+from composition.cache import FeatureCache
+from composition.methods import method
+from composition.run import Run
+from composition.sampler import Predict, Prediction, Step
+
+REFERENCE_BOUNDARY = 120  # the step at which the released code changes phase, however many there are
+CALM = 3  # steps in a row under the threshold that end the early phase when it is found online
+
+
+@dataclass(frozen=True)
+class Options:
+    order: str = field(default="", metadata={
+        "help": "LoRAs by falling frequency, separated by commas; others follow by category (character first)."})
+    low: str = field(default="", metadata={"help": "LoRAs of low frequency, which lead late; empty: places; none: no LoRA."})
+    boundary: float = field(default=0.6, metadata={"ge": 0.0, "le": 1.0, "help": "Share of the steps after which the low lead."})
+    low_only: bool = field(default=False, metadata={"help": "Late, only the low lead, not all but the first."})
+    every: int = field(default=0, metadata={"ge": 0, "le": 1000, "help": "Steps between refreshes; 0: 2, in the middle 3."})
+    dominance: bool = field(default=True, metadata={"help": "Weigh the leader more; without, all weigh the same."})
+    decay: bool = field(default=True, metadata={"help": "Let the leader's extra weight fade to Composite."})
+    cache: bool = field(default=True, metadata={"help": "Ask those that do not lead from a cache; without, in full."})
+    max_age: int = field(default=6, metadata={"ge": 0, "le": 1000, "help": "Steps after which a slot is refreshed; 0: at every one."})
+    online: bool = field(default=False, metadata={"help": "End the early phase by the latent's own frequency, not at the boundary."})
+    threshold: float = field(default=0.4, metadata={"ge": 0.0, "le": 1.0, "help": "The frequency that ends it, when online."})
+    reference: bool = field(default=False, metadata={"help": "Do as the authors' released code does."})
+
+
+@method(title="CMLoRA", about="One LoRA leads at a time, by its frequency; the others answer from a cache.", paper="2502.04923",
+        cost="about 1 + (K - 1) / 3", symmetric=False)
+@contextmanager
+def compose(run: Run, options: Options) -> Iterator[Predict]:
+    with ExitStack() as stack:
+        cache = FeatureCache(run.backbone.denoiser)
+        caching = options.cache and cache.usable and len(run.names) > 1
+        if caching:
+            stack.enter_context(cache.attached())
+        yield _Course(run, options, cache if caching else None).predict
+
+
+class _Course:
+    """The state of one run: whose turn it is, how old the slots are, which phase it is."""
+
+    def __init__(self, run: Run, options: Options, cache: FeatureCache | None) -> None:
+        self.run, self.options, self.cache = run, options, cache
+        self.high, self.low = dominance.ordered(run.names, run.categories, options.order, options.low)
+        self.turn = 0
+        self.lead = ""
+        self.weights: dict[str, float] = {}
+        self.late = False
+        self.calm = 0
+        self.ages: dict[str, int] = {}
+        self.told: dict[str, list[Any]] = {"leaders": [], "phase": [], "full": [], "ages": [], "H": [], "weight": []}
+        run.notes["cmlora"] = {"high": list(self.high), "low": list(self.low), **self.told}
+
+    def predict(self, step: Step) -> Prediction:
+        live = self.run.live(step)
+        if not live:
+            return Prediction(self.run.guide(self.run.denoise(step)), step.latents)
+        h = float(frequency.high(step.latents[:1])[0])
+        changed = self._phase(step, h)
+        high, low = (tuple(name for name in names if name in live) for names in (self.high, self.low))
+        passed = step.index in dominance.refreshes(step.count, self.options.every) or set(live) != set(self.weights)
+        if passed:
+            self._pass_on(high or low, low if high else ())
+        full = self._full(live, passed, changed)
+        if self.cache is None:
+            parts = self.run.denoise_each(step)
+        else:
+            parts = self.run.denoise_cached(step, self.cache, full)
+        self.ages = {name: 0 if name in full else self.ages.get(name, 0) + 1 for name in live}
+        self._tell(live, full, h)
+        weight = parts.new_tensor([self.weights[name] for name in live]).view(-1, *[1] * (parts.ndim - 1))
+        return Prediction(self.run.guide((parts * weight).mean(0)), step.latents)
+
+    def _phase(self, step: Step, h: float) -> bool:
+        """Whether the late phase begins at this step."""
+        options, before = self.options, self.late
+        self.calm = self.calm + 1 if h < options.threshold else 0
+        if not self.low:
+            return False
+        if options.online:
+            self.late = self.late or self.calm >= CALM
+        elif options.reference:
+            self.late = step.index > REFERENCE_BOUNDARY
+        else:
+            self.late = step.index >= options.boundary * step.count
+        return self.late and not before
+
+    def _pass_on(self, high: tuple[str, ...], low: tuple[str, ...]) -> None:
+        """The next leader, and everyone's weight."""
+        names, options = (*high, *low), self.options
+        self.lead = dominance.leader(high, low, self.turn, late=self.late, low_only=options.low_only)
+        c = dominance.coefficient(len(names), self.turn, decay=options.decay and not options.reference)
+        self.weights = dominance.weights(names, self.lead, c if options.dominance else 1.0)
+        self.turn += 1
+
+    def _full(self, live: dict[str, float], passed: bool, changed: bool) -> set[str]:
+        """The LoRAs that are asked in full at this step."""
+        if self.cache is None:
+            return set(live)
+        empty = {name for name in live if not self.cache.has(name)}
+        if self.options.reference:
+            return empty | ({self.lead} if passed and not self.late else set())
+        old = {name for name in live if self.ages.get(name, 0) + 1 > self.options.max_age}
+        return set(live) if changed else empty | old | {self.lead}
+
+    def _tell(self, live: dict[str, float], full: set[str], h: float) -> None:
+        self.told["leaders"].append(self.lead)
+        self.told["phase"].append("late" if self.late else "early")
+        self.told["full"].append([name for name in live if name in full])
+        self.told["ages"].append([self.ages[name] for name in live])
+        self.told["H"].append(round(h, 4))
+        self.told["weight"].append(round(self.weights[self.lead], 4))
+
+
+def timeline(notes: dict[str, Any]) -> list[str]:
+    """A run's notes as lines, a letter a step: # leads, + asked in full, . from the cache; and the phase."""
+    told = notes["cmlora"]
+    names = [*told["high"], *told["low"]]
+    wide = max((len(name) for name in [*names, "phase"]), default=5)
+    rows = [("phase", "".join("e" if phase == "early" else "l" for phase in told["phase"]))]
+    for name in names:
+        letters = "".join("#" if lead == name else "+" if name in full else "." for lead, full in zip(told["leaders"], told["full"], strict=True))
+        rows.append((name, letters))
+    return [f"{name:<{wide}}  {letters}" for name, letters in rows]
+
