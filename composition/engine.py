@@ -145,12 +145,15 @@ class Engine:
                 scheduler = samplers.make(request.sampler, self.backbone.scheduler, request.steps)
                 receipts, encodings = self._prepare(own, request, method, loras)
             notes = self._remarks(request, receipts)
+            rows = list(zip(request.names, request.loras, receipts, strict=True))
+            categories = {name: lora.category or receipt.category for name, lora, receipt in rows}
+            triggers = {name: lora.triggers or receipt.triggers for name, lora, receipt in rows}
             images = []
             for first in range(0, request.count, self.together):
                 part = request.seeds[first : first + self.together]
                 run = Run(
                     self.backbone, self.adapters, request, scheduler, encodings=encodings, cancel=cancel,
-                    generators=[Generator().manual_seed(seed) for seed in part], **self._told(request, receipts))
+                    generators=[Generator().manual_seed(seed) for seed in part], categories=categories, triggers=triggers)
                 images += self._pictures(run, method, options, first, on_step, seconds)
                 notes |= run.notes if first == 0 else {}
                 scheduler = samplers.make(request.sampler, self.backbone.scheduler, request.steps)
@@ -204,12 +207,6 @@ class Engine:
                 return self.backbone.decode(latents)
         finally:
             self.backbone.release()
-
-    def _told(self, request: Request, receipts: Sequence[Receipt]) -> dict[str, dict[str, Any]]:
-        """What each LoRA is and the words that call it, by its name in the request."""
-        rows = list(zip(request.names, request.loras, receipts, strict=True))
-        return {"categories": {name: lora.category or receipt.category for name, lora, receipt in rows},
-                "triggers": {name: lora.triggers or receipt.triggers for name, lora, receipt in rows}}
 
     def _remarks(self, request: Request, receipts: Sequence[Receipt]) -> dict[str, Any]:
         """What a user should know: trigger words that the prompt lacks, a prompt cut short, settings no method reads."""

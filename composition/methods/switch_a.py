@@ -1,0 +1,40 @@
+"""Switch-A: Switch in CMLoRA's order: the high-frequency LoRAs in turn, then the low with the others (arXiv 2502.04923, 4.1).
+
+The released code never leaves its first rotation for three LoRAs or more and never uses the low; this is what it means.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from composition import dominance
+from composition.methods import method
+from composition.run import Run
+from composition.sampler import Predict, Prediction, Step
+
+
+@dataclass(frozen=True)
+class Options:
+    tau: int = field(default=5, metadata={"ge": 1, "le": 1000, "help": "Steps before the next LoRA takes over."})
+    boundary: float = field(default=0.6, metadata={"ge": 0.0, "le": 1.0, "help": "Share of the steps after which the low lead."})
+    order: str = field(default="", metadata={
+        "help": "LoRAs by falling frequency, separated by commas; others follow by category (character first)."})
+    low: str = field(default="", metadata={"help": "LoRAs of low frequency, which lead late; empty: places; none: no LoRA."})
+
+
+@method(title="Switch-A", about="One LoRA at a time, in turn, by their frequency.", paper="2502.04923", symmetric=False)
+@contextmanager
+def compose(run: Run, options: Options) -> Iterator[Predict]:
+    high, low = dominance.ordered(run.names, run.categories, options.order, options.low)
+    led: list[str] = []
+    run.notes["leaders"] = led
+
+    def predict(step: Step) -> Prediction:
+        live = run.live(step)
+        late = step.index >= options.boundary * step.count
+        name = dominance.leader(high, low, step.index // options.tau, late=late) if high else ""
+        use = {name: live[name]} if name in live else {}
+        led.append(name if use else "")
+        return Prediction(run.guide(run.denoise(step, use)), step.latents)
+
+    yield predict
