@@ -1,4 +1,4 @@
-"""The command line: medley demo, generate, compare, evaluate, train, ui, loras, inspect, methods, doctor.
+"""The command line: medley demo, generate, compare, evaluate, profile, train, ui, loras, inspect, methods, doctor.
 
 torch and diffusers are imported inside commands only, so that `medley --help` answers at once. Errors are one line on
 stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
@@ -98,6 +98,7 @@ def generate(
     say = err if json else out
     with make.open_engine(request.model, place) as engine:
         request = _triggered(request, engine, say) if triggers else request
+        request = _pinned(request, engine, say)
         made = []
         with make.bench(engine, request.steps * request.count, err) as at:
             for path, result in make.pictures(at, request, out_dir):
@@ -109,6 +110,8 @@ def generate(
         print(show.generated(request, made, drawn))
         return
     show.result(out, replace(made[0][1], request=request), drawn)
+    for line in show.timeline(made[0][1].notes):
+        out.print(Text(line))
     for path, result in made:
         out.print(Text(f"{path}  seed {result.request.seed}, {sum(result.seconds.values()):.1f} s"))
 
@@ -148,6 +151,15 @@ def _compare(
     show.tiles(out, tiles, sheet)
 
 
+def _pinned(request: Request, engine: Any, say: Console) -> Request:
+    from app import profiles
+
+    request, said = profiles.pinned(request, engine)
+    if said:
+        say.print(Text(show.printable(said), style="dim"))
+    return request
+
+
 def _triggered(request: Request, engine: Any, say: Console) -> Request:
     request, added = flags.with_triggers(request, engine.inspect)
     if added:
@@ -156,6 +168,38 @@ def _triggered(request: Request, engine: Any, say: Console) -> Request:
 
 
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
+
+
+@app.command()
+def profile(
+    lora: Annotated[list[str], typer.Argument(metavar="LORA...", help="LoRAs by name or path.")],
+    prompt: Annotated[str, typer.Option(help="What to draw (each LoRA's first trigger word); such a profile is shown, not kept.")] = "",
+    steps: Annotated[int, typer.Option(min=4, max=1000, help="Denoising steps.")] = 50,
+    seeds: Annotated[int, typer.Option(min=1, max=64, help="Pictures with and without each LoRA.")] = 4,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what is kept already.")] = False,
+    model: Model = None, out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None, offload: Offload = "auto",
+    lora_dir: Folders = None, json: Json = False,
+) -> None:
+    """Measure how a LoRA moves high and low frequencies while it draws: the order that cmlora and switch-a use."""
+    record.ready(out_dir)
+    make.prepare(model or "pocket")
+    from dataclasses import asdict
+
+    from app import profiles
+
+    with make.open_engine(model or "pocket", _place(device, dtype, offload, lora_dir)) as engine:
+        for source in lora:
+            engine.find(source)
+        with make.bench(engine, 2 * steps * seeds * len(lora), err) as at:
+            found = profiles.measure(engine, lora, prompt=prompt, steps=steps, seeds=seeds, again=again, at=at)
+    measured = [one for one, _ in found]
+    names, low = profiles.described(measured)
+    path = record.publish(profiles.plot(measured), out_dir, f"profile-{record.free(out_dir, 'profile-'):04d}")
+    if json:
+        print(show.as_json({"order": names, "low": low, "plot": str(path), "profiles": [asdict(one) for one in measured]}))
+        return
+    show.profiles(out, found, names, low)
+    out.print(Text(f"plot: {path}"))
 
 
 @app.command()

@@ -31,8 +31,8 @@ def evaluate(
     manifest: Annotated[Path | None, typer.Argument(help="JSONL with a request or a picture a line, or a folder with "
                                                     "metadata.jsonl; instead of --testbed.")] = None,
     testbed: Annotated[str | None, typer.Option(help="pocket, or a *_lora_info.json file as ComposLoRA has it.")] = None,
-    methods: Annotated[str | None, typer.Option(help=f"Which, as none,merge,composite ({METHODS}; a manifest's lines say their "
-                                                "own).")] = None,
+    methods: Annotated[str | None, typer.Option(help=f"Which, as none,merge,cmlora:cache=false ({METHODS}; a manifest's lines "
+                                                "say their own).")] = None,
     loras: Annotated[str, typer.Option(metavar="SIZES", help="Sizes of the sets, as 2,3 or 2-5.")] = "2-5",
     sets: Annotated[str, typer.Option(help="Sets of each size, drawn evenly, or all.")] = "24",
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Noises for each set, the same for every method.")] = 3,
@@ -98,15 +98,15 @@ def _wishes(*, methods: str | None, sizes: str, sets: str, option: Sequence[str]
     from composition.backbones import samplers
     from retrieval.scores import SCALES
 
-    names = ways.read_methods(methods if methods is not None else METHODS if plain["testbed"] else "")
-    tuned = [name for name in ways.read_methods(tune) if name in names]
+    read = ways.read_methods(methods if methods is not None else METHODS if plain["testbed"] else "", option)
+    tuned = [name for name in ways.read_methods(tune) if name in read]
     if scale not in SCALES:
         raise Refused(f"--scale {scale}: choose from {', '.join(SCALES)}")
     if not re.fullmatch(r"all|[1-9]\d{0,5}", sets.strip()):
         raise Refused(f"--sets {sets}: a number, or all")
     samplers.named(plain["like"].sampler)
     return Wishes(
-        methods=tuple(names), options=flags.options_of_each(option, names) if option else {}, sizes=tuple(ways.numbers(sizes, "--loras")),
+        methods=tuple(read), options=read, sizes=tuple(ways.numbers(sizes, "--loras")),
         sets=None if sets.strip() == "all" else int(sets), tune=tuple(tuned), scale=scale, **plain)  # fmt: skip
 
 

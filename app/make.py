@@ -120,6 +120,25 @@ class Bench:
     def skip(self, request: Request) -> None:
         self._show(self._done + request.steps)
 
+    @property
+    def done(self) -> float:
+        """Steps shown as done."""
+        return self._done
+
+    @property
+    def cancel(self) -> threading.Event:
+        """What Ctrl-C sets."""
+        return self._cancel
+
+    def show(self, done: float, title: str) -> None:
+        """So many of all steps are done; `title` stands before the bar."""
+        self._progress.update(self._task, description=title)
+        self._show(done)
+
+    def advance(self, steps: float, title: str) -> None:
+        """So many more steps are done, or need not be."""
+        self.show(self._done + steps, title)
+
     def _show(self, done: float) -> None:
         self._done = max(self._done, done)
         self._progress.update(self._task, completed=self._done)

@@ -17,6 +17,7 @@ from composition import Receipt, Request, Result
 
 if TYPE_CHECKING:
     from composition.methods import Method
+    from composition.profile import Profile
 
 
 def as_json(value: Any) -> str:
@@ -144,6 +145,29 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
     if isinstance(unread, Mapping):
         lines += [f"{name}: {what} are not read by this method" for name, what in unread.items()]
     return lines
+
+
+def profiles(console: Console, found: Sequence[tuple["Profile", bool]], names: Sequence[str], low: Sequence[str]) -> None:
+    """Frequency profiles by falling change, which of them lead late, and which were measured now."""
+    rows = table("LoRA", "change", "level", "H early", "H late", "frequency", "", right=("change", "level", "H early", "H late"))
+    by_name = {one.name: (one, fresh) for one, fresh in found}
+    for name in names:
+        one, fresh = by_name[name]
+        early, late = (one.high[min(len(one.high) - 1, int(share * len(one.high)))] for share in (0.2, 0.8))
+        rows.add_row(Text(printable(name)), f"{one.change:+.4f}", f"{one.level:+.4f}", f"{early:.3f}", f"{late:.3f}", "low" if name in low else "high",
+                     Text("measured now" if fresh else "kept", style="dim"))
+    console.print(rows)
+    console.print(Text("over the first 60 % of the steps and over what the base does: change, how far the LoRA moves H, the share of high "
+                       "frequencies, in a tenth of the steps; level, how much higher H is with it. Sorted by change.", style="dim"))
+
+
+def timeline(notes: Mapping[str, Any]) -> list[str]:
+    """Who led when, a letter a step, for the methods that tell it."""
+    if "cmlora" in notes:
+        from composition.methods import cmlora
+
+        return ["# leads, + asked in full, . from the cache; e early, l late", *cmlora.timeline(dict(notes))]
+    return []
 
 
 def tiles(console: Console, made: Sequence[Tile], sheet: Path) -> None:

@@ -18,7 +18,7 @@ def strip(pictures: Sequence[tuple[Image.Image, str, str]], caption: str = "") -
     high = max(picture.height for picture, *_ in pictures)
     scale = max(1, -(-TILE // min(wide, high)))
     wide, high = wide * scale, high * scale
-    large, small = _font(max(18, wide // 14)), _font(max(14, wide // 19))
+    large, small = font(max(18, wide // 14)), font(max(14, wide // 19))
     columns = min(len(pictures), COLUMNS)
     below = _height(large) + _height(small) + GAP
     head = _height(large) + GAP if caption else 0
@@ -36,7 +36,8 @@ def strip(pictures: Sequence[tuple[Image.Image, str, str]], caption: str = "") -
     return sheet
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of labels at this size."""
     return ImageFont.load_default(size)
 
 

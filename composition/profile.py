@@ -1,7 +1,8 @@
 """A LoRA's frequency profile: how H of the latent moves while it draws, over what the base does (arXiv 2502.04923, section 3).
 
-score = mean over the first 60 % of the steps of |H(t + 0.1 T) - H(t)| with the LoRA, less the same of the base for the same prompt
-and noise, mean over seeds. A high score is a LoRA that moves the high frequencies early.
+Two numbers, each over the first 60 % of the steps, less the same of the base for the same prompt and noise, mean over seeds:
+change is the mean of |H(t + 0.1 T) - H(t)|, the paper's; level is the mean of H(t). They may disagree: H falls while a picture is
+drawn, so a LoRA that keeps it high (a line drawing) changes it less, and one that ends smooth (a black sky) more.
 """
 
 import threading
@@ -21,7 +22,7 @@ STEPS, SEEDS = 50, 4
 
 @dataclass(frozen=True)
 class Profile:
-    """high, base: H after each step with the LoRA and without, mean over seeds. score: see above. prompt: what was drawn."""
+    """high, base: H after each step with the LoRA and without, mean over seeds. change: see above. prompt: what was drawn."""
 
     name: str
     tensor_sha256: str
@@ -31,7 +32,13 @@ class Profile:
     seeds: int
     high: tuple[float, ...]
     base: tuple[float, ...]
-    score: float
+    change: float
+
+    @property
+    def level(self) -> float:
+        """How much higher H is with the LoRA than without, mean over the early steps."""
+        early = max(1, int(EARLY * len(self.high)))
+        return (sum(self.high[:early]) - sum(self.base[:early])) / early
 
     def json(self) -> str:
         return _PROFILE.dump_json(self).decode()
@@ -75,9 +82,9 @@ def measure(
         engine.run(request, on_step=seen, cancel=cancel)
         courses.append([series[picture] for picture in sorted(series)])
     changes = [[change(course) for course in several] for several in courses]
-    score = sum(a - b for a, b in zip(*changes, strict=True)) / len(changes[0])
+    moved = sum(a - b for a, b in zip(*changes, strict=True)) / len(changes[0])
     high, base = (tuple(sum(values) / len(values) for values in zip(*several, strict=True)) for several in courses)
-    return Profile(lora.name, receipt.tensor_sha256, engine.name, words, steps, seeds, high, base, score)
+    return Profile(lora.name, receipt.tensor_sha256, engine.name, words, steps, seeds, high, base, moved)
 
 
 def change(course: Sequence[float]) -> float:
@@ -88,9 +95,12 @@ def change(course: Sequence[float]) -> float:
     return sum(moves) / len(moves) if moves else 0.0
 
 
-def ordered(profiles: Mapping[str, Profile]) -> tuple[list[str], list[str]]:
-    """(all names by falling score, those of low frequency): a score of 0 or less is low; where none is, of three LoRAs or more
-    the last. All low is none low."""
-    names = sorted(profiles, key=lambda name: -profiles[name].score)
-    low = [name for name in names if profiles[name].score <= 0] or (names[-1:] if len(names) >= 3 else [])
+def ordered(profiles: Mapping[str, Profile], by: str = "change") -> tuple[list[str], list[str]]:
+    """(all names by falling frequency, those of low frequency). by: "change" or "level".
+
+    Low is who is at or under the base; where none is, of three LoRAs or more the last. All low is none low.
+    """
+    values = {name: getattr(profile, by) for name, profile in profiles.items()}
+    names = sorted(values, key=lambda name: -values[name])
+    low = [name for name in names if values[name] <= 0] or (names[-1:] if len(names) >= 3 else [])
     return names, [] if len(low) == len(names) else low

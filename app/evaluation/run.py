@@ -148,7 +148,7 @@ class Evaluation:
 
     def _ways(self, cases: Sequence[Case], scorer: "Scorer") -> Ways:
         """The methods, with weights tuned on other sets' and other noise's pictures where that was asked."""
-        ways = Ways({name: self.wishes.options.get(name, {}) for name in self.wishes.methods})
+        ways = Ways({name: self.wishes.options.get(name, {}) for name in self.wishes.methods}, pin=self._pin)
         if not self.wishes.tune or self.wishes.manifest is not None:
             return ways
         factors = {}
@@ -161,6 +161,12 @@ class Evaluation:
                 made = self._make(rows, f"tuning {name}, {size} LoRAs")
                 factors[name, size] = self._best(name, size, made, scorer)
         return replace(ways, factors=factors)
+
+    def _pin(self, request: Request) -> Request:
+        """The request with its LoRAs' measured order. Raises Refused when one was never profiled."""
+        from app import profiles
+
+        return profiles.pinned(request, self.maker.engine)[0]
 
     def _best(self, name: str, size: int, made: Sequence[Made], scorer: "Scorer") -> float:
         """The factor with the highest presence (where it is known) and CLIPScore on the pilots."""

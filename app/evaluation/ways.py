@@ -1,15 +1,17 @@
 """The ways an evaluation compares: the prompt alone, each method, and each dearer method at the cost of the plain one."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from app import flags
 from app.evaluation.cases import Case
 from composition import Lora, Refused, Request
 
 NONE, GIVEN, EQUAL = "none", "given", "@equal"
+MEASURED = ("change", "level")  # values of the option order that a profile answers
 MANY = 1.05  # times the prompt alone's evaluations, from which a way is also made at equal evaluations
 
 
@@ -29,10 +31,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Ways:
-    """Methods with their options, and the factor on every LoRA's weight that tuning found for (method, size)."""
+    """Ways with their methods' options, and the factor on every LoRA's weight that tuning found for (way, size).
+
+    A way is a method's name, or that and options after it: "cmlora:cache=false". pin: writes the measured order of its LoRAs
+    into a request, for the options order=change and order=level.
+    """
 
     options: Mapping[str, Mapping[str, Any]]
     factors: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    pin: Callable[[Request], Request] | None = None
 
     def rows(self, case: Case) -> list[Row]:
         """The prompt alone first, then every method."""
@@ -46,7 +53,9 @@ class Ways:
         assert case.request
         factor = self.factors.get((name, case.size), 1.0) if factor is None else factor
         loras = [scaled(lora, factor) for lora in case.request.loras]
-        return Row(case, name, replace(case.request, loras=loras, method=name, options=self.options[name]))
+        request = replace(case.request, loras=loras, method=method_of(name), options=self.options[name])
+        measured = self.pin is not None and request.options.get("order") in MEASURED
+        return Row(case, name, self.pin(request) if measured and self.pin else request)
 
 
 def scaled(lora: Lora, factor: float) -> Lora:
@@ -68,6 +77,11 @@ def equal(row: Row, evaluations: int, plain: int) -> Row | None:
     return Row(row.case, row.way + EQUAL, replace(row.request, steps=max(1, round(row.request.steps * plain / evaluations))))
 
 
+def method_of(way: str) -> str:
+    """The method of a way: "cmlora" of "cmlora:cache=false"."""
+    return way.removesuffix(EQUAL).partition(":")[0]
+
+
 def title(way: str) -> str:
     """What a way is called in tables."""
     from composition import methods
@@ -76,16 +90,23 @@ def title(way: str) -> str:
         return "Prompt only"
     if way.endswith(EQUAL):
         return f"{title(way.removesuffix(EQUAL))}, equal evaluations"
+    name, _, options = way.partition(":")
     known = methods.all()
-    return known[way].title if way in known else way
+    return f"{known[name].title} {options.replace(':', ' ')}".strip() if name in known else way
 
 
-def read_methods(text: str) -> list[str]:
-    """Names of methods, `none` left out: it is always there. Raises Refused for an unknown one."""
+def read_methods(text: str, shared: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Way to options, from "merge,cmlora,cmlora:cache=false"; `none` is left out: it is always there.
+
+    shared: key=value pairs for all methods that have them; a way's own come over them. Raises Refused for an unknown one.
+    """
     from composition import methods
 
-    names = [name for part in text.split(",") if (name := part.strip()) and name != NONE]
-    return [methods.find(name).name for name in dict.fromkeys(names)]
+    ways = dict.fromkeys(name for part in text.split(",") if (name := part.strip()) and name != NONE)
+    names = {way: methods.find(method_of(way)).name for way in ways}
+    common = flags.options_of_each(shared, list(dict.fromkeys(names.values()))) if shared else {}
+    own = {way: flags.options(way.split(":")[1:], name) for way, name in names.items()}
+    return {way: {**common.get(name, {}), **own[way]} for way, name in names.items()}
 
 
 def numbers(text: str, flag: str) -> list[int]:

@@ -87,6 +87,7 @@ def main() -> None:
     if "loras" in stages:
         loras.make(pipe, world, names, given.out / "loras", given.work, judge=seer)
         testbed.write(given.out / "testbed.json")
+        loras.profiled(pipe, names, given.out)
     if "measure" in stages:
         _keep(given.work, "base", measure.base_figures(pipe, seer, world))
         _keep(given.work, "loras", measure.lora_figures(pipe, seer, world, given.out / "loras", names))

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from app import profiles
+from composition import Engine, profile
 from composition.adapters import Adapters
 from composition.backbones.unet import UNetBackbone
 from composition.request import Lora, Request
@@ -117,6 +119,15 @@ def make(pipe, world: World, names: list[str], folder: Path, work: Path, *, plan
             checkpoint.unlink(missing_ok=True)  # it would answer for another base next time
     finally:
         adapters.close()
+
+
+def profiled(pipe, names: list[str], out: Path, report: Callable[[str], None] = print) -> None:
+    """Measure the frequency profile of every LoRA in ``out``/loras and keep it in ``out``/profiles, as `medley profile` would."""
+    with Engine(UNetBackbone(pipe, "sd"), "pocket") as engine:
+        for name in names:
+            found = profile.measure(engine, Lora(str(out / "loras" / f"{stem(name)}.safetensors")))
+            profiles.keep(found, out / "profiles")
+            report(f"{name}: change {found.change:+.4f}, level {found.level:+.4f}")
 
 
 def shown(backbone: UNetBackbone, adapters: Adapters, name: str, file: str, judge: Judge) -> Image.Image:

@@ -1,11 +1,14 @@
 """CMLoRA and its cache, on toys of both families in float64: the eight laws of its specification."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+import composition
 from composition import Lora
 from composition.backbones.unet import UNetBackbone
 from composition.cache import FeatureCache, layer_costs, live_levels
@@ -259,6 +262,31 @@ def test_what_is_skipped_is_not_run_and_what_is_counted_is():
     assert counted["full"] == sum(costs.values())
     assert counted["cached"] == sum(cost for path, cost in costs.items() if not cache.skips(path))
     assert cache.share(axis, (16, 16), 5) == pytest.approx(counted["cached"] / counted["full"])
+
+
+@pytest.mark.parametrize("family, size, live, full, cached", [
+    ("sd15", (64, 64), 1, 338.6, 98.0), ("sd15", (128, 96), 1, 1012.8, 293.7), ("sdxl", (128, 128), 2, 2988.7, 816.5),
+])  # fmt: skip
+def test_the_true_sizes_cost_what_the_table_says(family, size, live, full, cached):
+    """Giga multiply-adds of one row, attention products left out; DeepCache's own count of SD1.5 is 338.8."""
+    config = json.loads((Path(composition.__file__).parent / f"backbones/configs/{family}/unet/config.json").read_text())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    axis = UNetBackbone(type("Pipe", (), {"unet": unet, "scheduler": None})(), "sd").axis
+    cache, costs = FeatureCache(unet), layer_costs(unet, axis, size, 77)
+    assert cache.live == live
+    assert sum(costs.values()) / 1e9 == pytest.approx(full, abs=0.1)
+    assert sum(cost for path, cost in costs.items() if not cache.skips(path)) / 1e9 == pytest.approx(cached, abs=0.1)
+
+
+@pytest.mark.parametrize("count, bar", [(2, 1.45), (3, 1.75), (4, 2.1), (5, 2.5)])
+def test_a_run_costs_few_passes_whatever_the_number_of_loras(count, bar):
+    """Counted over the schedule the method itself made, 50 steps; without forced refreshes it is the paper's table."""
+    from tests.bench.cmlora import cost, schedule
+
+    assert 1 + (count - 1) * 0.289 < cost(schedule(count, 50), count, 0.2895) < bar
+    leader_alone = cost(schedule(count, 200, max_age=1000, low="none"), count, 0.2895)
+    assert leader_alone == pytest.approx({2: 1.29, 3: 1.59, 4: 1.88, 5: 2.17}[count], abs=0.02)
 
 
 def test_forward_that_was_there_before_is_there_after():
