@@ -309,7 +309,8 @@ def run(command: Callable[[], Any]) -> int:
     except Exception as error:
         if os.environ.get("MEDLEY_DEBUG"):
             raise
-        return _fail(error.format_message() if isinstance(error, TyperException) else sentence(error), 2)
+        words = error.format_message() if isinstance(error, TyperException) else sentence(error)
+        return _fail(words, 2) if words.strip() else 2  # no command was named: the help was printed
 
 
 def _fail(sentence: str, code: int) -> int:

@@ -123,7 +123,7 @@ def request(given: Mapping[str, Any], start: Request | None = None) -> tuple[Req
     drawn = "seed" not in fields and start is None
     if drawn:
         fields["seed"] = secrets.randbelow(2**32)
-    if start is None and "prompt" not in fields:
+    if start is None and not str(fields.get("prompt", "")).strip():
         raise Refused('a prompt is needed: medley generate "a raccoon in the snow" --lora raccoon')
     from composition.backbones import samplers
 

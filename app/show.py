@@ -49,7 +49,7 @@ def loras(console: Console, found: Sequence[tuple[Path, Receipt | None, str]], f
             continue
         ranks = "/".join(str(rank) for rank in sorted(receipt.ranks))
         rows.add_row(Text(printable(path.stem)), receipt.category, Text(printable(", ".join(receipt.triggers))), ranks, megabytes(path),
-                     receipt.family.replace("unknown", ""))
+                     _made_for(receipt))
     if found:
         console.print(rows)
     else:
@@ -71,7 +71,7 @@ def receipt(console: Console, of: Receipt, base: str) -> None:
     row("title", of.title)
     row("category", of.category)
     row("trigger words", ", ".join(of.triggers))
-    row("made for", of.family)
+    row("made for", _made_for(of))
     row("layout", of.layout)
     row("rank", _counted(of.ranks))
     row("alpha", _counted(of.alphas))
@@ -89,6 +89,11 @@ def receipt(console: Console, of: Receipt, base: str) -> None:
     if of.no_effect:
         row("no effect", f"{len(of.no_effect)} modules, as {of.no_effect[0]}")
     console.print(Panel(rows, title=escape(printable(of.name)), title_align="left", expand=False))
+
+
+def _made_for(of: Receipt) -> str:
+    """The kind of base its keys and shapes tell, else the one its maker wrote into it."""
+    return of.family if of.family != "unknown" else of.metadata.get("base", "")
 
 
 def _counted(values: Mapping[Any, int]) -> str:

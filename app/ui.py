@@ -143,6 +143,8 @@ class Page:
         """The request of a filled-in page. Raises Refused or ValidationError for what cannot be made."""
         given = dict(zip(FIELDS, answers, strict=False))
         method = methods.find(given["method"])
+        if not (given["prompt"] or "").strip():
+            raise Refused("the prompt is empty: write what to draw")
         for name in ("steps", "guidance"):
             if given[name] is None:
                 raise Refused(f"{name} is empty: write a number")

@@ -32,4 +32,4 @@ def find(source: str, model: str, folders: Sequence[Path] = ()) -> Path:
         raise Refused(f"{source!r} is {kind}; a LoRA is a .safetensors file")
     near = get_close_matches(source, known, 3, 0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; there are {', '.join(sorted(known)) or 'none'}"
-    raise Refused(f"no LoRA is named {source!r} and no file is there{hint}")
+    raise Refused(f"no LoRA is named {source!r} and no file is there{hint} (a folder of your own is named with --lora-dir)")

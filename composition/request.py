@@ -236,5 +236,16 @@ def explain(error: ValidationError) -> str:
         where = ".".join(str(part) for part in item["loc"]) or "value"
         given = item["input"]
         shown = f" (given {given!r})" if isinstance(given, str | int | float | bool | None) else ""
-        parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
+        parts.append(f"{where}: {_plain(item)}{shown}")
     return "; ".join(parts)
+
+
+def _plain(item: Any) -> str:
+    """What was expected, without the words of the library that checked it."""
+    limits = item.get("ctx", {})
+    words = {
+        "less_than_equal": "must be at most {le:g}", "greater_than_equal": "must be at least {ge:g}", "less_than": "must be under {lt:g}",
+        "missing": "is missing", "unexpected_keyword_argument": "is no field of it", "extra_forbidden": "is no field of it",
+        "finite_number": "must be a plain number",
+    }.get(item["type"])  # fmt: skip
+    return words.format(**limits) if words else item["msg"].removeprefix("Value error, ")

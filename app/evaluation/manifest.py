@@ -76,7 +76,7 @@ def _case(row: dict[str, Any], folder: Path, inspect: Callable[[str], Receipt | 
     if not isinstance(text, str) or not text.strip():
         raise Refused('a text is needed: the prompt, as "text" beside file_name or as "prompt" of a request')
     told = row["concepts"] if "concepts" in row else None
-    concepts = _concepts(told, folder) if told is not None else _of_loras(request, inspect)
+    concepts = _concepts(told, folder) if told is not None else _of_loras(request, inspect, finished=path is not None)
     group, method = row.get("group", text), row.get("method", GIVEN if path else "")
     if not isinstance(group, str) or not isinstance(method, str):
         raise Refused("group and method are texts")
@@ -108,11 +108,19 @@ def _inside(folder: Path, name: Any) -> Path:
     return folder / name
 
 
-def _of_loras(request: Request | None, inspect: Callable[[str], Receipt | None]) -> tuple[Concept, ...]:
-    """What each LoRA of a request stands for: its first trigger word, as it or its file says."""
+def _of_loras(request: Request | None, inspect: Callable[[str], Receipt | None], *, finished: bool) -> tuple[Concept, ...]:
+    """What each LoRA of a request stands for: its first trigger word, as it or its file says.
+
+    finished: the picture is there, so that a LoRA whose file is elsewhere by now costs its concept and not the picture.
+    """
     found = []
     for name, lora in zip(request.names, request.loras, strict=True) if request else ():
-        receipt = inspect(lora.source)
+        try:
+            receipt = inspect(lora.source)
+        except Refused:
+            if not finished:
+                raise
+            receipt = None
         triggers = lora.triggers or (receipt.triggers if receipt else ())
         if not triggers:
             continue

@@ -83,7 +83,8 @@ def page(folder: Path, rows: Sequence[Mapping[str, Any]], document: Mapping[str,
     return environment.from_string((HERE / "report.html").read_text("utf-8")).render(
         document=document, metrics=metrics, ways=ways, titles=titles, parts=parts, found=found, plots=plots, cases=kept,
         cases_in_all=len(cases), extremes=extremes, thumbs=thumbs, style=(HERE / "report.css").read_text("utf-8"),
-        script=(HERE / "report.js").read_text("utf-8"), inside=_embedded(inside), colours=charts.colours(ways))  # fmt: skip
+        script=(HERE / "report.js").read_text("utf-8"), inside=_embedded(inside), colours=charts.colours(ways),
+        size_word="LoRAs" if any(row["request"] for row in rows) else "concepts")  # fmt: skip
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -269,7 +269,7 @@ class Evaluation:
             "group_word": "set" if wishes.testbed else "prompt", "sizes": sorted({row["size"] for row in rows}),
             "model": wishes.like.model if self._opened else "", "metrics": metrics, "concepts": per_concept(rows, ways),
             "resamples": wishes.resamples, "resample_seed": wishes.seed, "tuned": self.tuned, "mllm": second,
-            "judge": telling.judge(scorer, texts), "remarks": telling.remarks(self.tuned, ways, second),
+            "judge": telling.judge(scorer, texts, {c["phrase"] for row in rows for c in row["concepts"]}), "remarks": telling.remarks(self.tuned, ways, second, len({row["group"] for row in rows}), scorer.judge.name),
             "problems": telling.grouped(problems), "settings": telling.settings(wishes),
         }  # fmt: skip
 
