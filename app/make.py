@@ -186,13 +186,14 @@ def compare(
 
     A method that refuses the request is left out and says why; Refused is raised when all do.
     """
+    from app import profiles
     from composition import methods
 
     stem = f"{prefix}-{record.free(folder, f'{prefix}-'):04d}"
     alone = request.alone(0)
     tiles = [_tile(at, replace(alone, loras=(), method="merge", options={}), "Prompt only", folder, f"{stem}-prompt")]
     for name, options in ways.items():
-        way = replace(alone, method=name, options=options)
+        way = profiles.pinned(replace(alone, method=name, options=options), at.engine)[0]
         tiles.append(_tile(at, way, methods.find(name).title, folder, f"{stem}-{name}"))
     refused = [tile for tile in tiles[1:] if tile.refused]
     if len(refused) == len(ways):
