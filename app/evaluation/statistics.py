@@ -43,12 +43,13 @@ class Paired:
 
     @property
     def parted(self) -> bool:
-        """Whether the two are told apart: the interval leaves 0 out and the permutation test agrees (p <= 0.05).
+        """Whether the two are told apart: the interval leaves 0 out and the permutation test agrees (adjusted p <= 0.05).
 
-        Both, because an interval over few groups is too short; with five groups or fewer no test can agree.
+        Both, because an interval over few groups is too short; with five groups or fewer no test can agree. Adjusted, because
+        among many ways some two always part by chance.
         """
         low, high = self.difference.low, self.difference.high
-        return low is not None and high is not None and (low > 0 or high < 0) and self.p <= 1 - LEVEL
+        return low is not None and high is not None and (low > 0 or high < 0) and self.holm <= 1 - LEVEL
 
 
 def _sums(values: Sequence[float], groups: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ class Options:
     low_only: bool = field(default=False, metadata={"help": "Late, only the low lead, not all but the first."})
     every: int = field(default=0, metadata={"ge": 0, "le": 1000, "help": "Steps between refreshes; 0: 2, in the middle 3."})
     dominance: bool = field(default=True, metadata={"help": "Weigh the leader more; without, all weigh the same."})
-    decay: bool = field(default=True, metadata={"help": "Let the leader's extra weight fade to Composite."})
+    decay: bool = field(default=True, metadata={"help": "Let the leader's extra weight decay."})
     cache: bool = field(default=True, metadata={"help": "Ask those that do not lead from a cache; without, in full."})
     max_age: int = field(default=6, metadata={"ge": 0, "le": 1000, "help": "Steps after which a slot is refreshed; 0: at every one."})
     online: bool = field(default=False, metadata={"help": "End the early phase by the latent's own frequency, not at the boundary."})

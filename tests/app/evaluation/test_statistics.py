@@ -127,6 +127,17 @@ def test_rank_counts_only_who_is_told_apart():
     assert ranks(means, pairs, larger=False) == {"best": 2, "same": 2, "last": 1}
 
 
+def test_among_many_ways_chance_is_allowed_for():
+    """Twelve ways of pure noise: hardly two are told apart, though several raw p are small."""
+    rng, small, parted = np.random.default_rng(4), 0, 0
+    for turn in range(6):
+        groups = [f"g{k}" for k in range(16)]
+        found = paired({f"w{k}": cells(rng.normal(0, 1, 16), groups) for k in range(12)}, resamples=1000, seed=turn)
+        small += sum(one.p <= 0.05 for one in found)
+        parted += sum(one.parted for one in found)
+    assert small > 6 and parted <= 2
+
+
 def test_five_groups_cannot_be_told_apart():
     groups = [f"g{k}" for k in range(5)]
     (found,) = paired({"a": cells([1.0, 1.1, 1.2, 1.3, 1.4], groups), "b": cells([0.0] * 5, groups)})
