@@ -15,13 +15,13 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from app import settings
+from app.evaluation.charts import PALETTE
 from app.strip import FAINT, INK, PAPER
 from app.strip import font as lettering
 from composition import Lora, Refused, Request
-from composition.profile import SEEDS, STEPS, Profile, ordered
+from composition.profile import Profile, ordered
 
 MEASURES, USUAL = ("change", "level"), "change"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#6a3d9a")
 WIDE, HIGH = 900, 460
 LEFT, RIGHT, TOP, BOTTOM = 80, 270, 40, 60
 
@@ -141,7 +141,7 @@ def plot(profiles: Sequence[Profile]) -> Image.Image:
     pen.line([spot(0, 0.0), spot(1, 0.0)], "#888888", 2)
     pen.text((WIDE - RIGHT + 40, 10), "change, level", FAINT, font)
     for index, (name, course) in enumerate(courses.items()):
-        colour = COLOURS[index % len(COLOURS)]
+        colour = PALETTE[index % len(PALETTE)]
         points = [spot((step + 1) / len(course), value) for step, value in enumerate(course)]
         pen.line(points, colour, 3, joint="curve")
         y = TOP + 22 * index
@@ -157,5 +157,3 @@ def described(profiles: Sequence[Profile]) -> tuple[list[str], list[str]]:
         raise Refused("two of these LoRAs have the same name; profile them one by one")
     return ordered(by_name)
 
-
-DEFAULTS = (STEPS, SEEDS)

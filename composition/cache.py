@@ -35,11 +35,6 @@ class FeatureCache:
     def has(self, name: str) -> bool:
         return name in self._slots
 
-    def forget(self, names: Sequence[str] | None = None) -> None:
-        """Empty these slots (None: all)."""
-        for name in list(self._slots) if names is None else names:
-            self._slots.pop(name, None)
-
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Lead the UNet's inner blocks through the cache; every block's forward is as before afterwards, the slots empty."""

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from app.evaluation.cases import Case, Concept
 from composition import Lora, Refused, Request
+from composition.request import Category
 
 CATEGORIES = {"background": "place"}  # where ComposLoRA's word is not ours
 PILOT = "tuning"  # the cases that weights are tuned on have seeds of their own
@@ -134,4 +135,4 @@ def cases(
 
 def _category(name: str) -> Any:
     """A category a Lora may have."""
-    return name if name in ("character", "clothing", "style", "place", "object", "pose") else "other"
+    return name if name in get_args(Category) else "other"

@@ -93,12 +93,7 @@ def test_another_lora_file_of_the_same_name_is_made_anew(evaluate, toy, tmp_path
     shutil.copytree(toy.loras, tmp_path / "loras")
     again = ("--methods", "merge", "--seeds", 1, "--tune", "none", "--report", "r")
 
-    def run():
-        from app import cli  # noqa: F401
-
-        return evaluate(*again, "--lora-dir", tmp_path / "loras")
-
-    assert "2 LoRAs are named" in run().err  # both folders hold a fox: said, not guessed
+    assert "2 LoRAs are named" in evaluate(*again, "--lora-dir", tmp_path / "loras").err  # both folders hold a fox: said, not guessed
     tensors = load_file(tmp_path / "loras/fox.safetensors")
     (tmp_path / "bed").mkdir()
     save_file({key: value * 2 for key, value in tensors.items()}, tmp_path / "bed/vixen.safetensors")
