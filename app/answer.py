@@ -71,8 +71,11 @@ def link(path: Path) -> str:
     return "/gradio_api/file=" + quote(path.absolute().as_posix())
 
 
-def report(result: Result, path: Path) -> str:
-    """What the picture is made of: facts, one receipt per LoRA, what the user should know, where the file is."""
+def report(result: Result, path: Path, said: str = "") -> str:
+    """What the picture is made of: facts, one receipt per LoRA, what the user should know, who led when, where the file is.
+
+    said: how the LoRAs were ordered.
+    """
     request, image = result.request, result.images[0]
     facts = {
         "Seed": str(request.seed), "Method": request.method, "Steps": str(request.steps),
@@ -82,8 +85,10 @@ def report(result: Result, path: Path) -> str:
     pairs = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     receipts = "".join(f"<li>{escape(one.line())}</li>" for one in result.receipts)
     notes = {name: value for name, value in result.notes.items() if name != "missing triggers"}  # `hint` says those
-    remarks = "".join(f'<li class="remark">{escape(line)}</li>' for line in show.remarks(notes))
-    return (f'<div class="report"><dl>{pairs}</dl><ul class="receipts" aria-label="receipts">{receipts}{remarks}</ul>'
+    remarks = "".join(f'<li class="remark">{escape(line)}</li>' for line in [*show.remarks(notes), *filter(None, [said])])
+    lines = show.timeline(result.notes)
+    timeline = f'<pre class="timeline" aria-label="who led when">{escape(chr(10).join(lines))}</pre>' if lines else ""
+    return (f'<div class="report"><dl>{pairs}</dl><ul class="receipts" aria-label="receipts">{receipts}{remarks}</ul>{timeline}'
             f'<p class="file"><a id="download" href="{escape(link(path))}" download="{escape(path.name)}">Download</a> '
             f'<span>{escape(str(path.absolute()))}</span></p></div>')
 

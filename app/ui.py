@@ -132,7 +132,7 @@ class Page:
             over = job.finished.is_set()  # asked before looking, so that the last look sees the end
             seen: Changes = {
                 self.status: answer.status(job, self._jobs.before(job)), self.stage: answer.stage(job),
-                self.report: answer.report(job.result, job.path) if job.result and job.path else ""}
+                self.report: answer.report(job.result, job.path, job.said) if job.result and job.path else ""}
             if change := {part: value for part, value in seen.items() if shown.get(part) != value}:
                 yield change
             shown = seen

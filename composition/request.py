@@ -96,7 +96,8 @@ class Request:
 
     prompt is used verbatim: a trigger word that is missing becomes a note, never an insertion.
     size is (width, height) in pixels, None for the model's own. count pictures are made, with seeds seed, seed+1, ...;
-    each has a generator of its own. batched: ask all LoRAs in one batch of rows (more memory, faster) or one by one.
+    each has a generator of its own. batched: ask all LoRAs in one batch of rows (more memory, faster) or one by
+    one; on a processor, pictures of 512 pixels and more are asked one by one all the same, which is faster there.
     guidance 1 or less switches guidance off. sampler "default" is the one the model was saved with.
     """
 

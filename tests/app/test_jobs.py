@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from app.answer import report
 from app.jobs import Job, Jobs
 from app.preview import GAP, Preview
 from composition import Cancelled, Engine, Lora, Refused, Request, Result
@@ -230,3 +231,20 @@ def test_cancelled_midway_the_next_picture_is_as_if_alone():
         assert a.state == "cancelled" and 0 < a.step < 1000
         assert b.state == "done", b.error
         assert b.result.images[0].tobytes() == alone.tobytes()
+
+
+def test_the_page_pins_a_measured_order_and_tells_who_led_when(tmp_path):
+    """As generate does: the record makes the picture again anywhere."""
+    asked = Request("a fox and a raccoon on the moon", loras=[Lora("raccoon"), Lora("moon")], method="cmlora", steps=4)
+    with Engine.open("pocket", device="cpu") as engine, Jobs(engine, lambda result: tmp_path / "a.png") as jobs:
+        job = jobs.submit(asked)
+        wait(job)
+        assert job.state == "done", job.error
+        order = job.result.request.options["order"].split(",")
+        assert sorted(order) == ["moon", "raccoon"] and "order by measured change" in job.said
+        told = report(job.result, job.path, job.said)
+        timeline = told.partition('<pre class="timeline"')[2].partition("</pre>")[0].splitlines()
+        assert {line.split()[0] for line in timeline[1:]} == {"phase", *order} and job.said in told
+        plain = jobs.submit(Request("a fox", method="merge", steps=1))
+        wait(plain)
+        assert "<pre" not in report(plain.result, plain.path, plain.said) and not plain.said

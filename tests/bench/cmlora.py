@@ -21,13 +21,13 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 import composition
-from composition import Lora
+from composition import Lora, Request
 from composition.adapters import Adapters
 from composition.backbones.unet import UNetBackbone
 from composition.cache import FeatureCache
 from composition.methods import cmlora
 from composition.run import Run
-from composition.sampler import Step
+from composition.sampler import Conditioning, Step
 
 RANK = 16
 CATEGORIES = ("character", "clothing", "style", "object", "place")
@@ -52,7 +52,7 @@ class Empty(Run):
     def live(self, step):
         return dict.fromkeys(self.names, 1.0)
 
-    def denoise_cached(self, step, cache, full):
+    def denoise_cached(self, step, cache, full, company):
         cache.filled |= set(full)
         return torch.zeros(len(self.names), 1, 1, 4, 8, 8)
 
@@ -81,7 +81,7 @@ def sd15(device: str) -> tuple[UNet2DConditionModel, UNetBackbone]:
     torch.manual_seed(0)
     with torch.device(device):
         unet = UNet2DConditionModel.from_config(json.loads(config.read_text())).eval().requires_grad_(False)
-    return unet, UNetBackbone(SimpleNamespace(unet=unet, scheduler=None, _execution_device="cpu"), "sd")
+    return unet, UNetBackbone(SimpleNamespace(unet=unet, scheduler=None, _execution_device=device), "sd")
 
 
 def lora(unet: UNet2DConditionModel, path: Path, seed: int) -> Path:
@@ -121,46 +121,32 @@ def main() -> None:
         for size in sizes:
             names = list("abcde"[:size])
             with adapters.session([(n, Lora(n), f) for n, f in zip(names, files, strict=False)]):
-                timed(unet, adapters, cache, names, plans[size], side, given.rounds)
+                timed(backbone, adapters, cache, names, plans[size], side, given.rounds)
 
 
-def timed(unet, adapters, cache, names, plan, side, rounds) -> None:
+def timed(backbone, adapters, cache, names, plan, side, rounds) -> None:
     """Print the times of one number of LoRAs, over the bare base's in the same rounds."""
     generator = torch.Generator().manual_seed(1)
-    latents, text = torch.randn(1, 4, side, side, generator=generator), torch.randn(1, 77, 768, generator=generator)
+    latents, text = torch.randn(1, 4, side, side, generator=generator), torch.randn(2, 1, 77, 768, generator=generator)
+    request = Request("", loras=[Lora(name) for name in names])
+    encodings = {("", "", False, ()): Conditioning({"text": text})}
+    unscaled = SimpleNamespace(scale_model_input=lambda latents, t: latents)
+    run = Run(backbone, adapters, request, unscaled, [], encodings=encodings)
+    step = Step(0, 1, torch.tensor(500), latents)
 
-    def rows(some):
-        adapters_rows = [{name: 1.0} for name in some for _ in range(2)]
-        with adapters.rows(adapters_rows):
-            many = 2 * len(some)
-            return unet(latents.expand(many, -1, -1, -1), 500, text.expand(many, -1, -1), return_dict=False)[0]
-
-    def step(full):
-        whole, aged = names[:full], names[full:]
-        if whole:
-            with cache.full(whole):
-                rows(whole)
-        if aged:
-            with cache.cached(aged):
-                rows(aged)
-
-    def base():
-        adapters.use({})
-        unet(latents.expand(2, -1, -1, -1), 500, text.expand(2, -1, -1), return_dict=False)
+    def once(full):
+        run.denoise(step, {}) if full == "base" else run.denoise_cached(step, cache, names[:full])
 
     counts = sorted({n for fulls in plan.values() for n in fulls} | {len(names)})
     with cache.attached():
-        with cache.full(names):
-            first = rows(names)
-        with cache.cached(names):
-            again = rows(names)
+        first, again = run.denoise_cached(step, cache, names), run.denoise_cached(step, cache, [])
         if (first - again).abs().max() > 1e-4 * first.abs().max():
             raise SystemExit("a cached pass of age 0 is not the full pass")
         times = {n: [] for n in ["base", *counts]}
         for _ in range(rounds):
             for n in times:
                 begun = time.perf_counter()
-                base() if n == "base" else step(n)
+                once(n)
                 times[n].append(time.perf_counter() - begun)
     bare = statistics.median(times["base"])
     ratio = {n: statistics.median(values) / bare for n, values in times.items()}

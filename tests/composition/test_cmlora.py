@@ -127,6 +127,51 @@ def test_5_equal_adapters_are_one(case):
     laws.same(laws.latents(engine, asked([loras[0]] * 3, steps=6, cache=False)), one)
 
 
+def test_in_full_company_every_pass_is_merge(case):
+    engine, loras = case
+    merged = laws.latents(engine, replace(asked(loras, steps=6), method="merge", options={}))
+    for options in ({"cache": False}, {"max_age": 0}, {"cache": False, "dominance": False}):
+        laws.same(laws.latents(engine, asked(loras, steps=6, company=1.0, **options)), merged)
+    laws.differ(laws.latents(engine, asked(loras, steps=6, company=0.5, cache=False)), merged)
+
+
+def test_in_company_the_others_are_on_at_that_share(case):
+    """Against one evaluation after the other with the weights written out."""
+    engine, loras = case
+
+    def body(run, step, times):
+        each = run.denoise_each(step, company=0.25)
+        cache = FeatureCache(run.backbone.denoiser)
+        with cache.attached():
+            laws.same(run.denoise_cached(step, cache, run.names, 0.25), each, 1e-12)
+            laws.same(run.denoise_cached(step, cache, run.names[:1], 0.25), each, 1e-12)
+        for k, name in enumerate(run.names):
+            laws.same(each[k], run.denoise(step, {other: w * (1.0 if other == name else 0.25) for other, w in run.live(step).items()}))
+
+    _denoise(engine, loras, body)
+
+
+def test_on_a_processor_large_pictures_are_asked_one_by_one(case, monkeypatch):
+    """And the answers are the same."""
+    from composition import run as module
+
+    engine, loras = case
+
+    def body(run, step, times):
+        calls = []
+        handle = run.backbone.denoiser.register_forward_hook(lambda *_: calls.append(1))
+        try:
+            together = run.denoise_each(step)
+            assert len(calls) == 1
+            monkeypatch.setattr(module, "PROCESSOR_BATCH", 1)
+            laws.same(run.denoise_each(step), together)
+            assert len(calls) == 1 + len(run.names)
+        finally:
+            handle.remove()
+
+    _denoise(engine, loras, body)
+
+
 def test_6_evaluations_are_those_of_the_slots_that_were_filled(case):
     engine, loras = case
     result = engine.run(asked(loras))
