@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,10 +41,15 @@ class Adapters:
     """The LoRAs of one backbone.
 
     components: "unet", "text_encoder", ... to the modules LoRAs may touch; the first is the denoiser, the others are
-    text encoders, whose rows are prompts and whose gates are their own. block: layer path of the denoiser to its block.
+    text encoders, whose rows are prompts and whose gates are their own. block: layer path of the denoiser to its block;
+    axis: to what its tokens are (for `placed`).
     """
 
-    def __init__(self, components: Mapping[str, nn.Module], *, family: str, block: Callable[[str], str]) -> None:
+    def __init__(
+        self, components: Mapping[str, nn.Module], *, family: str, block: Callable[[str], str],
+        axis: Callable[[str], Any] = lambda _: None,
+    ) -> None:
+        self._axis = axis
         self.components = dict(components)
         self.family = family
         self._block = block
@@ -144,7 +150,7 @@ class Adapters:
             up = torch.cat([f.up.flatten(1) for f in found if f is not None], dim=1).to(device)
             ends = torch.tensor([f.rank if f is not None else 0 for f in found]).cumsum(0).tolist()
             spans = list(zip([0, *ends[:-1]], ends, strict=True))
-            _attach(module, Stack(down, up, spans, gates, blocks.index(block(path))))
+            _attach(module, Stack(down, up, spans, gates, blocks.index(block(path)), self._axis(path)))
 
     # gates ---------------------------------------------------------------------------------------------------------
 
@@ -184,6 +190,28 @@ class Adapters:
         state = gates.snapshot()
         try:
             gates.per_row([self._vector(row) for row in weights])
+            yield
+        finally:
+            gates.restore(state)
+
+    @contextmanager
+    def placed(
+        self, weights: Mapping[str, float], places: Mapping[Any, Float[Tensor, "rows K *place"]]
+    ) -> Iterator[None]:
+        """Token by token: adapter k (in the order of `names`) at its weight times places[axis of the layer][row, k, token].
+
+        places: by the axes of the touched layers: grids (rows, K, h, w), text (rows, K, tokens), no place (rows, K).
+        """
+        if self._folded is not None:
+            raise RuntimeError("places cannot differ while the weights are folded")
+        gates = self._gates.get(self._denoiser)
+        if gates is None:
+            yield
+            return
+        state = gates.snapshot()
+        try:
+            gates.use(self._vector(weights))
+            gates.places, gates.mode = places, "placed" if gates.mode != "off" else "off"
             yield
         finally:
             gates.restore(state)

@@ -49,7 +49,7 @@ class Engine:
         self.folders = tuple(Path(folder) for folder in folders)
         self.together = together
         self.fold = fold
-        self.adapters = Adapters(backbone.components, family=backbone.family, block=backbone.block)
+        self.adapters = Adapters(backbone.components, family=backbone.family, block=backbone.block, axis=backbone.axis)
         self._group: ExitStack | None = None
         self._group_key: Any = None
         self._group_state: tuple[tuple[Receipt, ...], dict[Any, Any]] = ((), {})

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,15 +11,23 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from composition.adapters import Adapters
+from composition.attention import Enough, watch
 from composition.backbones.base import Backbone
-from composition.cache import FeatureCache
+from composition.cache import FeatureCache, layer_costs
 from composition.guidance import guide
+from composition.placed import joined, placed
 from composition.request import Cancelled, Request
 from composition.sampler import Conditioning, Step
 
 # Latent places over which a processor is faster with one LoRA after the other than with a batch of rows: measured at Stable
 # Diffusion 1.5's size (cached passes 14 % faster at 64 x 64, whole ones 4 %; at 48 x 48 whole ones 10 % slower).
 PROCESSOR_BATCH = 3000
+Pass = tuple[Mapping[str, float], Conditioning]  # LoRAs that are on, with their weights, and the prompt that is read
+
+
+def grid(step: Step, level: int) -> tuple[int, int]:
+    """(h, w) of the layers at this level."""
+    return -(-step.latents.shape[-2] // 2**level), -(-step.latents.shape[-1] // 2**level)
 
 
 @dataclass(eq=False)
@@ -98,6 +107,64 @@ class Run:
         uses = self._uses(self.live(step), company) or {"": {}}
         return self._each(step, list(uses), list(uses.values()), conds or {})
 
+    def denoise_passes(
+        self, step: Step, passes: Sequence[Pass], rows: Literal["all", "positive"] = "all"
+    ) -> Float[Tensor, "S R B *S"]:
+        """One prediction for each pass, with its own LoRAs and prompt, in one batch of rows or a loop as the request says."""
+        conds = [cond.positive() if rows == "positive" else cond for _, cond in passes]
+        given = {str(index): cond for index, cond in enumerate(conds)}
+        return self._each(step, list(given), [use for use, _ in passes], given)
+
+    def attend(
+        self, step: Step, passes: Sequence[Pass], layers: Sequence[str], rows: Literal["all", "positive"] = "positive",
+    ) -> Float[Tensor, "S R B L h w"]:
+        """What each pass looks at: attention to its prompt's tokens by place, averaged over these layers and their heads, float32.
+
+        The denoiser stops after the last of them. Differentiable in step.latents where gradients are on.
+        """
+        level = self.backbone.cross_attention()[layers[0]]
+        share = self._until(layers, step)
+        found = []
+        for use, cond in passes:
+            cond = cond.positive() if rows == "positive" else cond
+            self.adapters.use(use)
+            with watch(self.backbone.denoiser, layers, grid=grid(step, level), rows=range, early=True) as maps:
+                with suppress(Enough):
+                    self._evaluate(step, cond, share * cond.rows / self.encode().rows)
+                found.append(maps.read().unflatten(0, (cond.rows, step.latents.shape[0])))
+        return torch.stack(found)
+
+    def denoise_watched(
+        self, step: Step, passes: Sequence[Pass], layers: Sequence[str], rows: Literal["all", "positive"] = "positive",
+    ) -> tuple[Float[Tensor, "S R B *S"], Float[Tensor, "S R B L h w"]]:
+        """`denoise_passes` and what `attend` sees, in the same evaluations. rows: of the maps; the predictions have all."""
+        level, values, found = self.backbone.cross_attention()[layers[0]], [], []
+        kinds, pictures = passes[0][1].rows, step.latents.shape[0]
+
+        def positive(count: int) -> list[int]:
+            return [row for row in range(count) if row // pictures % kinds == kinds - 1]
+
+        for part in [passes] if self._batched(step) else [[one] for one in passes]:
+            recorded = range if rows == "all" else positive
+            with watch(self.backbone.denoiser, layers, grid=grid(step, level), rows=recorded) as maps:
+                values.append(self.denoise_passes(step, part))
+                found.append(maps.read().unflatten(0, (len(part), -1, pictures)))
+        return torch.cat(values), torch.cat(found)
+
+    def denoise_placed(
+        self, step: Step, passes: Sequence[Pass], shares: Float[Tensor, "B S h w"]
+    ) -> Float[Tensor, "R B *S"]:
+        """One evaluation in which pass s, with its LoRAs and prompt, has its share of every place (shares sum to 1 over S)."""
+        conds = [cond for _, cond in passes]
+        weights = {name: weight for use, _ in passes for name, weight in use.items()}
+        with placed(self.backbone, self.adapters, weights, [set(use) for use, _ in passes], shares, rows=conds[0].rows,
+                    size=tuple(step.latents.shape[-2:]), tokens=conds[0].values["text"].shape[2]):
+            return self._evaluate(step, joined(conds), 1)
+
+    def scaled(self, step: Step) -> Float[Tensor, "B *S"]:
+        """The latents as the denoiser reads them."""
+        return self.scheduler.scale_model_input(step.latents, step.t)
+
     def denoise_cached(
         self, step: Step, cache: FeatureCache, full: Collection[str], company: float = 0.0
     ) -> Float[Tensor, "K R B *S"]:
@@ -125,6 +192,15 @@ class Run:
         """Whether rows of several LoRAs go in one batch: as the request says, but never where that is slower."""
         large = step.latents.shape[-1] * step.latents.shape[-2] > PROCESSOR_BATCH
         return self.request.batched and not (large and self.backbone.device.type == "cpu")
+
+    def _until(self, layers: Sequence[str], step: Step) -> float:
+        """The cost of a pass that ends after these layers over a whole one: multiply-adds, attention products left out."""
+        size, tokens = tuple(step.latents.shape[-2:]), self.encode().values["text"].shape[2]
+        costs = layer_costs(self.backbone.denoiser, self.backbone.axis, size, tokens)
+        turns = ("conv_in", "time", "add", "down", "mid", "up")
+        paths = sorted(costs, key=lambda path: next((turn for turn, name in enumerate(turns) if path.startswith(name)), len(turns)))
+        last = max(index for index, path in enumerate(paths) if path.startswith(tuple(layers)))
+        return sum(costs[path] for path in paths[: last + 1]) / sum(costs.values())
 
     def _share(self, cache: FeatureCache, step: Step) -> float:
         """A cached pass's cost over a full one's, worked out once a run."""
@@ -156,7 +232,7 @@ class Run:
 
     def _evaluate(self, step: Step, cond: Conditioning, predictions: float) -> Float[Tensor, "R B *S"]:
         self._check_cancel()
-        latents = self.scheduler.scale_model_input(step.latents, step.t)
+        latents = self.scaled(step)
         self.notes["evaluations"] = self.notes.get("evaluations", 0) + (int(predictions) if predictions % 1 == 0 else predictions)
         return self.backbone.denoise(latents, step.t, cond)
 

@@ -3,18 +3,18 @@
 All adapters of a layer are one stack of factors: `down` A (P, in, ...) and `up` B (out, P), P the sum of their ranks.
 alpha/rank is folded into `up`; a weight is always a gate. Which form is computed follows from the gates:
 one adapter in every row (its own slice), dense (two products whatever K is), one adapter per row (gathered: a row pays
-its own rank and not P), or each adapter's output apart, for a `combine` function.
+its own rank and not P), token by token by masks, or each adapter's output apart, for a `combine` function.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Mode = Literal["off", "one", "dense", "rows", "combined"]
+Mode = Literal["off", "one", "dense", "rows", "placed", "combined"]
 # (base output, each adapter's gated output) -> the layer's output
 Combine = Callable[[Float[Tensor, "rows *out"], Float[Tensor, "K rows *out"]], Float[Tensor, "rows *out"]]
 
@@ -34,6 +34,7 @@ class Gates:
         self.runs: tuple[int, ...] = ()
         self.plain = False  # the runs are adapters 0..K-1 in order: no gather needed
         self.combine: Combine | None = None
+        self.places: Mapping[Any, Float[Tensor, "rows K *place"]] = {}  # by a layer's axis
         self._dense = factors.new_zeros(1, *factors.shape)
         self._index = torch.zeros(1, dtype=torch.long, device=factors.device)
         self._scale = factors.new_zeros(1, factors.shape[0])
@@ -99,11 +100,11 @@ class Gates:
 
     def snapshot(self) -> tuple:
         """All of its state, values copied, for `restore`."""
-        return (self.mode, self.only, self.rows, self.runs, self.plain, self.combine,
+        return (self.mode, self.only, self.rows, self.runs, self.plain, self.combine, self.places,
                 self._dense.clone(), self._index.clone(), self._scale.clone())
 
     def restore(self, state: tuple) -> None:
-        (self.mode, self.only, self.rows, self.runs, self.plain, self.combine,
+        (self.mode, self.only, self.rows, self.runs, self.plain, self.combine, self.places,
          self._dense, self._index, self._scale) = state
 
 
@@ -115,11 +116,16 @@ def _even_runs(rows: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 class Stack:
-    """A layer's factors: down (P, in, *kernel), up (out, P), spans[k] the ranks of adapter k (empty: it has none)."""
+    """A layer's factors: down (P, in, *kernel), up (out, P), spans[k] the ranks of adapter k (empty: it has none).
+
+    axis: what the layer's tokens are, a key of the gates' places.
+    """
 
     def __init__(
-        self, down: Tensor, up: Float[Tensor, "out P"], spans: Sequence[tuple[int, int]], gates: Gates, block: int
+        self, down: Tensor, up: Float[Tensor, "out P"], spans: Sequence[tuple[int, int]], gates: Gates, block: int,
+        axis: Any = None,
     ) -> None:
+        self.axis = axis
         self.down, self.up = down, up
         self.spans, self.gates, self.block = tuple(spans), gates, block
         self.owner = torch.cat([torch.full((b - a,), k) for k, (a, b) in enumerate(self.spans)]).to(down.device)
@@ -172,6 +178,13 @@ class Stack:
             down, up = self._factors(y, "flat")
             gate = gates.dense[:, self.block].to(y).index_select(1, self.owner)
             return apply(module, x, y, down, up, gate)
+        if gates.mode == "placed":
+            place = gates.places[self.axis]
+            self._check(x, place.shape[0])
+            down, up = self._factors(y, "flat")
+            weight = gates.dense[0, self.block].view(-1, *[1] * (place.ndim - 2))
+            gate = (place * weight).to(y).index_select(1, self.owner)
+            return (_conv_placed if isinstance(module, nn.Conv2d) else _linear_placed)(module, x, y, down, up, gate)
         assert gates.combine is not None
         still = torch.zeros_like(y)
         each = [self._slice(apply, module, x, still.clone(), k) if self.touches(k) else still for k in range(gates.count)]
@@ -203,6 +216,21 @@ def _linear(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, g
     if not y.is_contiguous():
         return y + F.linear(h, up)
     return _add(y.view(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), up).view(y.shape)
+
+
+def _linear_placed(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+    """Token by token; gate (rows, p, tokens or h w), or (rows, p) for a layer whose rows have no place."""
+    if gate.ndim > 2:
+        gate = gate.flatten(2).transpose(1, 2)
+    if x.ndim == gate.ndim and x.shape[1:-1] != gate.shape[1:-1]:
+        raise RuntimeError(f"a layer got {x.shape[1]} tokens while its mask has {gate.shape[1]}")
+    return _add(y.view(-1, y.shape[-1]), (F.linear(x.to(down.dtype), down) * gate).view(-1, down.shape[0]), up).view(y.shape)
+
+
+def _conv_placed(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+    """Place by place of the output's grid; gate (rows, p, h, w)."""
+    assert isinstance(module, nn.Conv2d)
+    return y + F.conv2d(_downward(module, x, down) * gate, up[..., None, None])
 
 
 def _linear_rows(

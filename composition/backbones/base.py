@@ -80,6 +80,19 @@ class Backbone(Protocol):
 
     def axis(self, layer: str) -> Axis: ...
 
+    def offsets(self, prompt: str) -> list[tuple[int, int]]:
+        """The characters of the prompt that each token the model sees stands for; (0, 0) for one that stands for none."""
+        ...
+
+    def cross_attention(self) -> Mapping[str, int]:
+        """The cross-attention modules, in the order in which they run, and the level of the grid their queries lie on."""
+        ...
+
+    def watched(self) -> tuple[str, ...]:
+        """Those that tell best where a word is: of the coarsest grid (16 x 16 at 512 pixels for Stable Diffusion 1.x), and
+        for SDXL the third to sixth of each in the first up block."""
+        ...
+
     def block(self, layer: str) -> str:
         """The block of the denoiser a layer belongs to: "down.0", "mid", "up.2" or "" (for Lora.blocks)."""
         ...

@@ -77,6 +77,14 @@ class UNetBackbone:
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[room:]) if len(ids) > room else ""
 
+    def offsets(self, prompt: str) -> list[tuple[int, int]]:
+        pipes = [getattr(self.pipeline, name) for name in ("tokenizer", "tokenizer_2") if hasattr(self.pipeline, name)]
+        found = [pipe(prompt, return_offsets_mapping=True, truncation=True, max_length=pipe.model_max_length).offset_mapping
+                 for pipe in pipes if pipe is not None]
+        if any(other != found[0] for other in found[1:]):
+            raise Refused("the two tokenizers of this model part the prompt differently; where its words are cannot be told")
+        return [tuple(pair) for pair in found[0]]
+
     def start(
         self, request: Request, scheduler: Any, generators: Sequence[Generator]
     ) -> tuple[Float[Tensor, "B C H W"], Num[Tensor, "T"]]:
@@ -142,6 +150,18 @@ class UNetBackbone:
         if kind == "up":
             return Axis("grid", max(depth - int(rest) - ("upsamplers" in layer), 0))
         return Axis("grid", depth if kind == "mid" else 0)
+
+    def cross_attention(self) -> Mapping[str, int]:
+        names = [name for name, _ in self.denoiser.named_modules() if name.endswith(".attn2")]
+        order = ("down", "mid", "up")
+        return {name: self.axis(f"{name}.to_q").level for name in sorted(names, key=lambda name: order.index(name.partition("_")[0]))}
+
+    def watched(self) -> tuple[str, ...]:
+        layers = self.cross_attention()
+        sided = {name: level for name, level in layers.items() if not name.startswith("mid")} or layers
+        coarse = [name for name, level in sided.items() if level == max(sided.values(), default=0)]
+        inner = [name for name in coarse if self.family == "sdxl" and re.match(r"up_blocks\.0\..*transformer_blocks\.[2-5]\.", name)]
+        return tuple(inner or coarse)
 
     def block(self, layer: str) -> str:
         if layer.startswith("mid_block"):

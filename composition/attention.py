@@ -1,0 +1,117 @@
+"""The attention seam: see what chosen cross-attention layers look at, or lead them by masks, without replacing any processor.
+
+Every eager processor of diffusers ends in `F.scaled_dot_product_attention`; one TorchFunctionMode sees q, k, v of the chosen
+layers after LoRA and norm. All other layers stay on the fused kernel. A layer that was claimed and not seen raises.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Attend = Callable[..., Tensor]
+# (layer's name, the fused kernel, query, key, value, the call's other arguments) -> the layer's output
+Led = Callable[[str, Attend, Tensor, Tensor, Tensor, Mapping[str, Any]], Tensor]
+
+
+class Enough(Exception):
+    """Every chosen layer was seen: nothing after them is needed. Not an error; `watched` catches it."""
+
+
+class _Seam(TorchFunctionMode):
+    """Calls `led` for attention inside the chosen layers; anything else goes its way."""
+
+    def __init__(self, led: Led) -> None:
+        super().__init__()
+        self.led = led
+        self.inside = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention and self.inside:
+            query, key, value = (*args, *(kwargs.pop(name) for name in ("query", "key", "value")[len(args) :]))[:3]
+            return self.led(self.inside, func, query, key, value, {**_named(args[3:]), **kwargs})
+        return func(*args, **kwargs)
+
+
+def _named(rest: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False))
+
+
+@contextmanager
+def edit(module: nn.Module, layers: Sequence[str], led: Led) -> Iterator[None]:
+    """While it lasts, these layers' attention is what `led` answers. Raises RuntimeError at its end when one never ran.
+
+    layers: names of attention modules inside `module`.
+    """
+    seen: set[str] = set()
+
+    def noting(name: str, *rest: Any) -> Tensor:
+        seen.add(name)
+        return led(name, *rest)
+
+    seam, handles = _Seam(noting), []
+    try:
+        for name in layers:
+            inner = module.get_submodule(name)
+            handles.append(inner.register_forward_pre_hook(lambda *_, name=name: setattr(seam, "inside", name)))
+            handles.append(inner.register_forward_hook(lambda *_: setattr(seam, "inside", ""), always_call=True))
+        with seam:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missed := [name for name in layers if name not in seen]:
+        raise RuntimeError(f"attention of {len(layers)} layers was to be seen, and of {len(missed)} it was not (the first is {missed[0]}): "
+                           "the model's attention backend does not call scaled_dot_product_attention; set the native one")
+
+
+class Maps:
+    """Attention probabilities of the chosen layers, averaged over heads and layers: `read` after every forward."""
+
+    def __init__(self, layers: Sequence[str], rows: Callable[[int], Sequence[int]], grid: tuple[int, int], early: bool) -> None:
+        self._layers, self._rows, self._grid, self._early = tuple(layers), rows, grid, early
+        self._seen: dict[str, Tensor] = {}
+
+    def read(self) -> Float[Tensor, "rows L h w"]:
+        """The maps of the last forward, float32 (float64 stays), with their graph; then forgets them."""
+        if set(self._seen) != set(self._layers):
+            raise RuntimeError(f"{len(self._layers)} layers were to be seen, {len(self._seen)} were")
+        maps = torch.stack([self._seen[name] for name in self._layers]).mean(0)
+        self._seen = {}
+        return maps.transpose(1, 2).unflatten(-1, self._grid)
+
+    def note(self, name: str, attend: Attend, query: Tensor, key: Tensor, value: Tensor, rest: Mapping[str, Any]) -> Tensor:
+        rows = list(self._rows(query.shape[0]))
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scale = rest.get("scale") or query.shape[-1] ** -0.5
+        logits = query[rows].to(wide) @ key[rows].to(wide).transpose(-1, -2) * scale
+        self._seen[name] = logits.softmax(-1).mean(1)
+        if self._early and len(self._seen) == len(self._layers):
+            raise Enough
+        return attend(query, key, value, **rest)
+
+
+@contextmanager
+def watch(
+    module: nn.Module, layers: Sequence[str], *, grid: tuple[int, int], rows: Callable[[int], Sequence[int]], early: bool = False
+) -> Iterator[Maps]:
+    """See what the chosen cross-attention layers look at; their output is untouched, and the maps have their gradient.
+
+    grid: (h, w) of the layers' queries. rows: which rows of a forward of so many rows are recorded (the positive ones).
+    early: a forward ends with Enough, for the caller to catch, as soon as all layers were seen.
+    """
+    maps = Maps(layers, rows, grid, early)
+    with edit(module, layers, maps.note):
+        yield maps
+
+
+def parts(query: Tensor, key: Tensor, value: Tensor, count: int, attend: Attend, rest: Mapping[str, Any]) -> Float[Tensor, "S rows heads q d"]:
+    """Attention to each of `count` equal parts of the keys apart."""
+    pairs = zip(key.chunk(count, dim=-2), value.chunk(count, dim=-2), strict=True)
+    return torch.stack([attend(query, k, v, **rest) for k, v in pairs])

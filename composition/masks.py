@@ -1,0 +1,105 @@
+"""Attention maps to masks: which concept owns which part of the picture (CLoRA, arXiv 2403.19776, section 3).
+
+Shapes: maps (B, T, h, w), T tokens of one concept; masks (B, K, h, w), K concepts, 0 to 1, without the base, which owns what
+nobody claims.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from composition.request import Lora, Refused
+
+Overlap = Literal["average", "argmax"]
+EPSILON = 1e-6
+
+
+def normalised(maps: Float[Tensor, "... h w"]) -> Float[Tensor, "... h w"]:
+    """Each map from 0 to 1; a constant one becomes 0."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return (maps - low) / (high - low + EPSILON)
+
+
+def claimed(maps: Float[Tensor, "B T h w"], threshold: float) -> Float[Tensor, "B h w"]:
+    """1 where any token's map exceeds `threshold` times its own maximum, else 0."""
+    peak = maps.amax((-2, -1), keepdim=True)
+    return (maps > threshold * peak).any(1).to(maps.dtype)
+
+
+def closed(masks: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
+    """Holes and clefts of one place filled: dilated, then eroded, by 3 x 3."""
+    return -F.max_pool2d(-F.max_pool2d(masks, 3, 1, 1), 3, 1, 1)
+
+
+def parted(masks: Float[Tensor, "B K h w"], strength: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
+    """Where several claim a place, only the one of greatest strength keeps it (the first, when equal)."""
+    best = torch.where(masks > 0, strength, -1.0).argmax(1, keepdim=True)
+    return masks * torch.zeros_like(masks).scatter_(1, best, 1.0)
+
+
+def resized(masks: Float[Tensor, "B K h w"], size: tuple[int, int], *, soft: float = 0.0) -> Float[Tensor, "B K H W"]:
+    """To another grid: nearest, or with an edge softened by `soft` of its places (a Gaussian's sigma)."""
+    grown = masks
+    if size[0] >= masks.shape[-2] and size[1] >= masks.shape[-1] and masks.shape[-2:] != size:
+        grown = F.interpolate(masks, size, mode="nearest-exact")
+    elif masks.shape[-2:] != size:
+        grown = F.adaptive_avg_pool2d(masks, size)
+    return blurred(grown, soft) if soft else grown
+
+
+def blurred(maps: Float[Tensor, "B K h w"], sigma: float) -> Float[Tensor, "B K h w"]:
+    """Gaussian blur; at the border the outermost places are repeated."""
+    reach = max(1, round(3 * sigma))
+    at = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)
+    kernel = torch.exp(-(at**2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).expand(maps.shape[1], 1, -1)
+    wide = F.conv2d(F.pad(maps, (reach, reach, 0, 0), mode="replicate"), kernel[:, :, None, :], groups=maps.shape[1])
+    return F.conv2d(F.pad(wide, (0, 0, reach, reach), mode="replicate"), kernel[..., None], groups=maps.shape[1])
+
+
+def shares(masks: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K1 h w"]:
+    """The base's share first, then each concept's: they sum to 1 everywhere.
+
+    The base has what nobody claims (1 - the sum, at least 0); where several claim, each has an equal part of its claim.
+    """
+    base = (1 - masks.sum(1, keepdim=True)).clamp(min=0)
+    whole = torch.cat([base, masks], 1)
+    return whole / whole.sum(1, keepdim=True)
+
+
+def region(lora: Lora, size: tuple[int, int]) -> Float[Tensor, "h w"]:
+    """A LoRA's region, a box in fractions of the picture or the path of a mask image (white is its place), on this grid.
+
+    A place that a box covers in part has that part. Raises Refused for an image that cannot be read.
+    """
+    if lora.region is None:
+        raise ValueError("this LoRA has no region")
+    if isinstance(lora.region, tuple):
+        x0, y0, x1, y1 = lora.region
+        return _covered(y0, y1, size[0])[:, None] * _covered(x0, x1, size[1])[None]
+    path = Path(lora.region)
+    try:
+        with Image.open(path) as image:
+            grey = np.asarray(image.convert("L").resize(size[::-1], Image.Resampling.BOX), np.float32)
+    except (OSError, UnidentifiedImageError) as error:
+        raise Refused(f"the region of LoRA {lora.name}: {path} is no picture that can be read ({error.__class__.__name__}); give a box "
+                      "(x0, y0, x1, y1) in fractions of the picture, or the path of a black and white image") from None
+    return torch.from_numpy(grey.copy() / 255)
+
+
+def _covered(low: float, high: float, count: int) -> Float[Tensor, " count"]:
+    """How much of each of `count` equal parts of 0..1 lies between low and high."""
+    edges = torch.arange(count, dtype=torch.float32) / count
+    return ((edges + 1 / count).clamp(max=high) - edges.clamp(min=low)).clamp(min=0) * count
+
+
+def told(maps: Float[Tensor, "h w"]) -> Sequence[Sequence[int]]:
+    """A map or mask as rows of whole numbers 0 to 255, for notes."""
+    return (maps.detach().float().clamp(0, 1) * 255).round().int().tolist()

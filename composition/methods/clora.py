@@ -1,0 +1,266 @@
+"""CLoRA: every concept keeps its own place, found by the attention of its own pass (arXiv 2403.19776).
+
+N + 1 passes a step: the base with a plain prompt, and each concept's LoRA with its trigger words at its own place. Early, the latents
+are moved so that attention maps of one concept agree over the passes and those of different concepts part (NT-Xent, equation 4). A mask
+for each concept from its own pass (equation 5) then fuses the predictions before guidance. LoRAs bound to nothing are on in every pass.
+`reference` does what the authors' code does where it parts from this: maps of both guidance rows, a constant step, no early stop, no
+closing of masks.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from composition import contrast, masks, prompts
+from composition.methods import method
+from composition.request import Refused
+from composition.run import Pass, Run
+from composition.sampler import Predict, Prediction, Step
+
+CLIP = 0.1  # an update's root mean square is at most this share of the latents'
+RELATIVE = 0.02  # the update's root mean square over the latents', for latents other than Stable Diffusion's
+DEFAULT_STEP = 20.0
+
+
+@dataclass(frozen=True)
+class Options:
+    update: bool = field(default=True, metadata={"help": "Move the latents so that the concepts' attention parts."})
+    until: float = field(default=0.5, metadata={"ge": 0.0, "le": 1.0, "help": "Share of the steps in which the latents are moved."})
+    refine: str = field(default="0,0.2,0.4", metadata={"help": "Shares of the steps at which they are moved many times; empty: none."})
+    rounds: int = field(default=20, metadata={"ge": 0, "le": 1000, "help": "How many more times, at most."})
+    stop: float = field(default=0.3, metadata={"ge": 0.0, "le": 1.0, "help":
+        "No more moves in a step once the loss has come this near its least value; 1 is where all maps are equal. 0: never."})
+    step_size: float = field(default=0.0, metadata={"ge": 0.0, "le": 1000.0, "help":
+        "Of a move; 0: 20 for Stable Diffusion, as the paper has it, and relative to the latents elsewhere."})
+    temperature: float = field(default=0.5, metadata={"ge": 0.01, "le": 10.0, "help": "Of the contrastive loss."})
+    threshold: float = field(default=0.4, metadata={"ge": 0.0, "le": 1.0, "help": "Share of a map's maximum from which a place is the concept's."})
+    smooth: float = field(default=0.0, metadata={"ge": 0.0, "le": 8.0, "help": "Blur of the maps, in their own places."})
+    closing: bool = field(default=True, metadata={"help": "Fill holes and clefts of a mask."})
+    overlap: Literal["average", "argmax"] = field(default="average", metadata={"help":
+        "Where concepts meet: average their predictions, or give the place to the one that looks there most."})
+    soft: float = field(default=0.0, metadata={"ge": 0.0, "le": 16.0, "help": "Softness of a mask's edge, in places of the latent."})
+    masks_from: float = field(default=0.0, metadata={"ge": 0.0, "le": 1.0, "help":
+        "Share of the steps before which nothing has a place and all passes are averaged."})
+    regions: Literal["replace", "intersect"] = field(default="replace", metadata={"help":
+        "What a LoRA's own region does with its mask."})
+    recompute: bool = field(default=False, metadata={"help": "Ask again after the last move of a step."})
+    two_phase: bool = field(default=True, metadata={"help": "The same gradient pass by pass, in memory that does not grow with them."})
+    reference: bool = field(default=False, metadata={"help": "Do as the authors' released code does."})
+
+
+@method(title="CLoRA", about="Every concept keeps its own place, found by its attention.", paper="2403.19776",
+        cost="K + 1, and about as many again while the latents are moved,", single=False)
+@contextmanager
+def compose(run: Run, options: Options) -> Iterator[Predict]:
+    with frozen(run.backbone.denoiser):
+        yield _Course(run, options).predict
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient while it lasts."""
+    asked = [weight for weight in module.parameters() if weight.requires_grad]
+    try:
+        for weight in asked:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in asked:
+            weight.requires_grad_(True)
+
+
+class _Course:
+    """The state of one run: the prompt taken apart, and which steps move the latents."""
+
+    def __init__(self, run: Run, options: Options) -> None:
+        self.run, self.options = run, options
+        self.scene = taken_apart(run)
+        self.layers = run.backbone.watched()
+        self.positions = positions(run, self.scene)
+        self.refined = shares(options.refine)
+        self.losses: list[list[float]] = []
+        run.notes["clora"] = {"prompts": list(self.scene.prompts), "everywhere": list(self.scene.everywhere), "loss": self.losses}
+
+    def predict(self, step: Step) -> Prediction:
+        run = self.run
+        live = run.live(step)
+        concepts = [index for index, name in enumerate(self.scene.concepts) if name in live]
+        if not concepts:
+            return Prediction(run.guide(run.denoise(step)), step.latents)
+        passes = passes_of(run, self.scene, live, concepts)
+        step, values, maps = self._moved(step, passes, concepts)
+        places = self._masks(step, maps, concepts)
+        size = tuple(step.latents.shape[-2:])
+        shared = masks.shares(masks.resized(places, size, soft=self.options.soft)).to(values.dtype)
+        if step.index < self.options.masks_from * step.count:
+            shared = torch.full_like(shared, 1 / shared.shape[1])
+        fused = torch.einsum("bshw,srbchw->rbchw", shared, values)
+        return Prediction(run.guide(fused), step.latents)
+
+    # moving the latents --------------------------------------------------------------------------------------------------
+
+    def _moved(
+        self, step: Step, passes: Sequence[Pass], concepts: Sequence[int]
+    ) -> tuple[Step, Float[Tensor, "S R B C H W"], Float[Tensor, "S B L h w"]]:
+        """The step after its moves, and the predictions and maps asked last."""
+        options, rows = self.options, "all" if self.options.reference else "positive"
+        kinds = self._kinds(concepts)
+        guided = options.update and len(concepts) > 1 and step.index < options.until * step.count
+        moves = (1 + options.rounds * (step.index in {int(share * step.count) for share in self.refined})) if guided else 0
+        least, flat = contrast.bounds(kinds, options.temperature) if guided else (0.0, 1.0)
+        values = maps = None
+        told: list[float] = []
+        for move in range(moves):
+            values = maps = None
+            if move == moves - 1:
+                values, maps = self.run.denoise_watched(step, passes, self.layers, rows)
+            else:
+                maps = self.run.attend(step, passes, self.layers, rows)
+            gradient, loss = self._gradient(step, passes, concepts, kinds, maps)
+            told.append(round(float(loss.mean()), 5))
+            near = (loss.mean() - least) / (flat - least)
+            if options.stop and not options.reference and near <= options.stop:
+                break
+            step = step._replace(latents=step.latents - self._move(step, gradient))
+            if options.recompute:
+                values = None
+        if told:
+            self.losses.append(told)
+        if values is None or maps is None:
+            values, maps = self.run.denoise_watched(step, passes, self.layers, rows)
+        return step, values, maps.mean(1)
+
+    def _gradient(
+        self, step: Step, passes: Sequence[Pass], concepts: Sequence[int], kinds: Sequence[int], maps: Float[Tensor, "S R B L h w"]
+    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, " B"]]:
+        """d(sum of losses) / d latents, and the losses. maps: of these latents, without a graph."""
+        rows = "all" if self.options.reference else "positive"
+        with torch.enable_grad():
+            if self.options.two_phase:
+                leaves = maps.detach().requires_grad_()
+                loss = self._loss(leaves, concepts, kinds)
+                (wanted,) = torch.autograd.grad(loss.sum(), leaves)
+                total = torch.zeros_like(step.latents)
+                for one, want in zip(passes, wanted, strict=True):
+                    latents = step.latents.detach().requires_grad_()
+                    seen = self.run.attend(step._replace(latents=latents), [one], self.layers, rows)
+                    total += torch.autograd.grad((seen[0] * want).sum(), latents)[0]
+                    del seen, latents
+                return total, loss.detach()
+            latents = step.latents.detach().requires_grad_()
+            loss = self._loss(self.run.attend(step._replace(latents=latents), passes, self.layers, rows), concepts, kinds)
+            return torch.autograd.grad(loss.sum(), latents)[0], loss.detach()
+
+    def _kinds(self, concepts: Sequence[int]) -> list[int]:
+        """The concept of each map that the loss compares, in the order of `_loss`."""
+        return [c for c in concepts for p in (0, *(other + 1 for other in concepts)) for _ in self.positions[c][p]]
+
+    def _loss(self, maps: Float[Tensor, "S R B L h w"], concepts: Sequence[int], kinds: Sequence[int]) -> Float[Tensor, " B"]:
+        seen = maps.mean(1)
+        asked = [0, *(c + 1 for c in concepts)]
+        chosen = [seen[index][:, self.positions[c][p]] for c in concepts for index, p in enumerate(asked)]
+        every = masks.normalised(self._smoothed(torch.cat(chosen, 1)))
+        return contrast.nt_xent(every.flatten(2), kinds, self.options.temperature)
+
+    def _smoothed(self, maps: Float[Tensor, "B T h w"]) -> Float[Tensor, "B T h w"]:
+        return masks.blurred(maps, self.options.smooth) if self.options.smooth and not self.options.reference else maps
+
+    def _move(self, step: Step, gradient: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """What is taken from the latents: the step in the denoiser's own scale, never more than a tenth of them."""
+        options, latents = self.options, step.latents
+        ratio = latents.norm() / self.run.scaled(step).norm()  # samplers like Euler scale what the denoiser reads
+        inner = gradient * ratio
+        size = inner.square().mean((1, 2, 3), keepdim=True).sqrt()
+        wide = (latents / ratio).square().mean((1, 2, 3), keepdim=True).sqrt()
+        decay = 1.0 if options.reference else (1 - 0.5 * step.index / max(step.count - 1, 1)) ** 0.5
+        if options.step_size or options.reference or latents.shape[1] == 4 and self.run.backbone.family == "sd":
+            move = inner * ((options.step_size or DEFAULT_STEP) * decay)
+            if not options.reference:
+                move = move * (CLIP * wide / (size * (options.step_size or DEFAULT_STEP) * decay + 1e-12)).clamp(max=1.0)
+        else:
+            move = inner * (RELATIVE * decay * wide / (size + 1e-12))
+        return (move * ratio).detach()
+
+    # masks ---------------------------------------------------------------------------------------------------------------
+
+    def _masks(self, step: Step, maps: Float[Tensor, "S B L h w"], concepts: Sequence[int]) -> Float[Tensor, "B K h w"]:
+        """Each concept's mask from its own pass, or its own region; told in the notes as they are at the last step."""
+        own = [self._smoothed(maps[index + 1][:, self.positions[c][c + 1]]) for index, c in enumerate(concepts)]
+        names = [self.scene.concepts[c] for c in concepts]
+        places, strength = placed_by(own, self.options, names, self.run)
+        tell(self.run, names, strength, places)
+        return places
+
+
+def taken_apart(run: Run) -> prompts.Scene:
+    """The run's prompt by its LoRAs' words."""
+    loras = dict(zip(run.names, run.request.loras, strict=True))
+    return prompts.scene(run.request.prompt, loras, run.categories, run.triggers)
+
+
+def passes_of(run: Run, scene: prompts.Scene, live: Mapping[str, float], concepts: Sequence[int]) -> list[Pass]:
+    """The base's pass, then one for each of these concepts: its LoRA and those that are everywhere, with its prompt."""
+    everywhere = {name: live[name] for name in scene.everywhere if name in live}
+    uses = [everywhere, *({scene.concepts[c]: live[scene.concepts[c]]} | everywhere for c in concepts)]
+    texts = [scene.prompts[0], *(scene.prompts[c + 1] for c in concepts)]
+    return [(use, run.encode(text, use)) for use, text in zip(uses, texts, strict=True)]
+
+
+def positions(run: Run, scene: prompts.Scene) -> list[list[list[int]]]:
+    """[concept][prompt] the positions of the tokens of the concept's words. Raises Refused where they are cut off."""
+    offsets = [run.backbone.offsets(text) for text in scene.prompts]
+    cut = [bool(run.backbone.cut(text)) for text in scene.prompts]
+    return [[list(prompts.tokens(text, span, offsets[p], cut=cut[p])) for p, (text, span) in enumerate(zip(scene.prompts, spans, strict=True))]
+            for spans in scene.spans]
+
+
+def shares(text: str) -> list[float]:
+    """"0,0.2" as numbers. Raises Refused."""
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = [-1.0]
+    if any(not 0 <= share <= 1 for share in found):
+        raise Refused(f"option refine is {text!r}; write shares of the steps from 0 to 1, as in 0,0.2,0.4")
+    return found
+
+
+def placed_by(
+    own: Sequence[Float[Tensor, "B T h w"]], options: Any, names: Sequence[str], run: Run
+) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, "B K h w"]]:
+    """(masks, strength) of concepts from the maps of their tokens: threshold, closing, regions, overlap.
+
+    strength: each concept's strongest token, its map from 0 to 1.
+    """
+    plain = options.reference if hasattr(options, "reference") else False
+    found = torch.stack([masks.claimed(maps, options.threshold) for maps in own], 1)
+    strength = torch.stack([masks.normalised(maps.amax(1)) for maps in own], 1)
+    if options.closing and not plain:
+        found = masks.closed(found)
+    found = bounded(found, names, run, intersect=options.regions == "intersect")
+    if options.overlap == "argmax" and not plain:
+        found = masks.parted(found, strength)
+    return found, strength
+
+
+def bounded(found: Float[Tensor, "B K h w"], names: Sequence[str], run: Run, *, intersect: bool) -> Float[Tensor, "B K h w"]:
+    """The masks with the users' own regions in their place, or cut by them."""
+    loras = dict(zip(run.names, run.request.loras, strict=True))
+    rows = []
+    for index, name in enumerate(names):
+        mask = found[:, index]
+        if loras[name].region is not None:
+            own = masks.region(loras[name], tuple(found.shape[-2:])).to(mask).expand_as(mask)
+            mask = mask * own if intersect else own
+        rows.append(mask)
+    return torch.stack(rows, 1)
+
+
+def tell(run: Run, names: Sequence[str], strength: Float[Tensor, "B K h w"], places: Float[Tensor, "B K h w"]) -> None:
+    """Each concept's map and mask of the first picture, into the notes."""
+    run.notes["masks"] = {name: {"map": masks.told(strength[0, k]), "mask": masks.told(places[0, k])} for k, name in enumerate(names)}

@@ -1,0 +1,53 @@
+"""Regions: every LoRA that has a region acts there alone, in one evaluation; the others act everywhere.
+
+A region is a box or a mask image of the request's LoRA. Its deltas are gated by it place by place, and its own prompt (the scene with its
+trigger words at its own place) is read there; where regions meet they share. No guidance of the latents, no maps.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from composition import masks, prompts
+from composition.methods import method
+from composition.run import Run
+from composition.sampler import Predict, Prediction, Step
+
+
+@dataclass(frozen=True)
+class Options:
+    soft: float = field(default=0.0, metadata={"ge": 0.0, "le": 16.0, "help": "Softness of a region's edge, in places of the latent."})
+    from_step: float = field(default=0.0, metadata={"ge": 0.0, "le": 1.0, "help":
+        "Share of the steps before which every LoRA acts everywhere."})
+
+
+@method(title="Regions", about="Every LoRA that has a region acts there alone; the others act everywhere.", paper="2403.11627")
+@contextmanager
+def compose(run: Run, options: Options) -> Iterator[Predict]:
+    loras = dict(zip(run.names, run.request.loras, strict=True))
+    bounded = {name: lora for name, lora in loras.items() if lora.region is not None}
+    scene = prompts.scene(run.request.prompt, bounded, run.categories, run.triggers)
+    texts = dict(zip(scene.concepts, scene.prompts[1:], strict=True))
+    if bounded:
+        run.notes["regions"] = {"prompts": {"": scene.prompts[0], **texts}, "everywhere": [name for name in loras if name not in bounded]}
+
+    def predict(step: Step) -> Prediction:
+        live = run.live(step)
+        here = [name for name in bounded if name in live]
+        if not here or step.index < options.from_step * step.count:
+            return Prediction(run.guide(run.denoise(step)), step.latents)
+        everywhere = {name: weight for name, weight in live.items() if name not in bounded}
+        uses = [everywhere, *({name: live[name]} | everywhere for name in here)]
+        read = [scene.prompts[0], *(texts.get(name, scene.prompts[0]) for name in here)]
+        passes = [(use, run.encode(text, use)) for use, text in zip(uses, read, strict=True)]
+        size = tuple(step.latents.shape[-2:])
+        places = torch.stack([masks.region(bounded[name], size) for name in here]).to(step.latents)[None]
+        if options.soft:
+            places = masks.blurred(places, options.soft)
+        run.notes["masks"] = {name: {"mask": masks.told(places[0, k])} for k, name in enumerate(here)}
+        shared = masks.shares(places).expand(step.latents.shape[0], -1, -1, -1)
+        return Prediction(run.guide(run.denoise_placed(step, passes, shared)), step.latents)
+
+    yield predict

@@ -1,0 +1,57 @@
+"""Every LoRA at its own place in one evaluation: its deltas gated token by token, its prompt read only where it is.
+
+The prompts of all segments (the base's and each concept's) lie one after the other on the text axis. A LoRA changes a layer on the
+picture's side where its mask is, and keys and values of its own segment alone; each segment is attended to apart, and the answers
+are blended by its share of the place. Layers without a place (time embeddings) get every LoRA at once.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from composition import attention, masks
+from composition.adapters import Adapters
+from composition.backbones.base import Axis, Backbone
+from composition.sampler import Conditioning
+
+
+def joined(conds: Sequence[Conditioning]) -> Conditioning:
+    """The prompts of S segments as one, text after text; what is not text (a pooled embedding) is the first segment's."""
+    return Conditioning({**conds[0].values, "text": torch.cat([cond.values["text"] for cond in conds], dim=2)})
+
+
+@contextmanager
+def placed(
+    backbone: Backbone, adapters: Adapters, weights: Mapping[str, float], segments: Sequence[Collection[str]],
+    shares: Float[Tensor, "B S h w"], *, rows: int, size: tuple[int, int], tokens: int,
+) -> Iterator[None]:
+    """While it lasts, the denoiser takes `joined` prompts and gives segment s its share of every place.
+
+    segments: names of the LoRAs that are on in each; shares: theirs, summing to 1 over S, on any grid. rows: R guidance rows;
+    size: (H, W) of the latents; tokens: of one segment. Raises RuntimeError when the model's attention cannot be led.
+    """
+    layers = backbone.cross_attention()
+    names = adapters.names
+    on = shares.new_tensor([[float(name in segment) for name in names] for segment in segments])  # (S, K)
+    levels = range(max(layers.values(), default=0) + 8)
+    grids = {level: masks.resized(shares, (-(-size[0] // 2**level), -(-size[1] // 2**level))) for level in levels
+             if min(size) >= 2**level}
+    places: dict[Axis, Tensor] = {
+        Axis("grid", level): torch.einsum("bshw,sk->bkhw", grid, on).repeat(rows, 1, 1, 1) for level, grid in grids.items()}
+    count = rows * shares.shape[0]
+    places[Axis("text")] = on.T.repeat_interleave(tokens, 1).expand(count, -1, -1)
+    places[Axis("none")] = (on.sum(0) > 0).to(on).expand(count, -1)
+
+    def led(name: str, attend: attention.Attend, query: Tensor, key: Tensor, value: Tensor, rest: Mapping) -> Tensor:
+        grid = grids[layers[name]]
+        share = grid.flatten(2).repeat(rows, 1, 1).to(query.dtype)  # (rows, S, places)
+        if share.shape[-1] != query.shape[-2]:
+            raise RuntimeError(f"{name} has {query.shape[-2]} places, its mask {share.shape[-1]}")
+        each = attention.parts(query, key, value, len(segments), attend, rest)
+        return torch.einsum("srhqd,rsq->rhqd", each, share)
+
+    with adapters.placed(weights, places), attention.edit(backbone.denoiser, tuple(layers), led):
+        yield

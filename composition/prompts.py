@@ -1,0 +1,138 @@
+"""Which words of a prompt a LoRA belongs to, and the prompts made from that: one for the base, one for each concept.
+
+A concept is a LoRA with words of its own in the prompt; a style or a place binds to nothing and is everywhere. The base reads
+the prompt without trigger words; each concept reads it with its own trigger words at its own place, and nobody else's.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from composition.request import Lora, Refused
+
+Span = tuple[int, int]  # of characters in a prompt, end excluded
+EVERYWHERE = ("style", "place")  # categories that bind to nothing unless told to
+STOP = frozenset("a an the of and or in on at with to by for from as is are its their his her this that".split())
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A prompt taken apart.
+
+    concepts: names of the LoRAs that are bound, in the order of the request; everywhere: those that are not.
+    prompts: the base's first, then one for each concept. spans[c][p]: where concept c stands in prompt p.
+    """
+
+    concepts: tuple[str, ...]
+    everywhere: tuple[str, ...]
+    prompts: tuple[str, ...]
+    spans: tuple[tuple[Span, ...], ...]
+
+
+def scene(
+    prompt: str, loras: Mapping[str, Lora], categories: Mapping[str, str], triggers: Mapping[str, Sequence[str]]
+) -> Scene:
+    """Take a prompt apart by its LoRAs' `binds`, else their trigger words.
+
+    Raises Refused when the words of a LoRA are not in the prompt, are there twice, or belong to another LoRA too.
+    """
+    found: dict[str, Span] = {}
+    for name, lora in loras.items():
+        if (span := _span(prompt, name, lora, categories.get(name, ""), triggers.get(name, ()))) is not None:
+            found[name] = span
+    placed = sorted(found, key=lambda name: found[name])
+    for first, second in pairwise(placed):
+        if found[second][0] < found[first][1]:
+            words = (prompt[slice(*found[name])] for name in (first, second))
+            raise Refused(f"{first} and {second} are bound to words that overlap ({', '.join(map(repr, words))}): bind each to words of its own")
+    plain = {name: _without(prompt[slice(*found[name])], triggers.get(name, ())) for name in found}
+    own = {name: _with(prompt[slice(*found[name])], triggers.get(name, ())) for name in found}
+    made = [_written(prompt, found, placed, plain)]
+    made += [_written(prompt, found, placed, plain | {name: own[name]}) for name in found]
+    return Scene(
+        tuple(found), tuple(name for name in loras if name not in found), tuple(text for text, _ in made),
+        tuple(tuple(spans[name] for _, spans in made) for name in found))
+
+
+def tokens(
+    prompt: str, span: Span, offsets: Sequence[Span], *, cut: bool = False
+) -> tuple[int, ...]:
+    """The positions of the tokens of these words, articles and the like left out (unless there is nothing else).
+
+    offsets: of each token's characters in the prompt, (0, 0) for one that stands for none. cut: the tokenizer left the prompt's
+    end out. Raises Refused when these words are in what was left out.
+    """
+    words = [match.span() for match in re.finditer(r"\w[\w'’-]*", prompt[slice(*span)])]
+    words = [(a + span[0], b + span[0]) for a, b in words] or [span]
+    told = [word for word in words if prompt[slice(*word)].lower() not in STOP] or words
+    end = max(b for _, b in offsets)
+    if cut and told[-1][1] > end:
+        raise Refused(f"{prompt[slice(*span)]!r} lies in the end of the prompt, which the model does not see: put it further to the front")
+    return tuple(index for index, (a, b) in enumerate(offsets) if a < b and any(a < y and x < b for x, y in told))
+
+
+def _span(prompt: str, name: str, lora: Lora, category: str, triggers: Sequence[str]) -> Span | None:
+    if lora.binds is not None:
+        places = _places(prompt, lora.binds)
+        if not places:
+            raise Refused(f"LoRA {name} is bound to {lora.binds!r}, which the prompt does not say: write the words as they stand in it")
+        return _only(places, name, lora.binds)
+    if category in EVERYWHERE and lora.region is None:
+        return None
+    for words in triggers:
+        if places := _places(prompt, words):
+            return _only(places, name, words)
+    if lora.region is not None:
+        return None
+    said = f"none of its trigger words ({', '.join(triggers)})" if triggers else "no trigger words, which its file does not name"
+    raise Refused(f"the prompt has for LoRA {name} {said}: put one in, or say with binds which words it belongs to, as in "
+                  f'{{"source": "{name}", "binds": "the fox"}}, or with category "style" that it belongs everywhere')
+
+
+def _places(prompt: str, words: str) -> list[Span]:
+    parts = [re.escape(part) for part in words.split()]
+    return [match.span() for match in re.finditer(r"(?<!\w)" + r"\s+".join(parts) + r"(?!\w)", prompt, re.IGNORECASE)] if parts else []
+
+
+def _only(places: Sequence[Span], name: str, words: str) -> Span:
+    if len(places) > 1:
+        raise Refused(f"the prompt says {words!r} {len(places)} times, and LoRA {name} can belong to one of them only: say with binds "
+                      "which, in more words than these")
+    return places[0]
+
+
+def _content(text: str) -> list[str]:
+    return [word for word in re.findall(r"\w[\w'’-]*", text) if word.lower() not in STOP]
+
+
+def _without(phrase: str, triggers: Sequence[str]) -> str:
+    """The phrase without trigger words; as it is when no word with a meaning would be left."""
+    bare = phrase
+    for words in triggers:
+        for a, b in reversed(_places(bare, words)):
+            bare = bare[:a] + bare[b:]
+    bare = re.sub(r"\s+", " ", bare).strip()
+    return bare if _content(bare) else phrase
+
+
+def _with(phrase: str, triggers: Sequence[str]) -> str:
+    """The phrase with its first trigger words, when it has none: after its article, and in place of words that they repeat."""
+    if not triggers or any(_places(phrase, words) for words in triggers):
+        return phrase
+    article = re.match(r"\s*(?:(?:a|an|the)\s+)?", phrase, re.IGNORECASE)
+    head, rest = phrase[: article.end()] if article else "", phrase[article.end() :] if article else phrase
+    said = {word.lower() for word in _content(triggers[0])}
+    if all(word.lower() in said for word in _content(rest)):
+        return head + triggers[0]
+    return f"{head}{triggers[0]} {rest}"
+
+
+def _written(prompt: str, found: Mapping[str, Span], placed: Sequence[str], words: Mapping[str, str]) -> tuple[str, dict[str, Span]]:
+    """The prompt with these words in the places found, and where they stand now."""
+    text, at, spans = "", 0, {}
+    for name in placed:
+        text += prompt[at : found[name][0]]
+        spans[name] = (len(text), len(text) + len(words[name]))
+        text, at = text + words[name], found[name][1]
+    return text + prompt[at:], spans
