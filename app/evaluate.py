@@ -35,6 +35,8 @@ def evaluate(
                                                 "say their own).")] = None,
     loras: Annotated[str, typer.Option(metavar="SIZES", help="Sizes of the sets, as 2,3 or 2-5.")] = "2-5",
     sets: Annotated[str, typer.Option(help="Sets of each size, drawn evenly, or all.")] = "24",
+    of: Annotated[str, typer.Option(metavar="CATEGORY", help="Sets of LoRAs of this category alone, as character.")] = "",
+    boxes: Annotated[bool, typer.Option("--boxes", help="Give a set's LoRAs regions side by side.")] = False,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Noises for each set, the same for every method.")] = 3,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts with their noise, evenly over the sizes.")] = None,
     report: Annotated[Path, typer.Option("--report", "-o", help="Folder for pictures and report.")] = REPORT,
@@ -77,7 +79,7 @@ def evaluate(
         manifest=manifest, testbed=testbed or "", methods=methods, sizes=loras, sets=sets, option=option or [], tune=tune, scale=scale,
         like=Request(prompt="", model=model, negative=negative, steps=steps, guidance=guidance, sampler=sampler,
                      size=flags.size(size) if size else None),
-        folder=report, seeds=seeds, limit=limit, weight=weight, prefix=prefix, equal=equal, references=references, judge=judge,
+        folder=report, of=of, boxes=boxes, seeds=seeds, limit=limit, weight=weight, prefix=prefix, equal=equal, references=references, judge=judge,
         resamples=resamples, seed=seed, place=make.Place(device, dtype, offload, make.folders(lora_dir or [])),
         endpoint=_endpoint(mllm, mllm_model), pairs=mllm_pairs)  # fmt: skip
     from app.evaluation.run import Evaluation, below

@@ -24,16 +24,27 @@ class Enough(Exception):
 
 
 class _Seam(TorchFunctionMode):
-    """Calls `led` for attention inside the chosen layers; anything else goes its way."""
+    """Calls `led` for attention while one of the chosen layers runs; anything else goes its way.
+
+    It is entered by the layer's pre-hook and left by its hook, so that no other layer pays for it.
+    """
 
     def __init__(self, led: Led) -> None:
         super().__init__()
         self.led = led
         self.inside = ""
 
+    def begin(self, name: str) -> None:
+        self.inside = name
+        self.__enter__()
+
+    def end(self) -> None:
+        self.inside = ""
+        self.__exit__(None, None, None)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention and self.inside:
+        if func is F.scaled_dot_product_attention:
             query, key, value = (*args, *(kwargs.pop(name) for name in ("query", "key", "value")[len(args) :]))[:3]
             return self.led(self.inside, func, query, key, value, {**_named(args[3:]), **kwargs})
         return func(*args, **kwargs)
@@ -59,10 +70,9 @@ def edit(module: nn.Module, layers: Sequence[str], led: Led) -> Iterator[None]:
     try:
         for name in layers:
             inner = module.get_submodule(name)
-            handles.append(inner.register_forward_pre_hook(lambda *_, name=name: setattr(seam, "inside", name)))
-            handles.append(inner.register_forward_hook(lambda *_: setattr(seam, "inside", ""), always_call=True))
-        with seam:
-            yield
+            handles.append(inner.register_forward_pre_hook(lambda *_, name=name: seam.begin(name)))
+            handles.append(inner.register_forward_hook(lambda *_: seam.end(), always_call=True))
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -111,7 +121,7 @@ def watch(
         yield maps
 
 
-def parts(query: Tensor, key: Tensor, value: Tensor, count: int, attend: Attend, rest: Mapping[str, Any]) -> Float[Tensor, "S rows heads q d"]:
+def parts(query: Tensor, key: Tensor, value: Tensor, count: int, attend: Attend, rest: Mapping[str, Any]) -> Float[Tensor, "N rows heads q d"]:
     """Attention to each of `count` equal parts of the keys apart."""
     pairs = zip(key.chunk(count, dim=-2), value.chunk(count, dim=-2), strict=True)
     return torch.stack([attend(query, k, v, **rest) for k, v in pairs])

@@ -34,8 +34,9 @@ def claimed(maps: Float[Tensor, "B T h w"], threshold: float) -> Float[Tensor, "
 
 
 def closed(masks: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
-    """Holes and clefts of one place filled: dilated, then eroded, by 3 x 3."""
-    return -F.max_pool2d(-F.max_pool2d(masks, 3, 1, 1), 3, 1, 1)
+    """Holes and clefts of one place filled: dilated, then eroded, by 3 x 3; beyond the border nothing is claimed."""
+    wide = F.max_pool2d(F.pad(masks, (2, 2, 2, 2)), 3, 1, 1)
+    return -F.max_pool2d(-wide, 3, 1, 1)[..., 2:-2, 2:-2]
 
 
 def parted(masks: Float[Tensor, "B K h w"], strength: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
@@ -96,8 +97,8 @@ def region(lora: Lora, size: tuple[int, int]) -> Float[Tensor, "h w"]:
 
 def _covered(low: float, high: float, count: int) -> Float[Tensor, " count"]:
     """How much of each of `count` equal parts of 0..1 lies between low and high."""
-    edges = torch.arange(count, dtype=torch.float32) / count
-    return ((edges + 1 / count).clamp(max=high) - edges.clamp(min=low)).clamp(min=0) * count
+    edges = torch.arange(count + 1, dtype=torch.float64) / count
+    return ((edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(min=0) * count).float()
 
 
 def told(maps: Float[Tensor, "h w"]) -> Sequence[Sequence[int]]:

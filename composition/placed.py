@@ -19,23 +19,23 @@ from composition.sampler import Conditioning
 
 
 def joined(conds: Sequence[Conditioning]) -> Conditioning:
-    """The prompts of S segments as one, text after text; what is not text (a pooled embedding) is the first segment's."""
+    """The prompts of N segments as one, text after text; what is not text (a pooled embedding) is the first segment's."""
     return Conditioning({**conds[0].values, "text": torch.cat([cond.values["text"] for cond in conds], dim=2)})
 
 
 @contextmanager
 def placed(
     backbone: Backbone, adapters: Adapters, weights: Mapping[str, float], segments: Sequence[Collection[str]],
-    shares: Float[Tensor, "B S h w"], *, rows: int, size: tuple[int, int], tokens: int,
+    shares: Float[Tensor, "B N h w"], *, rows: int, size: tuple[int, int], tokens: int,
 ) -> Iterator[None]:
     """While it lasts, the denoiser takes `joined` prompts and gives segment s its share of every place.
 
-    segments: names of the LoRAs that are on in each; shares: theirs, summing to 1 over S, on any grid. rows: R guidance rows;
+    segments: names of the LoRAs that are on in each; shares: theirs, summing to 1 over N, on any grid. rows: R guidance rows;
     size: (H, W) of the latents; tokens: of one segment. Raises RuntimeError when the model's attention cannot be led.
     """
     layers = backbone.cross_attention()
     names = adapters.names
-    on = shares.new_tensor([[float(name in segment) for name in names] for segment in segments])  # (S, K)
+    on = shares.new_tensor([[float(name in segment) for name in names] for segment in segments])  # (N, K)
     levels = range(max(layers.values(), default=0) + 8)
     grids = {level: masks.resized(shares, (-(-size[0] // 2**level), -(-size[1] // 2**level))) for level in levels
              if min(size) >= 2**level}
@@ -47,7 +47,7 @@ def placed(
 
     def led(name: str, attend: attention.Attend, query: Tensor, key: Tensor, value: Tensor, rest: Mapping) -> Tensor:
         grid = grids[layers[name]]
-        share = grid.flatten(2).repeat(rows, 1, 1).to(query.dtype)  # (rows, S, places)
+        share = grid.flatten(2).repeat(rows, 1, 1).to(query.dtype)  # (rows, N, places)
         if share.shape[-1] != query.shape[-2]:
             raise RuntimeError(f"{name} has {query.shape[-2]} places, its mask {share.shape[-1]}")
         each = attention.parts(query, key, value, len(segments), attend, rest)

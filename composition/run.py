@@ -109,7 +109,7 @@ class Run:
 
     def denoise_passes(
         self, step: Step, passes: Sequence[Pass], rows: Literal["all", "positive"] = "all"
-    ) -> Float[Tensor, "S R B *S"]:
+    ) -> Float[Tensor, "N R B *S"]:
         """One prediction for each pass, with its own LoRAs and prompt, in one batch of rows or a loop as the request says."""
         conds = [cond.positive() if rows == "positive" else cond for _, cond in passes]
         given = {str(index): cond for index, cond in enumerate(conds)}
@@ -117,7 +117,7 @@ class Run:
 
     def attend(
         self, step: Step, passes: Sequence[Pass], layers: Sequence[str], rows: Literal["all", "positive"] = "positive",
-    ) -> Float[Tensor, "S R B L h w"]:
+    ) -> Float[Tensor, "N R B L h w"]:
         """What each pass looks at: attention to its prompt's tokens by place, averaged over these layers and their heads, float32.
 
         The denoiser stops after the last of them. Differentiable in step.latents where gradients are on.
@@ -136,7 +136,7 @@ class Run:
 
     def denoise_watched(
         self, step: Step, passes: Sequence[Pass], layers: Sequence[str], rows: Literal["all", "positive"] = "positive",
-    ) -> tuple[Float[Tensor, "S R B *S"], Float[Tensor, "S R B L h w"]]:
+    ) -> tuple[Float[Tensor, "N R B *S"], Float[Tensor, "N _R B L h w"]]:
         """`denoise_passes` and what `attend` sees, in the same evaluations. rows: of the maps; the predictions have all."""
         level, values, found = self.backbone.cross_attention()[layers[0]], [], []
         kinds, pictures = passes[0][1].rows, step.latents.shape[0]
@@ -152,9 +152,9 @@ class Run:
         return torch.cat(values), torch.cat(found)
 
     def denoise_placed(
-        self, step: Step, passes: Sequence[Pass], shares: Float[Tensor, "B S h w"]
+        self, step: Step, passes: Sequence[Pass], shares: Float[Tensor, "B N h w"]
     ) -> Float[Tensor, "R B *S"]:
-        """One evaluation in which pass s, with its LoRAs and prompt, has its share of every place (shares sum to 1 over S)."""
+        """One evaluation in which each pass, with its LoRAs and prompt, has its share of every place (shares sum to 1 over N)."""
         conds = [cond for _, cond in passes]
         weights = {name: weight for use, _ in passes for name, weight in use.items()}
         with placed(self.backbone, self.adapters, weights, [set(use) for use, _ in passes], shares, rows=conds[0].rows,

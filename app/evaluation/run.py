@@ -28,7 +28,8 @@ PILOTS = 8  # sets of each size that weights are tried on, with noise that is us
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user asked for. testbed or manifest: one of them. sets None: all. like: settings of every picture."""
+    """What the user asked for. testbed or manifest: one of them. sets None: all. like: settings of every picture. of: a category
+    of which all LoRAs of a set are. boxes: they have regions side by side."""
 
     folder: Path
     like: Request
@@ -38,6 +39,8 @@ class Wishes:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sizes: tuple[int, ...] = (2, 3, 4, 5)
     sets: int | None = 24
+    of: str = ""
+    boxes: bool = False
     seeds: int = 3
     limit: int | None = None
     weight: float = 1.0
@@ -102,10 +105,10 @@ class Evaluation:
             return manifest.read(self.wishes.manifest, self._inspect, self.wishes.like.model)
         asked, lost = Asked(), {}
         for size in self.wishes.sizes:
-            for one in testbed.drawn(self._table, size, self.wishes.sets, self.wishes.seed):
+            for one in testbed.drawn(self._table, size, self.wishes.sets, self.wishes.seed, self.wishes.of):
                 missing = [entry.id for entry in one if not self._there(entry.id, lost)]
                 if not missing:
-                    asked.cases += testbed.cases([one], self.wishes.seeds, self.wishes.like, weight=self.wishes.weight, prefix=self.wishes.prefix)
+                    asked.cases += testbed.cases([one], self.wishes.seeds, self.wishes.like, weight=self.wishes.weight, prefix=self.wishes.prefix, boxes=self.wishes.boxes)
         asked.problems += [Problem(f"LoRA {name}", f"{why}; every set with it is left out") for name, why in lost.items()]
         return asked
 
@@ -153,9 +156,10 @@ class Evaluation:
             return ways
         factors = {}
         for size in sorted({case.size for case in cases}):
-            sets = [one for one in testbed.drawn(self._table, size, PILOTS, seed=self.wishes.seed + 1)
+            sets = [one for one in testbed.drawn(self._table, size, PILOTS, self.wishes.seed + 1, self.wishes.of)
                     if all(self._there(entry.id, {}) for entry in one)]  # fmt: skip
-            pilots = testbed.cases(sets, 1, self.wishes.like, weight=self.wishes.weight, prefix=self.wishes.prefix, pilot=True)
+            pilots = testbed.cases(sets, 1, self.wishes.like, weight=self.wishes.weight, prefix=self.wishes.prefix, pilot=True,
+                                  boxes=self.wishes.boxes)
             for name in self.wishes.tune:
                 rows = [ways.row(case, name, factor) for factor in FACTORS for case in pilots]
                 made = self._make(rows, f"tuning {name}, {size} LoRAs")

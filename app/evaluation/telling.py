@@ -86,6 +86,6 @@ def settings(wishes: Any) -> str:
     return json.dumps({
         "testbed": wishes.testbed, "methods": list(wishes.methods),
         "options": {name: dict(given) for name, given in wishes.options.items() if given}, "sizes": list(wishes.sizes),
-        "sets": "all" if wishes.sets is None else wishes.sets, "seeds": wishes.seeds, "limit": wishes.limit, "weight": wishes.weight,
+        "sets": "all" if wishes.sets is None else wishes.sets, "of": wishes.of, "boxes": wishes.boxes, "seeds": wishes.seeds, "limit": wishes.limit, "weight": wishes.weight,
         "prefix": wishes.prefix, "tune": list(wishes.tune), "references": wishes.references, **kept, **scoring,
     }, indent=1)  # fmt: skip

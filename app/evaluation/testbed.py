@@ -79,8 +79,14 @@ def _entry(row: Any, category: str, source: str, number: int) -> Entry:
     return Entry(row["id"], texts["name"] or row["id"], kind, tuple(triggers), texts["phrase"], concept)
 
 
-def sets(table: dict[str, list[Entry]], size: int) -> list[Set]:
-    """Every set of this size, in the order of the file."""
+def sets(table: dict[str, list[Entry]], size: int, of: str = "") -> list[Set]:
+    """Every set of this size, in the order of the file. of: a category of which all of the set are, in place of one character
+    and others."""
+    if of:
+        if of not in table or not 1 <= size <= len(table[of]):
+            known = ", ".join(f"{category} ({len(rows)})" for category, rows in table.items() if rows)
+            raise Refused(f"--of {of} --loras {size}: this testbed has {known}")
+        return list(combinations(table[of], size))
     others = [category for category in table if category != "character" and table[category]]
     if not 1 <= size <= len(others) + 1:
         raise Refused(f"--loras {size}: sets of this testbed have 1 to {len(others) + 1} LoRAs")
@@ -88,12 +94,12 @@ def sets(table: dict[str, list[Entry]], size: int) -> list[Set]:
             for chosen in product(table["character"], *(table[category] for category in several))]  # fmt: skip
 
 
-def drawn(table: dict[str, list[Entry]], size: int, count: int | None, seed: int = 0) -> list[Set]:
+def drawn(table: dict[str, list[Entry]], size: int, count: int | None, seed: int = 0, of: str = "") -> list[Set]:
     """`count` sets of this size (None: all), drawn so that LoRAs appear about equally often.
 
     The order is fixed by the seed and a smaller count is the beginning of a larger one.
     """
-    left = sets(table, size)
+    left = sets(table, size, of)
     random.Random(f"{seed}/{size}").shuffle(left)
     if count is None or count >= len(left):
         return left
@@ -108,7 +114,10 @@ def drawn(table: dict[str, list[Entry]], size: int, count: int | None, seed: int
 
 
 def prompt(one: Set) -> str:
-    """The phrases one after the other; where an entry has none, all triggers joined by commas."""
+    """The phrases one after the other, those of one category joined by and; where an entry has none, all triggers joined by
+    commas."""
+    if len(one) > 1 and all(entry.phrase and entry.category == one[0].category for entry in one):
+        return " and ".join(entry.phrase.strip().removeprefix("and ") for entry in one)
     if all(entry.phrase for entry in one):
         return "".join(entry.phrase for entry in one).strip()
     return ", ".join(word.strip() for entry in one for word in entry.triggers)
@@ -120,13 +129,17 @@ def noise(group: str, number: int, pilot: bool = False) -> int:
 
 
 def cases(
-    chosen: Sequence[Set], seeds: int, like: Request, *, weight: float = 1.0, prefix: str = "", pilot: bool = False
+    chosen: Sequence[Set], seeds: int, like: Request, *, weight: float = 1.0, prefix: str = "", pilot: bool = False,
+    boxes: bool = False,
 ) -> list[Case]:
-    """Each set with each seed number. like: the request's other settings. prefix: put before the prompt, never scored."""
+    """Each set with each seed number. like: the request's other settings. prefix: put before the prompt, never scored. boxes:
+    the LoRAs' regions are columns of equal width, in the order of the set."""
     made = []
     for one in chosen:
         text, group = prompt(one), "+".join(map(str, one))
-        loras = [Lora(entry.id, weight=weight, triggers=entry.triggers, category=_category(entry.category)) for entry in one]
+        columns = [(k / len(one), 0.0, (k + 1) / len(one), 1.0) if boxes else None for k in range(len(one))]
+        loras = [Lora(entry.id, weight=weight, triggers=entry.triggers, category=_category(entry.category), region=column)
+                 for entry, column in zip(one, columns, strict=True)]  # fmt: skip
         for number in range(seeds):
             request = replace(like, prompt=f"{prefix}{text}", loras=loras, seed=noise(group, number, pilot), count=1)
             made.append(Case(group, number, text, tuple(entry.concept for entry in one), request))

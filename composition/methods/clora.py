@@ -106,7 +106,7 @@ class _Course:
 
     def _moved(
         self, step: Step, passes: Sequence[Pass], concepts: Sequence[int]
-    ) -> tuple[Step, Float[Tensor, "S R B C H W"], Float[Tensor, "S B L h w"]]:
+    ) -> tuple[Step, Float[Tensor, "N R B C H W"], Float[Tensor, "N B L h w"]]:
         """The step after its moves, and the predictions and maps asked last."""
         options, rows = self.options, "all" if self.options.reference else "positive"
         kinds = self._kinds(concepts)
@@ -136,7 +136,7 @@ class _Course:
         return step, values, maps.mean(1)
 
     def _gradient(
-        self, step: Step, passes: Sequence[Pass], concepts: Sequence[int], kinds: Sequence[int], maps: Float[Tensor, "S R B L h w"]
+        self, step: Step, passes: Sequence[Pass], concepts: Sequence[int], kinds: Sequence[int], maps: Float[Tensor, "N R B L h w"]
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, " B"]]:
         """d(sum of losses) / d latents, and the losses. maps: of these latents, without a graph."""
         rows = "all" if self.options.reference else "positive"
@@ -160,7 +160,7 @@ class _Course:
         """The concept of each map that the loss compares, in the order of `_loss`."""
         return [c for c in concepts for p in (0, *(other + 1 for other in concepts)) for _ in self.positions[c][p]]
 
-    def _loss(self, maps: Float[Tensor, "S R B L h w"], concepts: Sequence[int], kinds: Sequence[int]) -> Float[Tensor, " B"]:
+    def _loss(self, maps: Float[Tensor, "N R B L h w"], concepts: Sequence[int], kinds: Sequence[int]) -> Float[Tensor, " B"]:
         seen = maps.mean(1)
         asked = [0, *(c + 1 for c in concepts)]
         chosen = [seen[index][:, self.positions[c][p]] for c in concepts for index, p in enumerate(asked)]
@@ -188,7 +188,7 @@ class _Course:
 
     # masks ---------------------------------------------------------------------------------------------------------------
 
-    def _masks(self, step: Step, maps: Float[Tensor, "S B L h w"], concepts: Sequence[int]) -> Float[Tensor, "B K h w"]:
+    def _masks(self, step: Step, maps: Float[Tensor, "N B L h w"], concepts: Sequence[int]) -> Float[Tensor, "B K h w"]:
         """Each concept's mask from its own pass, or its own region; told in the notes as they are at the last step."""
         own = [self._smoothed(maps[index + 1][:, self.positions[c][c + 1]]) for index, c in enumerate(concepts)]
         names = [self.scene.concepts[c] for c in concepts]
@@ -231,7 +231,7 @@ def shares(text: str) -> list[float]:
 
 
 def placed_by(
-    own: Sequence[Float[Tensor, "B T h w"]], options: Any, names: Sequence[str], run: Run
+    own: Sequence[Float[Tensor, "B _T h w"]], options: Any, names: Sequence[str], run: Run
 ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, "B K h w"]]:
     """(masks, strength) of concepts from the maps of their tokens: threshold, closing, regions, overlap.
 

@@ -12,10 +12,11 @@ from torch import nn
 from composition import Cancelled, Engine, Lora, Request
 
 STEPS = 7
+LIGHT = {"clora": {"rounds": 0}}  # options that make a method cheap enough to be asked often
 
 
 def request(method, *loras, **changes):
-    fields = {"prompt": "the fox and the owl on the moon", "negative": "", "loras": loras, "method": method,
+    fields = {"prompt": "the fox and the owl on the moon", "negative": "", "loras": loras, "method": method, "options": LIGHT.get(method, {}),
               "steps": STEPS, "guidance": 4.0, "seed": 11}
     return Request(**(fields | changes))
 
@@ -155,5 +156,6 @@ def fingerprint(engine):
     return digest.hexdigest(), tuple(where), repr(state), torch.is_grad_enabled()
 
 
-def loras_of(paths, weights=(1.0, 0.8, 0.6)):
-    return [Lora(str(path), weight=weight) for path, weight in zip(paths, weights, strict=False)]
+def loras_of(paths, weights=(1.0, 0.8, 0.6), binds=("the fox", "the owl", "the moon")):
+    """LoRAs with weights and words of the laws' prompt: methods that place concepts need to know whose they are."""
+    return [Lora(str(path), weight=weight, binds=words) for path, weight, words in zip(paths, weights, binds, strict=False)]
