@@ -220,8 +220,9 @@ class Engine:
             notes["missing triggers"] = missing
         if cut := self.backbone.cut(request.prompt):
             notes["prompt cut"] = cut
+        placing = methods.find(request.method).placing
         unread = [name for name, lora in zip(request.names, request.loras, strict=True)
-                  if lora.binds is not None or lora.region is not None]
+                  if not placing and (lora.binds is not None or lora.region is not None)]
         if unread:
             notes["not read by this method"] = {name: "binds and region" for name in unread}
         return notes

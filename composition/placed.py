@@ -18,9 +18,16 @@ from composition.backbones.base import Axis, Backbone
 from composition.sampler import Conditioning
 
 
-def joined(conds: Sequence[Conditioning]) -> Conditioning:
-    """The prompts of N segments as one, text after text; what is not text (a pooled embedding) is the first segment's."""
-    return Conditioning({**conds[0].values, "text": torch.cat([cond.values["text"] for cond in conds], dim=2)})
+def joined(conds: Sequence[Conditioning], shares: Float[Tensor, "B N h w"]) -> Conditioning:
+    """The prompts of N segments as one, text after text; of what is not text (a pooled embedding) the mean by their shares."""
+    area = shares.mean((-2, -1))
+    values = {"text": torch.cat([cond.values["text"] for cond in conds], dim=2)}
+    for name in conds[0].values:
+        if name != "text":
+            each = torch.stack([cond.values[name] for cond in conds])  # (N, R, 1, ...)
+            weight = area.T.to(each).view(len(conds), 1, -1, *[1] * (each.ndim - 3))
+            values[name] = (each * weight).sum(0)
+    return Conditioning(values)
 
 
 @contextmanager

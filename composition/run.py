@@ -158,8 +158,8 @@ class Run:
         conds = [cond for _, cond in passes]
         weights = {name: weight for use, _ in passes for name, weight in use.items()}
         with placed(self.backbone, self.adapters, weights, [set(use) for use, _ in passes], shares, rows=conds[0].rows,
-                    size=tuple(step.latents.shape[-2:]), tokens=conds[0].values["text"].shape[2]):
-            return self._evaluate(step, joined(conds), 1)
+                    size=grid(step, 0), tokens=conds[0].values["text"].shape[2]):
+            return self._evaluate(step, joined(conds, shares), 1)
 
     def scaled(self, step: Step) -> Float[Tensor, "B *S"]:
         """The latents as the denoiser reads them."""

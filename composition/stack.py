@@ -230,6 +230,8 @@ def _linear_placed(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Te
 def _conv_placed(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
     """Place by place of the output's grid; gate (rows, p, h, w)."""
     assert isinstance(module, nn.Conv2d)
+    if y.shape[-2:] != gate.shape[-2:]:
+        raise RuntimeError(f"a layer has {y.shape[-2]} x {y.shape[-1]} places while its mask has {gate.shape[-2]} x {gate.shape[-1]}")
     return y + F.conv2d(_downward(module, x, down) * gate, up[..., None, None])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from composition import contrast, masks, prompts
 from composition.methods import method
 from composition.request import Refused
-from composition.run import Pass, Run
+from composition.run import Pass, Run, grid
 from composition.sampler import Predict, Prediction, Step
 
 CLIP = 0.1  # an update's root mean square is at most this share of the latents'
@@ -54,7 +54,7 @@ class Options:
 
 
 @method(title="CLoRA", about="Every concept keeps its own place, found by its attention.", paper="2403.19776",
-        cost="K + 1, and about as many again while the latents are moved,", single=False)
+        cost="K + 1, and about as many again while the latents are moved,", single=False, placing=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     with frozen(run.backbone.denoiser):
@@ -95,7 +95,7 @@ class _Course:
         passes = passes_of(run, self.scene, live, concepts)
         step, values, maps = self._moved(step, passes, concepts)
         places = self._masks(step, maps, concepts)
-        size = tuple(step.latents.shape[-2:])
+        size = grid(step, 0)
         shared = masks.shares(masks.resized(places, size, soft=self.options.soft)).to(values.dtype)
         if step.index < self.options.masks_from * step.count:
             shared = torch.full_like(shared, 1 / shared.shape[1])
@@ -237,14 +237,16 @@ def placed_by(
 
     strength: each concept's strongest token, its map from 0 to 1.
     """
-    plain = options.reference if hasattr(options, "reference") else False
+    plain = getattr(options, "reference", False)
     found = torch.stack([masks.claimed(maps, options.threshold) for maps in own], 1)
     strength = torch.stack([masks.normalised(maps.amax(1)) for maps in own], 1)
     if options.closing and not plain:
         found = masks.closed(found)
+    loras = dict(zip(run.names, run.request.loras, strict=True))
     found = bounded(found, names, run, intersect=options.regions == "intersect")
     if options.overlap == "argmax" and not plain:
-        found = masks.parted(found, strength)
+        said = strength.new_tensor([loras[name].region is not None for name in names])[:, None, None]
+        found = masks.parted(found, strength + 2 * said)  # a user's own region goes before what the maps say
     return found, strength
 
 
@@ -255,7 +257,7 @@ def bounded(found: Float[Tensor, "B K h w"], names: Sequence[str], run: Run, *, 
     for index, name in enumerate(names):
         mask = found[:, index]
         if loras[name].region is not None:
-            own = masks.region(loras[name], tuple(found.shape[-2:])).to(mask).expand_as(mask)
+            own = masks.region(loras[name], (found.shape[-2], found.shape[-1])).to(mask).expand_as(mask)
             mask = mask * own if intersect else own
         rows.append(mask)
     return torch.stack(rows, 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from composition import masks
 from composition.methods import clora, method
-from composition.run import Run
+from composition.run import Run, grid
 from composition.sampler import Predict, Prediction, Step
 
 
@@ -35,7 +35,7 @@ class Options:
 
 
 @method(title="CLoRA fast", about="Every concept keeps its own place, in about one evaluation a step.", paper="2403.19776",
-        cost="1, and half as much again while masks are read,", single=False)
+        cost="1, and half as much again while masks are read,", single=False, placing=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     scene, layers = clora.taken_apart(run), run.backbone.watched()
@@ -51,7 +51,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
         passes = clora.passes_of(run, scene, live, concepts)
         if concepts not in kept or step.index < options.read * step.count:
             kept[concepts] = read(step, passes, concepts)
-        size = tuple(step.latents.shape[-2:])
+        size = grid(step, 0)
         shared = masks.shares(masks.resized(kept[concepts], size, soft=options.soft)).to(step.latents.dtype)
         return Prediction(run.guide(run.denoise_placed(step, passes, shared)), step.latents)
 

@@ -12,7 +12,7 @@ import torch
 
 from composition import masks, prompts
 from composition.methods import method
-from composition.run import Run
+from composition.run import Run, grid
 from composition.sampler import Predict, Prediction, Step
 
 
@@ -23,7 +23,8 @@ class Options:
         "Share of the steps before which every LoRA acts everywhere."})
 
 
-@method(title="Regions", about="Every LoRA that has a region acts there alone; the others act everywhere.", paper="2403.11627")
+@method(title="Regions", about="Every LoRA that has a region acts there alone; the others act everywhere.", paper="2403.11627",
+        placing=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     loras = dict(zip(run.names, run.request.loras, strict=True))
@@ -42,7 +43,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
         uses = [everywhere, *({name: live[name]} | everywhere for name in here)]
         read = [scene.prompts[0], *(texts.get(name, scene.prompts[0]) for name in here)]
         passes = [(use, run.encode(text, use)) for use, text in zip(uses, read, strict=True)]
-        size = tuple(step.latents.shape[-2:])
+        size = grid(step, 0)
         places = torch.stack([masks.region(bounded[name], size) for name in here]).to(step.latents)[None]
         if options.soft:
             places = masks.blurred(places, options.soft)
