@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from app import show
+from app import places, show
 from app.cards import Card, data_url
 from app.jobs import Job
 from composition import Result
@@ -72,7 +72,8 @@ def link(path: Path) -> str:
 
 
 def report(result: Result, path: Path, said: str = "") -> str:
-    """What the picture is made of: facts, one receipt per LoRA, what the user should know, who led when, where the file is.
+    """What the picture is made of: facts, one receipt per LoRA, what the user should know, who led when, where
+    each concept is, where the file is.
 
     said: how the LoRAs were ordered.
     """
@@ -88,7 +89,10 @@ def report(result: Result, path: Path, said: str = "") -> str:
     remarks = "".join(f'<li class="remark">{escape(line)}</li>' for line in [*show.remarks(notes), *filter(None, [said])])
     lines = show.timeline(result.notes)
     timeline = f'<pre class="timeline" aria-label="who led when">{escape(chr(10).join(lines))}</pre>' if lines else ""
-    return (f'<div class="report"><dl>{pairs}</dl><ul class="receipts" aria-label="receipts">{receipts}{remarks}</ul>{timeline}'
+    tiles = "".join(f'<figure><img src="{data_url(tile)}" alt="{escape(f"{name}: {what}")}"><figcaption>{escape(name)}<br>{escape(what)}'
+                    f'</figcaption></figure>' for tile, name, what in places.drawn(image, result.notes))
+    masks = f'<div class="places" aria-label="where each concept is">{tiles}</div>' if tiles else ""
+    return (f'<div class="report"><dl>{pairs}</dl><ul class="receipts" aria-label="receipts">{receipts}{remarks}</ul>{timeline}{masks}'
             f'<p class="file"><a id="download" href="{escape(link(path))}" download="{escape(path.name)}">Download</a> '
             f'<span>{escape(str(path.absolute()))}</span></p></div>')
 

@@ -51,6 +51,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (the be
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 (what suits the device).")]
 Offload = Annotated[str, typer.Option("--offload", "--cpu-offload", help="auto, none, model, sequential or group.")]
 Folders = Annotated[list[Path] | None, typer.Option("--lora-dir", help="A folder in which LoRAs are found by name.")]
+Masks = Annotated[bool, typer.Option("--masks", help="Also save where each concept is, for the methods that place them.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PICTURES = Path("pictures")
 
@@ -89,7 +90,8 @@ def generate(
     steps: Steps = None, guidance: Guidance = None, size: Size = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
     out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
-    device: Device = None, dtype: Dtype = None, offload: Offload = "auto", lora_dir: Folders = None, json: Json = False,
+    device: Device = None, dtype: Dtype = None, offload: Offload = "auto", lora_dir: Folders = None, masks: Masks = False,
+    json: Json = False,
 ) -> None:
     """Make pictures from a prompt and LoRAs."""
     record.ready(out_dir)
@@ -103,6 +105,8 @@ def generate(
         with make.bench(engine, request.steps * request.count, err) as at:
             for path, result in make.pictures(at, request, out_dir):
                 made.append((path, result))
+                if masks:
+                    make.places(path, result)
                 if found and len(made) == 1:
                     for line in make.reproduction(found, dict(zip(request.names, result.receipts, strict=True))):
                         err.print(Text(line, style="yellow"))
@@ -114,6 +118,8 @@ def generate(
         out.print(Text(line))
     for path, result in made:
         out.print(Text(f"{path}  seed {result.request.seed}, {sum(result.seconds.values()):.1f} s"))
+    if masks and not made[0][1].notes.get("masks"):
+        out.print(Text(f"no masks: method {request.method} places nothing here; clora, clora-fast and regions do", style="yellow"))
 
 
 @app.command()

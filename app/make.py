@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from app import record, settings
+from app.places import sheet as draw_places
 from app.strip import strip
 from composition import Cancelled, Receipt, Refused, Request, Result
 
@@ -159,6 +160,12 @@ def pictures(at: Bench, request: Request, folder: Path, stem: str = "") -> Itera
         result = at.run(request.alone(index), request.method)
         name = f"{stem}-{record.free(folder, f'{stem}-'):04d}" if stem else ""
         yield at.save(result, folder, name), result
+
+
+def places(path: Path, result: Result) -> Path | None:
+    """Where each concept is, drawn, beside the picture as `<its name>-masks.png`; None where the method has no places."""
+    drawn = draw_places(result.images[0], result.notes)
+    return record.publish(drawn, path.parent, f"{path.stem}-masks") if drawn else None
 
 
 @dataclass(frozen=True)

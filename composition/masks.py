@@ -39,6 +39,11 @@ def closed(masks: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
     return -F.max_pool2d(-wide, 3, 1, 1)[..., 2:-2, 2:-2]
 
 
+def grown(masks: Float[Tensor, "B K h w"], places: int) -> Float[Tensor, "B K h w"]:
+    """Widened by so many places on every side."""
+    return F.max_pool2d(masks, 2 * places + 1, 1, places)
+
+
 def parted(masks: Float[Tensor, "B K h w"], strength: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
     """Where several claim a place, only the one of greatest strength keeps it (the first, when equal)."""
     best = torch.where(masks > 0, strength, -1.0).argmax(1, keepdim=True)
@@ -47,12 +52,12 @@ def parted(masks: Float[Tensor, "B K h w"], strength: Float[Tensor, "B K h w"]) 
 
 def resized(masks: Float[Tensor, "B K h w"], size: tuple[int, int], *, soft: float = 0.0) -> Float[Tensor, "B K H W"]:
     """To another grid: nearest, or with an edge softened by `soft` of its places (a Gaussian's sigma)."""
-    grown = masks
+    wide = masks
     if size[0] >= masks.shape[-2] and size[1] >= masks.shape[-1] and masks.shape[-2:] != size:
-        grown = F.interpolate(masks, size, mode="nearest-exact")
+        wide = F.interpolate(masks, size, mode="nearest-exact")
     elif masks.shape[-2:] != size:
-        grown = F.adaptive_avg_pool2d(masks, size)
-    return blurred(grown, soft) if soft else grown
+        wide = F.adaptive_avg_pool2d(masks, size)
+    return blurred(wide, soft) if soft else wide
 
 
 def blurred(maps: Float[Tensor, "B K h w"], sigma: float) -> Float[Tensor, "B K h w"]:
@@ -88,7 +93,7 @@ def region(lora: Lora, size: tuple[int, int]) -> Float[Tensor, "h w"]:
     path = Path(lora.region)
     try:
         with Image.open(path) as image:
-            grey = np.asarray(image.convert("L").resize(size[::-1], Image.Resampling.BOX), np.float32)
+            grey = np.asarray(image.convert("L").resize((size[1], size[0]), Image.Resampling.BOX), np.float32)
     except (OSError, UnidentifiedImageError) as error:
         raise Refused(f"the region of LoRA {lora.name}: {path} is no picture that can be read ({error.__class__.__name__}); give a box "
                       "(x0, y0, x1, y1) in fractions of the picture, or the path of a black and white image") from None

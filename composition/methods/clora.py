@@ -41,6 +41,7 @@ class Options:
     threshold: float = field(default=0.4, metadata={"ge": 0.0, "le": 1.0, "help": "Share of a map's maximum from which a place is the concept's."})
     smooth: float = field(default=0.0, metadata={"ge": 0.0, "le": 8.0, "help": "Blur of the maps, in their own places."})
     closing: bool = field(default=True, metadata={"help": "Fill holes and clefts of a mask."})
+    grow: int = field(default=0, metadata={"ge": 0, "le": 32, "help": "Places of the maps' grid by which a mask is widened on every side."})
     overlap: Literal["average", "argmax"] = field(default="average", metadata={"help":
         "Where concepts meet: average their predictions, or give the place to the one that looks there most."})
     soft: float = field(default=0.0, metadata={"ge": 0.0, "le": 16.0, "help": "Softness of a mask's edge, in places of the latent."})
@@ -242,6 +243,8 @@ def placed_by(
     strength = torch.stack([masks.normalised(maps.amax(1)) for maps in own], 1)
     if options.closing and not plain:
         found = masks.closed(found)
+    if options.grow and not plain:
+        found = masks.grown(found, options.grow)
     loras = dict(zip(run.names, run.request.loras, strict=True))
     found = bounded(found, names, run, intersect=options.regions == "intersect")
     if options.overlap == "argmax" and not plain:

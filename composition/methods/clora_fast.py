@@ -28,6 +28,7 @@ class Options:
     threshold: float = field(default=0.4, metadata={"ge": 0.0, "le": 1.0, "help": "Share of a map's maximum from which a place is the concept's."})
     smooth: float = field(default=0.0, metadata={"ge": 0.0, "le": 8.0, "help": "Blur of the maps, in their own places."})
     closing: bool = field(default=True, metadata={"help": "Fill holes and clefts of a mask."})
+    grow: int = field(default=0, metadata={"ge": 0, "le": 32, "help": "Places of the maps' grid by which a mask is widened on every side."})
     overlap: Literal["average", "argmax"] = field(default="argmax", metadata={"help":
         "Where concepts meet: share the place, or give it to the one that looks there most."})
     soft: float = field(default=0.0, metadata={"ge": 0.0, "le": 16.0, "help": "Softness of a mask's edge, in places of the latent."})

@@ -47,6 +47,12 @@ def test_11_shares_part_every_place(size, soft):
         assert both.any() and shares[:, 1][both].eq(0.5).all() and shares[:, 2][both].eq(0.5).all()
 
 
+def test_grown_on_every_side():
+    point = torch.zeros(1, 1, 5, 5)
+    point[0, 0, 0, 2] = 1
+    assert masks.grown(point, 1)[0, 0].sum() == 6 and masks.grown(point, 1)[0, 0, :2, 1:4].eq(1).all()
+
+
 def test_parted_gives_a_place_to_the_strongest():
     found = torch.tensor([[[[1.0, 1.0, 0.0]], [[1.0, 1.0, 1.0]]]])
     strength = torch.tensor([[[[0.9, 0.2, 0.9]], [[0.1, 0.8, 0.1]]]])
