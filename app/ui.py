@@ -182,7 +182,8 @@ class Page:
 
     def _about(self, name: str) -> str:
         method = self._methods[name]
-        cost = "1 evaluation a step" if method.cost == "1" else f"{method.cost} evaluations a step, K being the number of LoRAs"
+        cost = "1 evaluation a step" if method.cost == "1" else f"{method.cost} evaluations a step"
+        cost += ", K being the number of LoRAs" if "K" in method.cost else ""
         return f"{method.about} {cost[0].upper()}{cost[1:]}."
 
     def _follow(self, name: str) -> list[Any]:

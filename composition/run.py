@@ -49,7 +49,7 @@ class Run:
     cancel: threading.Event | None = None
     categories: Mapping[str, str] = field(default_factory=dict)
     triggers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    _shares: dict[FeatureCache, float] = field(default_factory=dict)
+    _shares: dict[Any, float] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -123,7 +123,7 @@ class Run:
         The denoiser stops after the last of them. Differentiable in step.latents where gradients are on.
         """
         level = self.backbone.cross_attention()[layers[0]]
-        share = self._until(layers, step)
+        share = self._until(tuple(layers), step)
         found = []
         for use, cond in passes:
             cond = cond.positive() if rows == "positive" else cond
@@ -193,14 +193,15 @@ class Run:
         large = step.latents.shape[-1] * step.latents.shape[-2] > PROCESSOR_BATCH
         return self.request.batched and not (large and self.backbone.device.type == "cpu")
 
-    def _until(self, layers: Sequence[str], step: Step) -> float:
+    def _until(self, layers: tuple[str, ...], step: Step) -> float:
         """The cost of a pass that ends after these layers over a whole one: multiply-adds, attention products left out."""
-        size, tokens = tuple(step.latents.shape[-2:]), self.encode().values["text"].shape[2]
-        costs = layer_costs(self.backbone.denoiser, self.backbone.axis, size, tokens)
-        turns = ("conv_in", "time", "add", "down", "mid", "up")
-        paths = sorted(costs, key=lambda path: next((turn for turn, name in enumerate(turns) if path.startswith(name)), len(turns)))
-        last = max(index for index, path in enumerate(paths) if path.startswith(tuple(layers)))
-        return sum(costs[path] for path in paths[: last + 1]) / sum(costs.values())
+        if layers not in self._shares:
+            costs = layer_costs(self.backbone.denoiser, self.backbone.axis, grid(step, 0), self.encode().values["text"].shape[2])
+            turns = ("conv_in", "time", "add", "down", "mid", "up")
+            paths = sorted(costs, key=lambda path: next((turn for turn, name in enumerate(turns) if path.startswith(name)), len(turns)))
+            last = max(index for index, path in enumerate(paths) if path.startswith(layers))
+            self._shares[layers] = sum(costs[path] for path in paths[: last + 1]) / sum(costs.values())
+        return self._shares[layers]
 
     def _share(self, cache: FeatureCache, step: Step) -> float:
         """A cached pass's cost over a full one's, worked out once a run."""

@@ -55,7 +55,7 @@ class Options:
 
 
 @method(title="CLoRA", about="Every concept keeps its own place, found by its attention.", paper="2403.19776",
-        cost="K + 1, and about as many again while the latents are moved,", single=False, placing=True)
+        cost="K + 1 (early about twice that)", single=False, placing=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     with frozen(run.backbone.denoiser):
@@ -199,9 +199,13 @@ class _Course:
 
 
 def taken_apart(run: Run) -> prompts.Scene:
-    """The run's prompt by its LoRAs' words."""
+    """The run's prompt by its LoRAs' words. Raises Refused for a LoRA with a region and no words: no map could be its own."""
     loras = dict(zip(run.names, run.request.loras, strict=True))
-    return prompts.scene(run.request.prompt, loras, run.categories, run.triggers)
+    scene = prompts.scene(run.request.prompt, loras, run.categories, run.triggers)
+    if lost := [name for name in scene.everywhere if loras[name].region is not None]:
+        raise Refused(f"LoRA {lost[0]} has a region, but the prompt has no words of it: say with binds which are its own, or use "
+                      "method regions, which needs none")
+    return scene
 
 
 def passes_of(run: Run, scene: prompts.Scene, live: Mapping[str, float], concepts: Sequence[int]) -> list[Pass]:

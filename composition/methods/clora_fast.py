@@ -36,7 +36,7 @@ class Options:
 
 
 @method(title="CLoRA fast", about="Every concept keeps its own place, in about one evaluation a step.", paper="2403.19776",
-        cost="1, and half as much again while masks are read,", single=False, placing=True)
+        cost="about 1.1", single=False, placing=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     scene, layers = clora.taken_apart(run), run.backbone.watched()

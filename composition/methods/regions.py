@@ -23,8 +23,7 @@ class Options:
         "Share of the steps before which every LoRA acts everywhere."})
 
 
-@method(title="Regions", about="Every LoRA that has a region acts there alone; the others act everywhere.", paper="2403.11627",
-        placing=True)
+@method(title="Regions", about="Every LoRA that has a region acts there alone; the others act everywhere.", placing=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     loras = dict(zip(run.names, run.request.loras, strict=True))

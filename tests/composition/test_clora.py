@@ -204,6 +204,15 @@ def test_regions_without_any_is_merge_and_with_two_is_two_places(case):
     laws.differ(laws.latents(engine, asked("regions", halves)), laws.latents(engine, asked("regions", swapped)))
 
 
+def test_a_region_without_words_is_refused_where_maps_are_needed_and_taken_where_not(case):
+    engine, loras = case
+    lost = [replace(loras[0], binds=None, category="style", region=(0.0, 0.0, 0.5, 1.0)), loras[1]]
+    for method in ("clora", "clora-fast"):
+        with pytest.raises(Refused, match="no words of it"):
+            engine.run(asked(method, lost))
+    assert set(engine.run(asked("regions", lost)).notes["masks"]) == {asked("regions", lost).names[0]}
+
+
 def test_what_no_method_reads_is_noted_and_what_is_read_is_not(case):
     engine, loras = case
     bound = [replace(loras[0], region=WHOLE), loras[1]]
