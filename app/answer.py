@@ -80,7 +80,7 @@ def report(result: Result, path: Path, said: str = "") -> str:
     request, image = result.request, result.images[0]
     facts = {
         "Seed": str(request.seed), "Method": request.method, "Steps": str(request.steps),
-        "Evaluations": str(result.notes.get("evaluations", "")), "Seconds": f"{sum(result.seconds.values()):.1f}",
+        "Evaluations": f"{result.notes.get('evaluations', 0):.1f}".removesuffix(".0"), "Seconds": f"{sum(result.seconds.values()):.1f}",
         "Size": f"{image.width} x {image.height}",
     }
     pairs = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())

@@ -183,7 +183,7 @@ class Tile:
 
     @property
     def evaluations(self) -> int:
-        return int(self.result.notes.get("evaluations", 0)) if self.result else 0
+        return round(self.result.notes.get("evaluations", 0)) if self.result else 0
 
 
 def compare(

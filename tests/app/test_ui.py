@@ -155,6 +155,34 @@ def test_from_cards_to_a_picture_with_its_receipt(server, tab, tmp_path):
     assert saved.read_bytes() == (tmp_path / "got.png").read_bytes()
 
 
+def test_the_page_shows_where_each_concept_is_and_who_led_when(tab):
+    page = tab(width=1280, height=1400)
+    for name in ("Wolf", "Owl"):
+        page.get_by_label(f"Use {name}", exact=True).check()
+    fill(page, "prompt", "a wolf and an owl in the forest")
+    page.locator("#method").get_by_label("CLoRA fast", exact=True).check()
+    more(page, steps=10)
+    seed(page, 1)
+    generate(page)
+    done(page)
+    drawn = page.locator("#report .places img")
+    assert drawn.count() == 4
+    assert all(drawn.nth(k).evaluate("image => image.complete && image.naturalWidth") == 256 for k in range(4))
+    assert page.locator("#report .places").inner_text().count("its place") == 2
+    if folder := os.environ.get("MEDLEY_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/places.png", full_page=True)
+    page.evaluate("document.querySelector('#status .done').remove()")
+    page.locator("#method").get_by_label("CMLoRA", exact=True).check()
+    generate(page)
+    done(page)
+    page.locator("#report .timeline").wait_for()
+    told = page.locator("#report .timeline").inner_text().splitlines()
+    assert {line.split()[0] for line in told[1:]} == {"phase", "wolf", "owl"} and page.locator("#report .places").count() == 0
+    assert "order by measured change" in page.locator("#report").inner_text()
+    if folder := os.environ.get("MEDLEY_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/timeline.png", full_page=True)
+
+
 def test_the_same_seed_makes_the_same_bytes_and_those_of_the_engine(server, tab, tmp_path):
     page = tab()
     page.get_by_label("Use Owl").check()
