@@ -183,16 +183,10 @@ class Adapters:
         """Row i of the denoiser's batch uses weights[i]. Rows with one adapter each pay that adapter's rank alone."""
         if self._folded is not None:
             raise RuntimeError("rows cannot differ while the weights are folded")
-        gates = self._gates.get(self._denoiser)
-        if gates is None:
+        with self._borrowed() as gates:
+            if gates is not None:
+                gates.per_row([self._vector(row) for row in weights])
             yield
-            return
-        state = gates.snapshot()
-        try:
-            gates.per_row([self._vector(row) for row in weights])
-            yield
-        finally:
-            gates.restore(state)
 
     @contextmanager
     def placed(
@@ -204,32 +198,31 @@ class Adapters:
         """
         if self._folded is not None:
             raise RuntimeError("places cannot differ while the weights are folded")
-        gates = self._gates.get(self._denoiser)
-        if gates is None:
+        with self._borrowed() as gates:
+            if gates is not None:
+                gates.use(self._vector(weights))
+                gates.places, gates.mode = places, "placed" if gates.mode != "off" else "off"
             yield
-            return
-        state = gates.snapshot()
-        try:
-            gates.use(self._vector(weights))
-            gates.places, gates.mode = places, "placed" if gates.mode != "off" else "off"
-            yield
-        finally:
-            gates.restore(state)
 
     @contextmanager
     def combined(self, combine: Combine, weights: Mapping[str, float]) -> Iterator[None]:
         """Each layer of the denoiser hands its base output and every adapter's gated output to `combine`."""
+        with self._borrowed() as gates:
+            if gates is not None:
+                gates.use(self._vector(weights))
+                gates.mode, gates.combine = "combined", combine
+            yield
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[Gates | None]:
+        """The denoiser's gates, as they were again afterwards; None when no LoRA touches it."""
         gates = self._gates.get(self._denoiser)
-        if gates is None:
-            yield
-            return
-        state = gates.snapshot()
+        state = gates.snapshot() if gates is not None else ()
         try:
-            gates.use(self._vector(weights))
-            gates.mode, gates.combine = "combined", combine
-            yield
+            yield gates
         finally:
-            gates.restore(state)
+            if gates is not None:
+                gates.restore(state)
 
     def _vector(self, weights: Mapping[str, float]) -> tuple[float, ...]:
         strange = set(weights) - set(self._names)

@@ -4,7 +4,7 @@ Every eager processor of diffusers ends in `F.scaled_dot_product_attention`; one
 layers after LoRA and norm. All other layers stay on the fused kernel. A layer that was claimed and not seen raises.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,3 +125,16 @@ def parts(query: Tensor, key: Tensor, value: Tensor, count: int, attend: Attend,
     """Attention to each of `count` equal parts of the keys apart."""
     pairs = zip(key.chunk(count, dim=-2), value.chunk(count, dim=-2), strict=True)
     return torch.stack([attend(query, k, v, **rest) for k, v in pairs])
+
+
+@contextmanager
+def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """No parameter asks for a gradient while it lasts: what a gradient by the latents or by adapters alone needs."""
+    asked = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+    try:
+        for weight in asked:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in asked:
+            weight.requires_grad_(True)

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from composition import contrast, masks, prompts
+from composition.attention import frozen
 from composition.methods import method
 from composition.request import Refused
 from composition.run import Pass, Run, grid
@@ -58,21 +59,8 @@ class Options:
         cost="K + 1 (early about twice that)", single=False, placing=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
-    with frozen(run.backbone.denoiser):
+    with frozen([run.backbone.denoiser]):
         yield _Course(run, options).predict
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient while it lasts."""
-    asked = [weight for weight in module.parameters() if weight.requires_grad]
-    try:
-        for weight in asked:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in asked:
-            weight.requires_grad_(True)
 
 
 class _Course:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from composition.adapters import Adapters
+from composition.attention import frozen
 from composition.backbones.base import Backbone
 from composition.request import Refused
 from composition.training.attention import plain_attention
@@ -100,16 +101,12 @@ def choose(components: Mapping[str, nn.Module], targets: Sequence[str]) -> dict[
 def _still(components: Mapping[str, nn.Module]) -> Iterator[None]:
     """The base neither learns nor drops out while the context lasts."""
     modes = [(module, module.training) for model in components.values() for module in model.modules()]
-    wanted = [p for model in components.values() for p in model.parameters() if p.requires_grad]
     try:
         for model in components.values():
             model.eval()
-        for p in wanted:
-            p.requires_grad_(False)
-        yield
+        with frozen(components.values()):
+            yield
     finally:
-        for p in wanted:
-            p.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
 
