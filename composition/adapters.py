@@ -201,7 +201,7 @@ class Adapters:
         with self._borrowed() as gates:
             if gates is not None:
                 gates.use(self._vector(weights))
-                gates.places, gates.mode = places, "placed" if gates.mode != "off" else "off"
+                gates.places, gates.ready, gates.mode = places, {}, "placed" if gates.mode != "off" else "off"
             yield
 
     @contextmanager

@@ -35,6 +35,7 @@ class Gates:
         self.plain = False  # the runs are adapters 0..K-1 in order: no gather needed
         self.combine: Combine | None = None
         self.places: Mapping[Any, Float[Tensor, "rows K *place"]] = {}  # by a layer's axis
+        self.ready: dict[Any, Tensor] = {}  # gates made of them, as layers need them
         self._dense = factors.new_zeros(1, *factors.shape)
         self._index = torch.zeros(1, dtype=torch.long, device=factors.device)
         self._scale = factors.new_zeros(1, factors.shape[0])
@@ -100,11 +101,11 @@ class Gates:
 
     def snapshot(self) -> tuple:
         """All of its state, values copied, for `restore`."""
-        return (self.mode, self.only, self.rows, self.runs, self.plain, self.combine, self.places,
+        return (self.mode, self.only, self.rows, self.runs, self.plain, self.combine, self.places, self.ready,
                 self._dense.clone(), self._index.clone(), self._scale.clone())
 
     def restore(self, state: tuple) -> None:
-        (self.mode, self.only, self.rows, self.runs, self.plain, self.combine, self.places,
+        (self.mode, self.only, self.rows, self.runs, self.plain, self.combine, self.places, self.ready,
          self._dense, self._index, self._scale) = state
 
 
@@ -179,16 +180,25 @@ class Stack:
             gate = gates.dense[:, self.block].to(y).index_select(1, self.owner)
             return apply(module, x, y, down, up, gate)
         if gates.mode == "placed":
-            place = gates.places[self.axis]
-            self._check(x, place.shape[0])
+            self._check(x, gates.places[self.axis].shape[0])
             down, up = self._factors(y, "flat")
-            weight = gates.dense[0, self.block].view(-1, *[1] * (place.ndim - 2))
-            gate = (place * weight).to(y).index_select(1, self.owner)
+            gate = self._place(y, isinstance(module, nn.Conv2d))
             return (_conv_placed if isinstance(module, nn.Conv2d) else _linear_placed)(module, x, y, down, up, gate)
         assert gates.combine is not None
         still = torch.zeros_like(y)
         each = [self._slice(apply, module, x, still.clone(), k) if self.touches(k) else still for k in range(gates.count)]
         return gates.combine(y, torch.stack(each))
+
+    def _place(self, like: Tensor, grid: bool) -> Tensor:
+        """The gate of every rank at every place; layers of equal ranks, axis and block share it."""
+        gates = self.gates
+        key = (self.axis, self.block, self.spans, grid, like.dtype, like.device)
+        if key not in gates.ready:
+            place = gates.places[self.axis]
+            weight = gates.dense[0, self.block].view(-1, *[1] * (place.ndim - 2))
+            gate = (place * weight).to(like).index_select(1, self.owner)
+            gates.ready[key] = gate if grid or gate.ndim == 2 else gate.flatten(2).transpose(1, 2).contiguous()
+        return gates.ready[key]
 
     def _slice(self, apply: Callable[..., Tensor], module: nn.Module, x: Tensor, y: Tensor, k: int) -> Tensor:
         a, b = self.spans[k]
@@ -219,9 +229,7 @@ def _linear(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, g
 
 
 def _linear_placed(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
-    """Token by token; gate (rows, p, tokens or h w), or (rows, p) for a layer whose rows have no place."""
-    if gate.ndim > 2:
-        gate = gate.flatten(2).transpose(1, 2)
+    """Token by token; gate (rows, tokens, p), or (rows, p) for a layer whose rows have no place."""
     if x.ndim == gate.ndim and x.shape[1:-1] != gate.shape[1:-1]:
         raise RuntimeError(f"a layer got {x.shape[1]} tokens while its mask has {gate.shape[1]}")
     return _add(y.view(-1, y.shape[-1]), (F.linear(x.to(down.dtype), down) * gate).view(-1, down.shape[0]), up).view(y.shape)
