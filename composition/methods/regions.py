@@ -19,7 +19,7 @@ from composition.sampler import Predict, Prediction, Step
 @dataclass(frozen=True)
 class Options:
     soft: float = field(default=0.0, metadata={"ge": 0.0, "le": 16.0, "help": "Softness of a region's edge, in places of the latent."})
-    from_step: float = field(default=0.0, metadata={"ge": 0.0, "le": 1.0, "help":
+    masks_from: float = field(default=0.0, metadata={"ge": 0.0, "le": 1.0, "help":
         "Share of the steps before which every LoRA acts everywhere."})
 
 
@@ -36,7 +36,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
     def predict(step: Step) -> Prediction:
         live = run.live(step)
         here = [name for name in bounded if name in live]
-        if not here or step.index < options.from_step * step.count:
+        if not here or step.index < options.masks_from * step.count:
             return Prediction(run.guide(run.denoise(step)), step.latents)
         everywhere = {name: weight for name, weight in live.items() if name not in bounded}
         uses = [everywhere, *({name: live[name]} | everywhere for name in here)]

@@ -89,3 +89,26 @@ def test_numbers_and_limits(composlora):
     cases = [case for size in (2, 3) for case in testbed.cases(testbed.drawn(composlora, size, 4), 1, Request(prompt=""))]
     assert [case.size for case in interleaved(cases, 5)] == [2, 2, 2, 3, 3]
     assert interleaved(cases, None) == cases
+
+
+def test_sets_of_one_category_and_regions_side_by_side():
+    """All 15 pairs and 20 triples of Pocket's six characters; their columns tile the picture."""
+    table = testbed.read("pocket")
+    pairs, triples = (testbed.sets(table, size, "character") for size in (2, 3))
+    assert (len(pairs), len(triples)) == (15, 20) and len({frozenset(map(str, one)) for one in pairs}) == 15
+    assert {entry.category for one in triples for entry in one} == {"character"}
+    assert testbed.drawn(table, 2, 5, of="character") == testbed.drawn(table, 2, 8, of="character")[:5]
+    one = next(one for one in triples if [entry.id for entry in one] == ["raccoon", "owl", "wolf"])
+    plain, boxed = (testbed.cases([one], 1, Request(""), boxes=boxes)[0].request for boxes in (False, True))
+    assert plain.prompt == boxed.prompt == "a raccoon and an owl and a wolf" and plain.seed == boxed.seed
+    assert [lora.region for lora in plain.loras] == [None] * 3
+    edges = [lora.region[0] for lora in boxed.loras] + [boxed.loras[-1].region[2]]
+    assert edges == pytest.approx([0, 1 / 3, 2 / 3, 1]) and all(lora.region[1::2] == (0, 1) for lora in boxed.loras)
+    for of, size in (("characters", 2), ("character", 7)):
+        with pytest.raises(Refused, match="character \\(6\\)"):
+            testbed.sets(table, size, of)
+
+
+def test_several_objects_are_joined_with_and_once():
+    rows = testbed.read("pocket")["object"][:2]
+    assert testbed.prompt(tuple(rows)).count(" and ") == 1
