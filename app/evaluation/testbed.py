@@ -114,10 +114,11 @@ def drawn(table: dict[str, list[Entry]], size: int, count: int | None, seed: int
 
 
 def prompt(one: Set) -> str:
-    """The phrases one after the other, those of one category joined by and; where an entry has none, all triggers joined by
+    """The phrases one after the other, those of one category as "a, b and c"; where an entry has none, all triggers joined by
     commas."""
     if len(one) > 1 and all(entry.phrase and entry.category == one[0].category for entry in one):
-        return " and ".join(entry.phrase.strip().removeprefix("and ") for entry in one)
+        phrases = [entry.phrase.strip().removeprefix("and ") for entry in one]
+        return f"{', '.join(phrases[:-1])} and {phrases[-1]}"
     if all(entry.phrase for entry in one):
         return "".join(entry.phrase for entry in one).strip()
     return ", ".join(word.strip() for entry in one for word in entry.triggers)

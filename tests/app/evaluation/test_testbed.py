@@ -100,7 +100,7 @@ def test_sets_of_one_category_and_regions_side_by_side():
     assert testbed.drawn(table, 2, 5, of="character") == testbed.drawn(table, 2, 8, of="character")[:5]
     one = next(one for one in triples if [entry.id for entry in one] == ["raccoon", "owl", "wolf"])
     plain, boxed = (testbed.cases([one], 1, Request(""), boxes=boxes)[0].request for boxes in (False, True))
-    assert plain.prompt == boxed.prompt == "a raccoon and an owl and a wolf" and plain.seed == boxed.seed
+    assert plain.prompt == boxed.prompt == "a raccoon, an owl and a wolf" and plain.seed == boxed.seed
     assert [lora.region for lora in plain.loras] == [None] * 3
     edges = [lora.region[0] for lora in boxed.loras] + [boxed.loras[-1].region[2]]
     assert edges == pytest.approx([0, 1 / 3, 2 / 3, 1]) and all(lora.region[1::2] == (0, 1) for lora in boxed.loras)
