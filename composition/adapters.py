@@ -178,6 +178,12 @@ class Adapters:
         """True when this adapter changes a text encoder: only then does it need an encoding of its own."""
         return self._text_live[self._names.index(name)]
 
+    def placeless(self) -> tuple[str, ...]:
+        """The adapters that change layers of the denoiser whose rows have no place, as time embeddings: `placed` cannot bound them."""
+        stacks = [stack for path, module in self._layers[self._denoiser].items()
+                  if (stack := _attached(module)) is not None and getattr(self._axis(path), "kind", "") == "none"]
+        return tuple(name for k, name in enumerate(self._names) if any(stack.touches(k) for stack in stacks))
+
     @contextmanager
     def rows(self, weights: Sequence[Mapping[str, float]]) -> Iterator[None]:
         """Row i of the denoiser's batch uses weights[i]. Rows with one adapter each pay that adapter's rank alone."""

@@ -156,6 +156,8 @@ class Run:
     ) -> Float[Tensor, "R B *S"]:
         """One evaluation in which each pass, with its LoRAs and prompt, has its share of every place (shares sum to 1 over N)."""
         conds = [cond for _, cond in passes]
+        if step.index == 0 and (names := self.adapters.placeless()):
+            self.notes["acts everywhere in part"] = list(names)
         weights = {name: weight for use, _ in passes for name, weight in use.items()}
         with placed(self.backbone, self.adapters, weights, [set(use) for use, _ in passes], shares, rows=conds[0].rows,
                     size=grid(step, 0), tokens=conds[0].values["text"].shape[2]):

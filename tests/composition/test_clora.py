@@ -220,6 +220,16 @@ def test_what_no_method_reads_is_noted_and_what_is_read_is_not(case):
     assert "not read by this method" not in engine.run(asked("clora-fast", bound)).notes
 
 
+def test_a_lora_of_layers_without_a_place_is_named(engines, tmp_path):
+    """Time embeddings have no place: such a LoRA acts everywhere, and the notes say so."""
+    file = toys.lora(toys.sd(dtype=torch.float64), tmp_path / "time.safetensors", seed=4, targets=("attn", "time"), text=False)
+    plain = toys.lora(toys.sd(dtype=torch.float64), tmp_path / "plain.safetensors", seed=5, targets=("attn",), text=False)
+    bound = [Lora(str(file), binds="the fox"), Lora(str(plain), binds="the owl")]
+    assert engines["sd"].run(asked("clora-fast", bound, steps=2)).notes["acts everywhere in part"] == ["time"]
+    assert "acts everywhere in part" not in engines["sd"].run(asked("clora-fast", bound[1:], steps=2)).notes
+    assert "acts everywhere in part" not in engines["sd"].run(asked("merge", bound, steps=2)).notes
+
+
 @pytest.mark.parametrize("method", ["clora", "clora-fast"])
 def test_on_pocket_two_animals_have_places_of_their_own(method):
     """Word order is place in Pocket's world: the first stands on the left; the maps must know it, and the masks part."""
