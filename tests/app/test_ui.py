@@ -402,7 +402,8 @@ def test_the_command_says_where_it_serves_and_ctrl_c_ends_it(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "app.cli", "ui", "--port", str(number), "--device", "cpu"], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": "1"})
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a suite started in the background ignores Ctrl-C, and so would this
     try:
         assert f"http://127.0.0.1:{number}/" in process.stdout.readline()
         with urllib.request.urlopen(f"http://127.0.0.1:{number}/", timeout=30) as answer:

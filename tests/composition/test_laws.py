@@ -106,8 +106,8 @@ def _rows_swapped(monkeypatch):
 def _alpha_ignored(monkeypatch):
     honest = Stack.__init__
 
-    def deaf(self, down, up, spans, gates, block):
-        honest(self, down, up * 2.0, spans, gates, block)
+    def deaf(self, down, up, *rest):
+        honest(self, down, up * 2.0, *rest)
 
     monkeypatch.setattr(Stack, "__init__", deaf)
 
