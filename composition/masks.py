@@ -6,7 +6,6 @@ nobody claims.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from composition.request import Lora, Refused
 
-Overlap = Literal["average", "argmax"]
 EPSILON = 1e-6
 
 
