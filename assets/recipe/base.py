@@ -7,7 +7,8 @@ times and then never again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,10 +75,10 @@ class Denoiser(nn.Module):
 
 
 class Pool:
-    """Scenes encoded with the frozen autoencoder: latents (n, C, h, w) half precision and token ids (n, LENGTH)."""
+    """Scenes encoded with the frozen autoencoder: latents (n, C, h, w) half precision and what ``read`` makes of captions (n, L)."""
 
-    def __init__(self, world: World, vae: AutoencoderKL, tokenizer: CLIPTokenizer, *, first: int, limit: int = 98_304):
-        self.world, self.vae, self.tokenizer, self.next, self.limit = world, vae, tokenizer, first, limit
+    def __init__(self, world: World, vae: AutoencoderKL, read: Callable[[list[str]], torch.Tensor], *, first: int, limit: int = 98_304):
+        self.world, self.vae, self.read, self.next, self.limit = world, vae, read, first, limit
         self.latents: list[torch.Tensor] = []
         self.tokens: list[torch.Tensor] = []
 
@@ -90,7 +91,7 @@ class Pool:
             with torch.autocast(x.device.type, torch.bfloat16):
                 z = self.vae.encode(x).latent_dist.mean
             self.latents.append(z.half().contiguous())
-            self.tokens.append(ids(self.tokenizer, captions).to(x.device))
+            self.tokens.append(self.read(captions).to(x.device))
             self.next += part
         while len(self.latents) * part > self.limit:
             del self.latents[0], self.tokens[0]
@@ -98,7 +99,7 @@ class Pool:
     def batches(self, size: int, start: int, refresh: int, rounds: int = 512) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Endless (latents, tokens), ``rounds`` batches between refreshes."""
         self.add(start)
-        empty = ids(self.tokenizer, [""]).to(self.vae.device)
+        empty = self.read([""]).to(self.vae.device)
         while True:
             latents, tokens = torch.cat(self.latents), torch.cat(self.tokens)
             for _ in range(rounds):
@@ -148,7 +149,8 @@ def train(world: World, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path
     model.to(device)
     model.unet.to(memory_format=torch.channels_last)
     loop = Loop(model, work / "base.pt", minutes=minutes, peak=1.5e-3, cool=0.35, average=average, hidden=hidden)
-    pool, noise = Pool(world, vae, tokenizer, first=loop.seen + loop.rank * APART), Noise(device)
+    pool = Pool(world, vae, partial(ids, tokenizer), first=loop.seen + loop.rank * APART)
+    noise = Noise(device)
     compiled = torch.compile(predict, dynamic=False)
 
     def loss_of(latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,168 @@
+"""The second base: a FLUX on the same world and latents. Rectified flow (arXiv 2209.03003), a small T5 and CLIP's pooled text.
+
+The denoiser answers the velocity ``noise - latents`` at ``(1 - s) latents + s noise``; s is drawn logit-normally (Esser et
+al. 2024). T5's text is padded to another length in every batch, since the stock pipeline lets the padding be attended to.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from . import tokenizer as clip_words
+from . import unigram
+from .base import APART, EMPTY, Pool, build_text
+from .loop import Loop
+from .world import World
+
+SHORT = 20  # T5 tokens that every caption of this world fits in
+PADDED = ((20, 0.5), (28, 0.2), (40, 0.14), (64, 0.12), (128, 0.03), (512, 0.01))  # padded lengths and their share of batches
+FEWER = {128: 2, 512: 8}  # at these lengths, one picture of so many
+HEAD = 32  # width of an attention head, and of its three rotary parts together
+ROPE = (8, 12, 12)
+
+
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """FLUX's own: Euler over sigmas that are shifted by the number of image tokens."""
+    return FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True, base_image_seq_len=64, max_image_seq_len=1024,
+                                           base_shift=0.5, max_shift=1.15)  # fmt: skip
+
+
+class Text(nn.Module):
+    """Both encoders of FLUX, and the tokens they are given: CLIP's (B, 32) beside T5's (B, SHORT) in one tensor."""
+
+    def __init__(self, clip: CLIPTextModel, t5: T5EncoderModel):
+        super().__init__()
+        self.clip, self.t5 = clip, t5
+
+    def forward(self, tokens: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """T5's states (B, length, D) and CLIP's pooled (B, D)."""
+        short, long = tokens[:, : clip_words.LENGTH], tokens[:, clip_words.LENGTH :]
+        return self.t5(F.pad(long, (0, length - long.shape[1]))).last_hidden_state, self.clip(short).pooler_output
+
+
+class Flow(nn.Module):
+    """What is trained: text encoders and transformer as one."""
+
+    def __init__(self, transformer: FluxTransformer2DModel, text: Text):
+        super().__init__()
+        self.transformer, self.text = transformer, text
+
+
+def build_t5(tokenizer: T5Tokenizer, width: int = 192, layers: int = 2) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=layers, num_heads=4, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    ))  # fmt: skip
+
+
+def build_transformer(channels: int, text: int, pooled: int, *, width: int = 256, double: int = 3, single: int = 5) -> FluxTransformer2DModel:
+    """Every block begins as the identity: its modulation starts at nothing, so its gates are zero."""
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=4 * channels, num_layers=double, num_single_layers=single, attention_head_dim=HEAD,
+        num_attention_heads=width // HEAD, joint_attention_dim=text, pooled_projection_dim=pooled, guidance_embeds=False,
+        axes_dims_rope=ROPE,
+    )  # fmt: skip
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (name == "proj_out" or name.endswith((".norm.linear", "norm1.linear", "norm1_context.linear"))):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def build(vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, **shape: int) -> Flow:
+    """Untrained."""
+    text = Text(build_text(clip), build_t5(t5))
+    width = text.t5.config.d_model
+    return Flow(build_transformer(vae.config.latent_channels, width, text.clip.config.hidden_size, **shape), text)
+
+
+def hidden(name: str) -> bool:
+    """Weights for Muon: all matrices but embeddings, the first and last layers, relative positions and the modulation."""
+    return not any(part in name for part in ("embed", "shared", "transformer.proj_out", "relative", ".linear."))
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) to (B, h w / 4, 4 C), as the stock pipeline packs."""
+    b, c, h, w = latents.shape
+    return FluxPipeline._pack_latents(latents, b, c, h, w)
+
+
+def places(side: int, device: torch.device) -> torch.Tensor:
+    """(N, 3) ids of the packed positions of square latents."""
+    return FluxPipeline._prepare_latent_image_ids(1, side // 2, side // 2, device, torch.float32)
+
+
+def settle(vae: AutoencoderKL, latents: torch.Tensor) -> None:
+    """Write shift and scale, after which latents have mean 0 and deviation 1, into the autoencoder's config."""
+    shift = round(float(latents.float().mean()), 4)
+    vae.register_to_config(shift_factor=shift, scaling_factor=round(1 / float(latents.float().std()), 4))
+
+
+def lengths(rng: random.Random) -> Iterator[int]:
+    """The padded length of each batch's text."""
+    while True:
+        yield rng.choices([n for n, _ in PADDED], [share for _, share in PADDED])[0]
+
+
+def velocity(model: FluxTransformer2DModel, noisy, s, states, pooled, image_ids) -> torch.Tensor:
+    ids = torch.zeros(states.shape[1], 3, device=noisy.device)
+    return model(noisy, states, pooled, s, image_ids, ids, return_dict=False)[0]
+
+
+def train(world: World, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, work: Path, *, minutes: float, device: torch.device,
+          size: int = 64, average: float = 0.998, start: int = 24_576, refresh: int = 4_096, begin: Path | None = None,
+          compiled: bool = True, **shape: int) -> Flow:  # fmt: skip
+    """Train or resume; the checkpoint is ``work/flux.pt``. Returns the averaged weights.
+
+    vae: with shift and scale in its config (`settle`). begin: a Pocket folder whose CLIP a new training begins with.
+    """
+    vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    model = build(vae, clip, t5, **shape)
+    if begin is not None:
+        held = CLIPTextModel.from_pretrained(begin / "text_encoder", dtype=torch.float32)
+        model.text.clip.load_state_dict(held.state_dict())
+    model.to(device)
+    loop = Loop(model, work / "flux.pt", minutes=minutes, peak=1.5e-3, cool=0.35, average=average, hidden=hidden)
+
+    def read(captions: list[str]) -> torch.Tensor:
+        return torch.cat([clip_words.ids(clip, captions), unigram.ids(t5, captions, SHORT)], 1)
+
+    pool = Pool(world, vae, read, first=loop.seen + loop.rank * APART)
+    padded = lengths(random.Random(loop.step))
+    image_ids = places(vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1), device)
+    call = torch.compile(velocity, dynamic=False) if compiled else velocity
+
+    def loss_of(latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        length = next(padded)
+        part = len(latents) // FEWER.get(length, 1)
+        latents = pack((latents[:part] - vae.config.shift_factor) * vae.config.scaling_factor)
+        s = torch.randn(part, device=device).sigmoid()
+        noise = torch.randn_like(latents)
+        noisy = torch.lerp(latents, noise, s[:, None, None])
+        with torch.autocast(device.type, torch.bfloat16):
+            states, pooled = model.text(tokens[:part], length)
+            guess = call(model.transformer, noisy, s, states, pooled, image_ids)
+        return F.mse_loss(guess.float(), noise - latents)
+
+    loop.run(pool.batches(size, start, refresh), loss_of)
+    loop.averaged().__enter__()
+    return model
+
+
+def trained(vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, work: Path, **shape: int) -> tuple[Flow, dict]:
+    """The averaged weights of the checkpoint, while training goes on elsewhere, and what it says of its cost."""
+    model = build(vae, clip, t5, **shape)
+    held = torch.load(work / "flux.pt", map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for weight, value in zip([p for p in model.parameters() if p.requires_grad], held["smooth"], strict=True):
+            weight.copy_(value)
+    return model.eval(), {"pictures": held["seen"], "minutes": math.ceil(held["elapsed"] / 60)}
