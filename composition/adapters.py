@@ -69,7 +69,7 @@ class Adapters:
         self._names: tuple[str, ...] = ()
         self._loras: tuple[Lora, ...] = ()
         self._folded: tuple[float, ...] | None = None
-        self._text_live: tuple[bool, ...] = ()
+        self._text_live: tuple[frozenset[str], ...] = ()
 
     def close(self) -> None:
         """Take every hook off again."""
@@ -122,7 +122,7 @@ class Adapters:
         if self._names:
             raise RuntimeError("a session is already open on these adapters")
         self._names, self._loras = names, loras
-        self._text_live = tuple(any(part[c] for c in part if c != self._denoiser) for part in parts)
+        self._text_live = tuple(frozenset(c for c in part if c != self._denoiser and part[c]) for part in parts)
         try:
             for component in self.components if parts else ():
                 factors = [part.get(component, {}) for part in parts]
@@ -174,9 +174,9 @@ class Adapters:
             if component != self._denoiser:
                 gates.use(vector)
 
-    def touches_text(self, name: str) -> bool:
-        """True when this adapter changes a text encoder: only then does it need an encoding of its own."""
-        return self._text_live[self._names.index(name)]
+    def touches(self, name: str, component: str) -> bool:
+        """True when this adapter changes that text encoder: only then is a prompt read anew for it."""
+        return component in self._text_live[self._names.index(name)]
 
     def placeless(self) -> tuple[str, ...]:
         """The adapters that change layers of the denoiser whose rows have no place, as time embeddings: `placed` cannot bound them."""

@@ -84,8 +84,10 @@ def edit(module: nn.Module, layers: Sequence[str], led: Led) -> Iterator[None]:
 class Maps:
     """Attention probabilities of the chosen layers, averaged over heads and layers: `read` after every forward."""
 
-    def __init__(self, layers: Sequence[str], rows: Callable[[int], Sequence[int]], grid: tuple[int, int], early: bool) -> None:
-        self._layers, self._rows, self._grid, self._early = tuple(layers), rows, grid, early
+    def __init__(
+        self, layers: Sequence[str], rows: Callable[[int], Sequence[int]], grid: tuple[int, int], early: bool, joint: str
+    ) -> None:
+        self._layers, self._rows, self._grid, self._early, self._joint = tuple(layers), rows, grid, early, joint
         self._seen: dict[str, Tensor] = {}
 
     def read(self) -> Float[Tensor, "rows L h w"]:
@@ -94,29 +96,46 @@ class Maps:
             raise RuntimeError(f"{len(self._layers)} layers were to be seen, {len(self._seen)} were")
         maps = torch.stack([self._seen[name] for name in self._layers]).mean(0)
         self._seen = {}
-        return maps.transpose(1, 2).unflatten(-1, self._grid)
+        return maps.unflatten(-1, self._grid)
 
     def note(self, name: str, attend: Attend, query: Tensor, key: Tensor, value: Tensor, rest: Mapping[str, Any]) -> Tensor:
         rows = list(self._rows(query.shape[0]))
         wide = torch.promote_types(query.dtype, torch.float32)
         scale = rest.get("scale") or query.shape[-1] ** -0.5
-        logits = query[rows].to(wide) @ key[rows].to(wide).transpose(-1, -2) * scale
-        self._seen[name] = logits.softmax(-1).mean(1)
+        asking, asked = query[rows].to(wide) * scale, key[rows].to(wide)
+        self._seen[name] = self._between(asking, asked) if self._joint else (asking @ asked.transpose(-1, -2)).softmax(-1).mean(1).transpose(1, 2)
         if self._early and len(self._seen) == len(self._layers):
             raise Enough
         return attend(query, key, value, **rest)
 
 
+    def _between(self, query: Tensor, key: Tensor) -> Float[Tensor, "rows L places"]:
+        """How much each token of the prompt looks at each place, head after head: the whole table would not fit at FLUX's size."""
+        text, image = halves(query.shape[-2], self._grid[0] * self._grid[1], self._joint)
+        heads = ((query[:, h, text] @ key[:, h].transpose(-1, -2)).softmax(-1)[..., image] for h in range(query.shape[1]))
+        return sum(heads) / query.shape[1]  # type: ignore[return-value]
+
+
+def halves(length: int, places: int, joint: str) -> tuple[slice, slice]:
+    """The prompt's and the picture's part of a joint sequence. Raises RuntimeError when the picture is longer than it."""
+    words = length - places
+    if words <= 0:
+        raise RuntimeError(f"a joint attention has {length} tokens, and the picture alone should have {places}")
+    return (slice(0, words), slice(words, length)) if joint == "text" else (slice(places, length), slice(0, places))
+
+
 @contextmanager
 def watch(
-    module: nn.Module, layers: Sequence[str], *, grid: tuple[int, int], rows: Callable[[int], Sequence[int]], early: bool = False
+    module: nn.Module, layers: Sequence[str], *, grid: tuple[int, int], rows: Callable[[int], Sequence[int]], early: bool = False,
+    joint: str = "",
 ) -> Iterator[Maps]:
     """See what the chosen cross-attention layers look at; their output is untouched, and the maps have their gradient.
 
     grid: (h, w) of the layers' queries. rows: which rows of a forward of so many rows are recorded (the positive ones).
-    early: a forward ends with Enough, for the caller to catch, as soon as all layers were seen.
+    early: a forward ends with Enough, for the caller to catch, as soon as all layers were seen. joint: as Backbone.joint; in
+    joint attention a map is where the word's own query looks.
     """
-    maps = Maps(layers, rows, grid, early)
+    maps = Maps(layers, rows, grid, early, joint)
     with edit(module, layers, maps.note):
         yield maps
 

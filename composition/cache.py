@@ -2,15 +2,53 @@
 
 Neighbouring steps have nearly the same deep features (DeepCache, arXiv 2312.00858). A full pass stores what enters the
 first live up block; a cached pass runs the same outer levels, LoRAs included, on that. At age 0 both give the same output.
+`of` answers the cache that fits a denoiser; a transformer's is in `residual`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+
+class Cache(Protocol):
+    """Slots of one denoiser, by adapter's name; empty outside `attached`."""
+
+    @property
+    def usable(self) -> bool:
+        """False for a denoiser with nothing to skip."""
+        ...
+
+    def has(self, name: str) -> bool: ...
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Lead the denoiser through the cache; every forward is as before afterwards, the slots empty."""
+        ...
+
+    def full(self, names: Sequence[str]) -> AbstractContextManager[None]:
+        """A full pass whose batch is these adapters' rows, equally many each, in this order: it fills their slots."""
+        ...
+
+    def cached(self, names: Sequence[str]) -> AbstractContextManager[None]:
+        """A pass over these adapters' rows from their slots; the slots stay as they are."""
+        ...
+
+    def share(self, axis: Callable[[str], Any], shape: Sequence[int], tokens: int) -> float:
+        """Cost of a cached pass over a full one: multiply-adds of linear layers and convolutions, attention products left out.
+
+        axis: layer to where its rows lie (`Backbone.axis`). shape: (H, W) of the latent. tokens: of the prompt.
+        """
+        ...
+
+
+def of(denoiser: Any) -> Cache:
+    """The cache that fits this denoiser: a UNet's or a transformer's."""
+    from composition.residual import ResidualCache
+
+    return FeatureCache(denoiser) if hasattr(denoiser, "down_blocks") else ResidualCache(denoiser)
 
 
 class FeatureCache:
@@ -76,13 +114,7 @@ class FeatureCache:
             self._given = None
 
     def share(self, axis: Callable[[str], Any], shape: Sequence[int], tokens: int) -> float:
-        """Cost of a cached pass over a full one: multiply-adds of linear layers and convolutions, attention products left out.
-
-        axis: layer to where its rows lie (`Backbone.axis`). shape: (H, W) of the latent. tokens: of the prompt.
-        """
-        costs = layer_costs(self.unet, axis, shape, tokens)
-        outer = sum(cost for path, cost in costs.items() if not self.skips(path))
-        return outer / sum(costs.values())
+        return share_of(self.unet, self.skips, axis, shape, tokens)
 
     def skips(self, path: str) -> bool:
         """Whether a cached pass leaves this layer out."""
@@ -135,15 +167,23 @@ def live_levels(unet: Any) -> int:
     return 1
 
 
-def layer_costs(unet: nn.Module, axis: Callable[[str], Any], shape: Sequence[int], tokens: int) -> Mapping[str, int]:
+def share_of(
+    denoiser: nn.Module, skips: Callable[[str], bool], axis: Callable[[str], Any], shape: Sequence[int], tokens: int
+) -> float:
+    """`Cache.share` of a pass that leaves out the layers that `skips` names."""
+    costs = layer_costs(denoiser, axis, shape, tokens)
+    return sum(cost for path, cost in costs.items() if not skips(path)) / sum(costs.values())
+
+
+def layer_costs(denoiser: nn.Module, axis: Callable[[str], Any], shape: Sequence[int], tokens: int) -> Mapping[str, int]:
     """Multiply-adds of every linear layer and convolution for one row: size of its weight times the places it is applied to."""
     costs = {}
-    for path, module in unet.named_modules():
+    for path, module in denoiser.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
         where = axis(path)
         level = 2**where.level
         grid = -(-shape[0] // level) * -(-shape[1] // level)
-        places = {"grid": grid, "text": tokens, "none": 1}[where.kind]
+        places = {"grid": grid, "text": tokens, "both": grid + tokens, "none": 1}[where.kind]
         costs[path] = module.weight.numel() * places
     return costs

@@ -138,7 +138,7 @@ class Engine:
             raise Refused("this request has conditions; condition LoRAs need a FLUX model and are not part of this version")
         self.backbone.size(request)
         loras = [(name, lora, self.find(lora.source)) for name, lora in zip(request.names, request.loras, strict=True)]
-        request = replace(request, model=self.name)
+        request = replace(request, model=self.name).settled(*self.backbone.usual)
         seconds: dict[str, float] = {}
         with self._lock, ExitStack() as own:
             with _timed(seconds, "load"):
@@ -220,6 +220,10 @@ class Engine:
             notes["missing triggers"] = missing
         if cut := self.backbone.cut(request.prompt):
             notes["prompt cut"] = cut
+        if request.negative and self.backbone.scale(request) <= 1.0:
+            distilled = self.backbone.told(request) is not None
+            notes["negative prompt not read"] = ("guidance was distilled into this model: set true_guidance over 1" if distilled
+                                                 else "guidance is off")
         placing = methods.find(request.method).placing
         unread = [name for name, lora in zip(request.names, request.loras, strict=True)
                   if not placing and (lora.binds is not None or lora.region is not None)]

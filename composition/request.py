@@ -98,7 +98,9 @@ class Request:
     size is (width, height) in pixels, None for the model's own. count pictures are made, with seeds seed, seed+1, ...;
     each has a generator of its own. batched: ask all LoRAs in one batch of rows (more memory, faster) or one by
     one; on a processor, pictures of 512 pixels and more are asked one by one all the same, which is faster there.
-    guidance 1 or less switches guidance off. sampler "default" is the one the model was saved with.
+    steps and guidance None are the model's usual ones; a result has the numbers. guidance 1 or less switches guidance
+    off. Of a model that guidance was distilled into (FLUX.1-dev) it is the number that the model reads, and true_guidance
+    over 1 adds guidance against the negative prompt. sampler "default" is the one the model was saved with.
     """
 
     prompt: Annotated[str, Field(max_length=20_000)]
@@ -109,8 +111,9 @@ class Request:
     method: str = "merge"
     options: Mapping[str, Any] = Field(default_factory=dict)
     sampler: str = "default"
-    steps: Annotated[int, Field(ge=1, le=1000)] = 25
-    guidance: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] = 5.0
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    guidance: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] | None = None
+    true_guidance: Annotated[float, Field(ge=1.0, le=100.0, allow_inf_nan=False)] = 1.0
     size: tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     count: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -150,6 +153,11 @@ class Request:
     @property
     def seeds(self) -> tuple[int, ...]:
         return tuple((self.seed + index) % 2**63 for index in range(self.count))
+
+    def settled(self, steps: int, guidance: float) -> "Request":
+        """The same with the model's usual steps and guidance where it says nothing of them."""
+        return replace(self, steps=steps if self.steps is None else self.steps,
+                       guidance=guidance if self.guidance is None else self.guidance)
 
     def alone(self, index: int) -> "Request":
         """The request of its picture `index` alone: the seed of that picture, count 1."""

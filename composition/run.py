@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from composition.adapters import Adapters
 from composition.attention import Enough, watch
 from composition.backbones.base import Backbone
-from composition.cache import FeatureCache, layer_costs
+from composition.cache import Cache, layer_costs
 from composition.guidance import guide
 from composition.placed import joined, placed
 from composition.request import Cancelled, Request
@@ -34,8 +34,8 @@ def grid(step: Step, level: int) -> tuple[int, int]:
 class Run:
     """One batch of B pictures of a request. A method asks it for predictions; it owns nothing that outlives them.
 
-    scheduler: this run's own instance. notes: what the method did, plain JSON values. encodings: prompts already
-    encoded, by prompt and text-LoRA weights. categories, triggers: of each LoRA by name, as the request or else its file
+    scheduler: this run's own instance. notes: what the method did, plain JSON values. encodings: what prompts were
+    already read as, value by value, by prompt and text-LoRA weights. categories, triggers: of each LoRA by name, as the request or else its file
     says.
     """
 
@@ -45,7 +45,7 @@ class Run:
     scheduler: Any
     generators: Sequence[Generator]
     notes: dict[str, Any] = field(default_factory=dict)
-    encodings: dict[Any, Conditioning] = field(default_factory=dict)
+    encodings: dict[Any, Tensor] = field(default_factory=dict)
     cancel: threading.Event | None = None
     categories: Mapping[str, str] = field(default_factory=dict)
     triggers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -67,20 +67,29 @@ class Run:
         use: name to denoiser weight (None: all at their own); a LoRA's text_weight, when set, is used in proportion.
         """
         use = self.request.weights if use is None else use
-        text = {name: self._text_weight(name, weight) for name, weight in use.items() if self.adapters.touches_text(name)}
-        text = {name: weight for name, weight in text.items() if weight != 0.0}
+        text = {name: self._text_weight(name, weight) for name, weight in use.items()}
         prompt = self.request.prompt if prompt is None else prompt
-        negatives = [self.request.negative] if self.request.guidance > 1.0 else None
-        key = (prompt, self.request.negative, negatives is None, tuple(sorted(text.items())))
-        if key not in self.encodings:
+        guided = self.backbone.scale(self.request) > 1.0
+        keys = {value: (value, prompt, self.request.negative if guided else None, self._touching(text, encoders))
+                for value, encoders in self.backbone.reads.items()}
+        if missing := [value for value, key in keys.items() if key not in self.encodings]:
             self._check_cancel()
-            self.adapters.use_text(text)
+            self.adapters.use_text({name: weight for name, weight in text.items() if weight != 0.0})
             try:
                 with torch.no_grad():
-                    self.encodings[key] = self.backbone.encode([prompt], negatives)
+                    made = self.backbone.encode([prompt], [self.request.negative] if guided else None, missing)
+                self.encodings.update({keys[value]: tensor for value, tensor in made.values.items()})
             finally:
                 self.adapters.use_text({})
-        return self.encodings[key]
+        values = {value: self.encodings[key] for value, key in keys.items()}
+        if (told := self.backbone.told(self.request)) is not None:
+            values["guidance"] = torch.full((2 if guided else 1, 1), told, device=self.backbone.device)
+        return Conditioning(values)
+
+    def _touching(self, weights: Mapping[str, float], encoders: Collection[str]) -> tuple[tuple[str, float], ...]:
+        """The weights of the LoRAs that change any of these text encoders: only with them a prompt is read anew."""
+        return tuple(sorted((name, weight) for name, weight in weights.items()
+                            if weight != 0.0 and any(self.adapters.touches(name, encoder) for encoder in encoders)))
 
     def denoise(
         self, step: Step, use: Mapping[str, float] | None = None, cond: Conditioning | None = None,
@@ -128,7 +137,7 @@ class Run:
         for use, cond in passes:
             cond = cond.positive() if rows == "positive" else cond
             self.adapters.use(use)
-            with watch(self.backbone.denoiser, layers, grid=grid(step, level), rows=range, early=True) as maps:
+            with watch(self.backbone.denoiser, layers, grid=grid(step, level), rows=range, early=True, joint=self.backbone.joint) as maps:
                 with suppress(Enough):
                     self._evaluate(step, cond, share * cond.rows / self.encode().rows)
                 found.append(maps.read().unflatten(0, (cond.rows, step.latents.shape[0])))
@@ -146,7 +155,7 @@ class Run:
 
         for part in [passes] if self._batched(step) else [[one] for one in passes]:
             recorded = range if rows == "all" else positive
-            with watch(self.backbone.denoiser, layers, grid=grid(step, level), rows=recorded) as maps:
+            with watch(self.backbone.denoiser, layers, grid=grid(step, level), rows=recorded, joint=self.backbone.joint) as maps:
                 values.append(self.denoise_passes(step, part))
                 found.append(maps.read().unflatten(0, (len(part), -1, pictures)))
         return torch.cat(values), torch.cat(found)
@@ -164,11 +173,12 @@ class Run:
             return self._evaluate(step, joined(conds, shares), 1)
 
     def scaled(self, step: Step) -> Float[Tensor, "B *S"]:
-        """The latents as the denoiser reads them."""
-        return self.scheduler.scale_model_input(step.latents, step.t)
+        """The latents as the denoiser reads them: flow samplers leave them as they are."""
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        return scale(step.latents, step.t) if scale else step.latents
 
     def denoise_cached(
-        self, step: Step, cache: FeatureCache, full: Collection[str], company: float = 0.0
+        self, step: Step, cache: Cache, full: Collection[str], company: float = 0.0
     ) -> Float[Tensor, "K R B *S"]:
         """As denoise_each, but only the LoRAs in `full` pay a whole evaluation, which fills their slots; the others take
         what is deep in the network from theirs. Each of the two kinds is one batch of rows, or a loop as the request says.
@@ -205,7 +215,7 @@ class Run:
             self._shares[layers] = sum(costs[path] for path in paths[: last + 1]) / sum(costs.values())
         return self._shares[layers]
 
-    def _share(self, cache: FeatureCache, step: Step) -> float:
+    def _share(self, cache: Cache, step: Step) -> float:
         """A cached pass's cost over a full one's, worked out once a run."""
         if cache not in self._shares:
             tokens = self.encode().values["text"].shape[2]
@@ -231,7 +241,7 @@ class Run:
 
     def guide(self, rows: Float[Tensor, "R B *S"]) -> Float[Tensor, "B *S"]:
         """The request's classifier-free guidance over the rows."""
-        return guide(rows, self.request.guidance)
+        return guide(rows, self.backbone.scale(self.request))
 
     def _evaluate(self, step: Step, cond: Conditioning, predictions: float) -> Float[Tensor, "R B *S"]:
         self._check_cancel()

@@ -14,20 +14,34 @@ import torch
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 MERGES = ("f o", "fo x</w>", "o w", "ow l</w>", "a n", "an d</w>", "t h", "th e</w>", "i n</w>", "o n</w>")
-Pipe = TypeVar("Pipe", StableDiffusionPipeline, StableDiffusionXLPipeline)
+Pipe = TypeVar("Pipe", StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline)
 Target = Literal["attn", "ff", "proj", "conv", "time"]
+T5_TOKENS = 24
 
 
 def tokenizer(pad: str = END) -> CLIPTokenizer:
@@ -46,6 +60,20 @@ def _text_config(words: CLIPTokenizer, width: int, projection: int, act: str) ->
         num_attention_heads=2, max_position_embeddings=77, projection_dim=projection, hidden_act=act,
         bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
     )
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A T5 tokenizer that spells ASCII; the words of MERGES are one token each."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["▁fox", "▁owl", "▁and", "▁the", "▁in", "▁on", "▁moon"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), *((w, -2.0) for w in words), *((c, -6.0) for c in letters)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=T5_TOKENS)
+
+
+def _t5(words: T5Tokenizer, width: int) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(
+        vocab_size=len(words), d_model=width, d_kv=width // 2, d_ff=2 * width, num_layers=2, num_heads=2, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0))
 
 
 def _autoencoder(scaling: float) -> AutoencoderKL:
@@ -111,6 +139,57 @@ def sdxl(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusionXL
     return _ready(pipe, dtype)
 
 
+def flux(seed: int = 0, dtype: torch.dtype = torch.float32, distilled: bool = False) -> FluxPipeline:
+    """FLUX.1 in small: two double and two single blocks, packed latents, dynamic shift, T5 beside CLIP, 32 px pictures.
+
+    distilled: with a guidance embedding, as FLUX.1-dev; without, guidance is a second row.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        words, words_2 = tokenizer(), t5_tokenizer()
+        transformer = FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=24, pooled_projection_dim=16, guidance_embeds=distilled, axes_dims_rope=(4, 6, 6))
+        text = CLIPTextModel(_text_config(words, 16, 16, "quick_gelu"))
+        text_2 = _t5(words_2, 24)
+        vae = _autoencoder(0.3611)
+    vae.register_to_config(shift_factor=0.1159)
+    pipe = FluxPipeline(
+        vae=vae, text_encoder=text, tokenizer=words, text_encoder_2=text_2, tokenizer_2=words_2, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=256))
+    return _ready(pipe, dtype)
+
+
+def flux_distilled(seed: int = 0, dtype: torch.dtype = torch.float32) -> FluxPipeline:
+    return flux(seed, dtype, distilled=True)
+
+
+def sd3(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
+    """SD3.5 in small: three joint blocks, the first with a second attention of the picture alone, three text encoders."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        words, words_2, words_3 = tokenizer(), tokenizer(), t5_tokenizer()
+        transformer = SD3Transformer2DModel(
+            sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=48, caption_projection_dim=32, pooled_projection_dim=40, pos_embed_max_size=24, qk_norm="rms_norm",
+            dual_attention_layers=(0,))
+        text = CLIPTextModelWithProjection(_text_config(words, 16, 16, "quick_gelu"))
+        text_2 = CLIPTextModelWithProjection(_text_config(words_2, 24, 24, "gelu"))
+        text_3 = _t5(words_3, 48)
+        vae = _autoencoder(1.5305)
+    vae.register_to_config(shift_factor=0.0609)
+    pipe = StableDiffusion3Pipeline(
+        vae=vae, text_encoder=text, tokenizer=words, text_encoder_2=text_2, tokenizer_2=words_2, text_encoder_3=text_3,
+        tokenizer_3=words_3, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    return _ready(pipe, dtype)
+
+
+def denoiser(pipe) -> tuple[str, nn.Module]:
+    """The name and the module of what a pipe denoises with."""
+    name = "transformer" if hasattr(pipe, "transformer") else "unet"
+    return name, getattr(pipe, name)
+
+
 def _ready(pipe: Pipe, dtype: torch.dtype) -> Pipe:
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -123,22 +202,25 @@ def _kind(path: str, module: nn.Module) -> Target | None:
     """Which of the targets a module of the UNet belongs to."""
     if not isinstance(module, nn.Linear | nn.Conv2d):
         return None
-    if ".attn1." in path or ".attn2." in path:
+    if ".attn1." in path or ".attn2." in path or ".attn." in path:
         return "attn"
-    if ".ff.net." in path:
+    if ".ff.net." in path or ".ff_context.net." in path or path.endswith("proj_mlp"):
         return "ff"
     if path.endswith(("proj_in", "proj_out")):
         return "proj"
     if path.endswith((".conv1", ".conv2", ".conv_shortcut")) or ".downsamplers." in path or ".upsamplers." in path:
         return "conv"
-    return "time" if path.endswith("time_emb_proj") or "_embedding." in path else None
+    if path.endswith("time_emb_proj") or "_embedding." in path or path.endswith(".linear") or "time_text_embed." in path:
+        return "time"
+    return None
 
 
 def _modules(pipe, targets: Sequence[Target], text: bool) -> Iterator[tuple[str, str, nn.Module]]:
     """(component, path in the component, module) of everything a LoRA of these targets trains, in a fixed order."""
-    for path, module in pipe.unet.named_modules():
+    component, model = denoiser(pipe)
+    for path, module in model.named_modules():
         if _kind(path, module) in targets:
-            yield "unet", path, module
+            yield component, path, module
     for name in ("text_encoder", "text_encoder_2") if text else ():
         for path, module in getattr(pipe, name, nn.Module()).named_modules():
             if isinstance(module, nn.Linear) and ".layers." in path:
@@ -207,9 +289,10 @@ def lora(
     paths: dict[str, list[str]] = {}
     for component, name, module in _modules(pipe, targets, text):
         down, up = (factor.to(dtype) for factor in _factors(module, rank, share, scale, rng))
-        if component != "unet" and not name.startswith("text_model."):
+        whole = component in ("unet", "transformer")
+        if not whole and not name.startswith("text_model."):
             name = f"text_model.{name}"
-        paths.setdefault(component, []).append(name if component == "unet" else name.split(".layers.")[1][2:])
+        paths.setdefault(component, []).append(name if whole else name.split(".layers.")[1][2:])
         if layout == "diffusers":
             tensors[f"{component}.{name}.lora_A.weight"], tensors[f"{component}.{name}.lora_B.weight"] = down, up
         else:

@@ -1,15 +1,27 @@
 """The model families. `open` turns a name, a folder, a file or a hub id into a Backbone."""
 
+from typing import Any
+
 from composition.backbones.base import Backbone
 
 
 def open(source: str, *, device: str | None = None, dtype: str | None = None, offload: str = "auto") -> Backbone:
     """Find, load and place a model; composition.backbones.opening and .placement say what may be refused."""
     from composition.backbones import opening, placement
-    from composition.backbones.unet import UNetBackbone
 
     where = opening.find(source)
     family = opening.family(where)
     plan = placement.choose(device, dtype, offload, family=family)
     pipeline = opening.load(where, plan.dtype)
-    return UNetBackbone(pipeline, family, placement.place(pipeline, plan))
+    return of(pipeline, family, placement.place(pipeline, plan))
+
+
+def of(pipeline: Any, family: str, placement: Any = None) -> Backbone:
+    """The backbone of an open stock pipeline of this family."""
+    from composition.backbones.flux import FluxBackbone
+    from composition.backbones.sd3 import SD3Backbone
+    from composition.backbones.unet import UNetBackbone
+
+    if family == "flux":
+        return FluxBackbone(pipeline, placement)
+    return SD3Backbone(pipeline, placement) if family == "sd3" else UNetBackbone(pipeline, family, placement)

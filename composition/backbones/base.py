@@ -1,6 +1,6 @@
 """What every model family answers: encode, start, denoise, decode, and where each layer's rows lie."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -21,11 +21,27 @@ class Axis(NamedTuple):
     level: int = 0
 
 
+# Where a prompt is read: "" in cross-attention of its own; else in one attention with the picture, and which of both comes first.
+Joint = Literal["", "text", "image"]
+
+
+class Usual(NamedTuple):
+    """What a request gets that does not say: steps, and guidance (a request's own field of that name)."""
+
+    steps: int
+    guidance: float
+
+
 @runtime_checkable
 class Backbone(Protocol):
-    """One model family. Shapes as in composition.sampler; *S is (C, H, W) for UNets."""
+    """One model family. Shapes as in composition.sampler; *S is (C, H, W): latents are pictures in every family.
+
+    reads: the values of a conditioning, and the text encoders each is made by.
+    """
 
     family: str
+    joint: Joint
+    reads: Mapping[str, tuple[str, ...]]
     pipeline: Any
     denoiser: nn.Module
     scheduler: Any
@@ -53,8 +69,19 @@ class Backbone(Protocol):
         """(width, height) in pixels. Raises Refused for a size this model cannot make."""
         ...
 
-    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None) -> Conditioning:
-        """(R, B, ...) tensors: R = 2 with negatives, 1 without."""
+    @property
+    def usual(self) -> Usual: ...
+
+    def scale(self, request: Request) -> float:
+        """The scale of classifier-free guidance over rows; at 1 or less there is no negative row."""
+        ...
+
+    def told(self, request: Request) -> float | None:
+        """The guidance that a distilled model reads as a number, for the value "guidance" of a conditioning; None for others."""
+        ...
+
+    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None, wanted: Collection[str] = ...) -> Conditioning:
+        """(R, B, ...) tensors: R = 2 with negatives, 1 without. wanted: which of `reads`, all unless told."""
         ...
 
     def cut(self, prompt: str) -> str:
@@ -85,16 +112,16 @@ class Backbone(Protocol):
         ...
 
     def cross_attention(self) -> Mapping[str, int]:
-        """The cross-attention modules, in the order in which they run, and the level of the grid their queries lie on."""
+        """The attention modules that read the prompt, in the order in which they run, and the level of the grid the picture has there."""
         ...
 
     def watched(self) -> tuple[str, ...]:
-        """Those that tell best where a word is: of the coarsest grid (16 x 16 at 512 pixels for Stable Diffusion 1.x), and
-        for SDXL the third to sixth of each in the first up block."""
+        """Those that tell best where a word is: of the coarsest grid (16 x 16 at 512 pixels for Stable Diffusion 1.x), for
+        SDXL the third to sixth of each in the first up block, for transformers the last quarter of those with a text of their own."""
         ...
 
     def block(self, layer: str) -> str:
-        """The block of the denoiser a layer belongs to: "down.0", "mid", "up.2" or "" (for Lora.blocks)."""
+        """The block of the denoiser a layer belongs to: "down.0", "mid", "up.2", "double.18", "single.0", "joint.3" or "" (for Lora.blocks)."""
         ...
 
     def release(self) -> None:

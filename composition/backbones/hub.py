@@ -67,8 +67,8 @@ def _plainly(repository: str) -> Iterator[None]:
 
 
 def variant(names: Iterable[str]) -> str | None:
-    """"fp16" when the UNet's weights are there in that variant only, by the files' names; None for the plain ones."""
-    weights = [name for name in names if name.startswith("unet/") and name.endswith(".safetensors")]
+    """"fp16" when the denoiser's weights are there in that variant only, by the files' names; None for the plain ones."""
+    weights = [name for name in names if name.startswith(("unet/", "transformer/")) and name.endswith(".safetensors")]
     half = [name for name in weights if ".fp16" in name]
     plain = [name for name in weights if not re.search(r"\.(fp16|non_ema)\b", name)]
     return "fp16" if half and not plain else None

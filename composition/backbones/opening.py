@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -25,9 +25,10 @@ from transformers.utils import logging as transformers_logging
 from composition.backbones import hub, single_file
 from composition.request import Refused
 
-Family = Literal["sd", "sdxl"]
-BUNDLED: Mapping[str, tuple[str, ...]] = {"pocket": ("pocket", "sd")}  # inside the package "assets"
-FAMILIES: Mapping[str, Family] = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+Family = Literal["sd", "sdxl", "sd3", "flux"]
+BUNDLED: Mapping[str, tuple[str, ...]] = {"pocket": ("pocket", "sd"), "pocket-flux": ("pocket", "flux")}  # inside the package "assets"
+FAMILIES: Mapping[str, Family] = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl",
+                                   "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 WAYS = "a bundled name, a diffusers folder, a .safetensors checkpoint, or a hub id such as org/name"
@@ -81,9 +82,9 @@ def family(thing: "Location | DiffusionPipeline") -> Family:
             assert thing.path is not None
             return "sdxl" if single_file.kind(single_file.header(thing.path)[0], thing.path.name) == "sdxl" else "sd"
         return _of_folder(thing.path or hub.index(thing.source).parent, thing.source)
-    for cls, name in ((StableDiffusionXLPipeline, "sdxl"), (StableDiffusionPipeline, "sd")):
-        if isinstance(thing, cls):
-            return name  # type: ignore[return-value]
+    for cls, name in FAMILIES.items():
+        if isinstance(thing, getattr(diffusers, cls)):
+            return name
     raise Refused(_unsupported("this pipeline", type(thing).__name__))
 
 
@@ -101,10 +102,11 @@ def load(location: Location, dtype: torch.dtype) -> DiffusionPipeline:
                 _of_folder(hub.index(location.source).parent, location.source)
             pipeline = _from_folder(location.path or hub.download(location.source), location.source, dtype)
     family(pipeline)
-    unet: Any = pipeline.unet
-    if unet.config.in_channels != unet.config.out_channels:
-        raise Refused(f"{location.source} is an inpainting or editing model ({unet.config.in_channels} input channels "
-                      f"in place of {unet.config.out_channels}): give the plain text-to-image version")
+    denoiser: Any = getattr(pipeline, "unet", None) or pipeline.transformer
+    writes = denoiser.config.out_channels or denoiser.config.in_channels
+    if denoiser.config.in_channels != writes:
+        raise Refused(f"{location.source} is an inpainting or editing model ({denoiser.config.in_channels} input channels "
+                      f"in place of {writes}): give the plain text-to-image version")
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             nn.Module.to(part.eval().requires_grad_(False), dtype)
@@ -171,7 +173,7 @@ def _from_folder(folder: Path, source: str, dtype: torch.dtype) -> DiffusionPipe
     kind = _of_folder(folder, source)
     cls = next(getattr(diffusers, name) for name, value in FAMILIES.items() if value == kind)
     extra: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
-    extra |= {"requires_safety_checker": False, "safety_checker": None} if kind == "sd" else {"add_watermarker": False}
+    extra |= {"sd": {"requires_safety_checker": False, "safety_checker": None}, "sdxl": {"add_watermarker": False}}.get(kind, {})
     names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     try:
         pipeline = cls.from_pretrained(

@@ -1,7 +1,7 @@
 """Stable Diffusion's UNets: SD1.x, SD2.x and Pocket ("sd"), SDXL ("sdxl"), on the stock diffusers pipelines."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from jaxtyping import Float, Num
 from PIL import Image
 from torch import Generator, Tensor, nn
 
-from composition.backbones.base import Axis
+from composition.backbones import pictures
+from composition.backbones.base import Axis, Joint, Usual
 from composition.backbones.placement import Placement
 from composition.request import Refused, Request
 from composition.sampler import Conditioning
@@ -21,6 +22,8 @@ _TEXT = re.compile(r"\.attn2\.(to_k|to_v)")
 
 class UNetBackbone:
     """A StableDiffusionPipeline or StableDiffusionXLPipeline, reached through encode_prompt, unet and vae alone."""
+
+    joint: Joint = ""
 
     def __init__(self, pipeline: Any, family: str, placement: Placement | None = None) -> None:
         self.pipeline = pipeline
@@ -51,13 +54,28 @@ class UNetBackbone:
         factor, own = self.pipeline.vae_scale_factor, self.denoiser.config.sample_size
         high, wide = own if isinstance(own, (tuple, list)) else (own, own)
         size = request.size or (wide * factor, high * factor)
-        if size[0] % factor or size[1] % factor:
-            near = tuple(max(factor, round(side / factor) * factor) for side in size)
-            raise Refused(f"size {size[0]}x{size[1]}: width and height must be multiples of {factor}; "
-                          f"{near[0]}x{near[1]} is the nearest")
+        if wrong := pictures.fitting(size, factor):
+            raise Refused(wrong)
         return size
 
-    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None) -> Conditioning:
+    @property
+    def reads(self) -> Mapping[str, tuple[str, ...]]:
+        both = ("text_encoder", "text_encoder_2")
+        return {"text": both, "pooled": both[1:]} if self.family == "sdxl" else {"text": both[:1]}
+
+    @property
+    def usual(self) -> Usual:
+        return Usual(25, 5.0)
+
+    def scale(self, request: Request) -> float:
+        return request.guidance or 1.0
+
+    def told(self, request: Request) -> float | None:
+        return None
+
+    def encode(
+        self, prompts: Sequence[str], negatives: Sequence[str] | None, wanted: Collection[str] = ("text", "pooled")
+    ) -> Conditioning:
         guided = negatives is not None
         # SDXL zeroes the negative row only when no negative prompt is given at all, as its authors trained it.
         given = list(negatives) if negatives is not None and any(negatives) else None
@@ -69,7 +87,7 @@ class UNetBackbone:
         else:
             positive, negative = self.pipeline.encode_prompt(list(prompts), negative_prompt=given, **call)
             pairs = {"text": (negative, positive)}
-        return Conditioning({name: torch.stack(pair if guided else pair[1:]) for name, pair in pairs.items()})
+        return Conditioning({name: torch.stack(pair if guided else pair[1:]) for name, pair in pairs.items() if name in wanted})
 
     def cut(self, prompt: str) -> str:
         tokenizer = self.pipeline.tokenizer
@@ -118,25 +136,8 @@ class UNetBackbone:
         height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
         return latents.new_tensor([[height, width, 0, 0, height, width]]).expand(rows, -1)
 
-    @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C H W"]) -> list[Image.Image]:
-        vae = self.pipeline.vae
-        raised = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-        if raised:
-            vae.to(torch.float32)
-        try:
-            latents = latents.to(vae.dtype)
-            mean, deviation = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
-            scaled = latents / vae.config.scaling_factor
-            if mean is not None and deviation is not None:
-                column = (1, -1, 1, 1)
-                scaled = scaled * latents.new_tensor(deviation).view(column) + latents.new_tensor(mean).view(column)
-            # One at a time: the same bytes whatever the batch, and less memory.
-            pixels = torch.cat([vae.decode(one, return_dict=False)[0] for one in scaled.split(1)])
-        finally:
-            if raised:
-                vae.to(torch.float16)
-        return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+        return pictures.decode(self.pipeline, latents)
 
     def axis(self, layer: str) -> Axis:
         if _NONE.search(layer):

@@ -5,7 +5,7 @@ import torch
 
 from tests import toys
 
-FAMILIES = {"sd": toys.sd, "sdxl": toys.sdxl}
+FAMILIES = {"sd": toys.sd, "sdxl": toys.sdxl, "sd3": toys.sd3, "flux": toys.flux, "flux-dev": toys.flux_distilled}
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +26,6 @@ def lora_files(tmp_path_factory):
 def engines():
     """Family -> an engine on a toy in float64."""
     from composition import Engine
-    from composition.backbones.unet import UNetBackbone
+    from composition import backbones
 
-    return {family: Engine(UNetBackbone(make(dtype=torch.float64), family), "toy") for family, make in FAMILIES.items()}
+    return {family: Engine(backbones.of(make(dtype=torch.float64), family.removesuffix("-dev")), "toy") for family, make in FAMILIES.items()}

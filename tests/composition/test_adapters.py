@@ -146,7 +146,7 @@ def test_text_encoders_have_gates_of_their_own(pipe, held, sources):
 
     plain = read()
     with held.session(sources):
-        assert held.touches_text("one")
+        assert held.touches("one", "text_encoder")
         held.use({"one": 1.0})
         assert torch.equal(read(), plain), "the denoiser's gates are not the text encoder's"
         held.use_text({"one": 1.0})

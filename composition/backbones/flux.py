@@ -1,0 +1,203 @@
+"""FLUX.1 (dev, schnell and models of that shape, Pocket-FLUX among them) on the stock FluxPipeline.
+
+Latents are pictures (B, C, H, W) here as in every family; that the transformer reads them in packed 2 x 2 squares is its own
+affair, so masks, frequencies and previews need not know. A sampler moves each number by itself: the pictures are the stock ones.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float, Num
+from PIL import Image
+from torch import Generator, Tensor, nn
+
+from composition.backbones import pictures
+from composition.backbones.base import Axis, Joint, Usual
+from composition.backbones.placement import Placement
+from composition.request import Refused, Request
+from composition.sampler import Conditioning
+
+LONGEST, LONGEST_FAST = 512, 256  # T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained on
+TELLING = 14 / 19  # the share of the double blocks before those that tell best where a word is: 14 to 18 of FLUX.1's 19
+
+_NONE = re.compile(r"time_text_embed|norm\d?\w*\.linear$|norm_out")
+_TEXT = re.compile(r"context_embedder|ff_context|\.attn\.(?:add_\w_proj|to_add_out)$")
+
+
+class FluxBackbone:
+    """A FluxPipeline, reached through its text encoders, transformer and vae alone."""
+
+    family = "flux"
+    joint: Joint = "text"
+    reads: Mapping[str, tuple[str, ...]] = {"text": ("text_encoder_2",), "pooled": ("text_encoder",)}
+
+    def __init__(self, pipeline: Any, placement: Placement | None = None) -> None:
+        self.pipeline = pipeline
+        self.placement = placement
+        self.denoiser: Any = pipeline.transformer
+        self.scheduler = pipeline.scheduler
+
+    @property
+    def components(self) -> Mapping[str, nn.Module]:
+        names = ("transformer", "text_encoder", "text_encoder_2")
+        found = {name: getattr(self.pipeline, name, None) for name in names}
+        return {name: module for name, module in found.items() if module is not None}
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.pipeline._execution_device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype
+
+    @property
+    def writable(self) -> bool:
+        return self.placement is None or self.placement.offload in ("none", "model")
+
+    @property
+    def distilled(self) -> bool:
+        """True when guidance is a number the transformer reads (FLUX.1-dev), not a second row."""
+        return bool(self.denoiser.config.guidance_embeds)
+
+    @property
+    def fast(self) -> bool:
+        """True for a model of few steps that knows no guidance of any kind (FLUX.1-schnell): its sigmas are not shifted."""
+        return not self.distilled and not self.scheduler.config.get("use_dynamic_shifting")
+
+    @property
+    def usual(self) -> Usual:
+        return Usual(4, 1.0) if self.fast else Usual(28, 3.5) if self.distilled else Usual(25, 4.5)
+
+    def scale(self, request: Request) -> float:
+        return request.true_guidance if self.distilled else request.guidance or 1.0
+
+    def told(self, request: Request) -> float | None:
+        return request.guidance if self.distilled else None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt that T5 is given, padding included."""
+        return min(LONGEST_FAST if self.fast else LONGEST, self.pipeline.tokenizer_2.model_max_length)
+
+    def size(self, request: Request) -> tuple[int, int]:
+        own = self.pipeline.vae.config.sample_size
+        size = request.size or (own, own)
+        if wrong := pictures.fitting(size, 2 * self.pipeline.vae_scale_factor):
+            raise Refused(wrong)
+        return size
+
+    def encode(
+        self, prompts: Sequence[str], negatives: Sequence[str] | None, wanted: Collection[str] = ("text", "pooled")
+    ) -> Conditioning:
+        sides = [self._read(list(side), wanted) for side in (negatives, prompts) if side is not None]
+        return Conditioning({name: torch.stack([side[name] for side in sides]) for name in wanted})
+
+    def _read(self, prompts: list[str], wanted: Collection[str]) -> dict[str, Tensor]:
+        pipe, where = self.pipeline, self.device
+        if set(wanted) == {"pooled"}:  # encode_prompt would read T5 again, by far the larger
+            return {"pooled": pipe._get_clip_prompt_embeds(prompts, num_images_per_prompt=1, device=where)}
+        text, pooled, _ = pipe.encode_prompt(
+            prompt=prompts, prompt_2=None, device=where, num_images_per_prompt=1, max_sequence_length=self.longest)
+        return {name: value for name, value in {"text": text, "pooled": pooled}.items() if name in wanted}
+
+    def cut(self, prompt: str) -> str:
+        tokenizer, room = self.pipeline.tokenizer_2, self.longest - 1
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        return tokenizer.decode(ids[room:]) if len(ids) > room else ""
+
+    def offsets(self, prompt: str) -> list[tuple[int, int]]:
+        found = self.pipeline.tokenizer_2(prompt, return_offsets_mapping=True, truncation=True, max_length=self.longest)
+        return [tuple(pair) for pair in found.offset_mapping]
+
+    def start(
+        self, request: Request, scheduler: Any, generators: Sequence[Generator]
+    ) -> tuple[Float[Tensor, "B C H W"], Num[Tensor, "T"]]:
+        width, height = self.size(request)
+        factor = self.pipeline.vae_scale_factor
+        shape = (len(generators), self.denoiser.config.in_channels // 4, height // factor, width // factor)
+        noise = randn_tensor(shape, generator=list(generators), device=self.device, dtype=self.dtype)
+        sigmas = np.linspace(1.0, 1 / request.steps, request.steps)
+        scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=shift(scheduler.config, shape[2] * shape[3] // 4))
+        scheduler.set_begin_index(0)
+        return noise, scheduler.timesteps
+
+    def denoise(
+        self, latents: Float[Tensor, "B C H W"], t: Num[Tensor, ""] | Num[Tensor, "B"], cond: Conditioning
+    ) -> Float[Tensor, "R B C H W"]:
+        rows, count = cond.rows, latents.shape[0]
+
+        def flat(value: Tensor) -> Tensor:
+            return value.expand(rows, count, *value.shape[2:]).flatten(0, 1)
+
+        text = flat(cond.values["text"]).to(latents.dtype)
+        time = t.to(latents.dtype).expand(count).repeat(rows) / 1000
+        guidance = None
+        if self.distilled:
+            guidance = flat(cond.values["guidance"]).float() if "guidance" in cond.values else torch.ones_like(time)
+        out = self.denoiser(
+            hidden_states=packed(latents).repeat(rows, 1, 1), timestep=time, guidance=guidance, encoder_hidden_states=text,
+            pooled_projections=flat(cond.values["pooled"]).to(latents.dtype), txt_ids=latents.new_zeros(text.shape[1], 3),
+            img_ids=places(latents), return_dict=False)[0]
+        return unpacked(out, latents.shape[-2:]).unflatten(0, (rows, count))
+
+    def decode(self, latents: Float[Tensor, "B C H W"]) -> list[Image.Image]:
+        return pictures.decode(self.pipeline, latents)
+
+    def axis(self, layer: str) -> Axis:
+        if _NONE.search(layer):
+            return Axis("none")
+        if _TEXT.search(layer):
+            return Axis("text")
+        return Axis("both" if layer.startswith("single_transformer_blocks") else "grid", 1)
+
+    def cross_attention(self) -> Mapping[str, int]:
+        double, single = len(self.denoiser.transformer_blocks), len(self.denoiser.single_transformer_blocks)
+        names = [*(f"transformer_blocks.{i}.attn" for i in range(double)), *(f"single_transformer_blocks.{i}.attn" for i in range(single))]
+        return dict.fromkeys(names, 1)
+
+    def watched(self) -> tuple[str, ...]:
+        double = len(self.denoiser.transformer_blocks)
+        return tuple(list(self.cross_attention())[int(TELLING * double) : double])
+
+    def block(self, layer: str) -> str:
+        found = re.match(r"(single_)?transformer_blocks\.(\d+)", layer)
+        return f"{'single' if found[1] else 'double'}.{found[2]}" if found else ""
+
+    def release(self) -> None:
+        self.pipeline.maybe_free_model_hooks()
+
+
+def shift(config: Mapping[str, Any], tokens: int) -> float:
+    """mu of a scheduler with dynamic shifting: a line through (base_image_seq_len, base_shift), (max_image_seq_len, max_shift)."""
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (high - low) / (many - few)
+    return tokens * slope + (low - slope * few)
+
+
+def packed(latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N c"]:
+    """Each square of 2 x 2 latent places as one token of 4 C numbers, in rows of the picture."""
+    rows, channels, high, wide = latents.shape
+    squares = latents.view(rows, channels, high // 2, 2, wide // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return squares.reshape(rows, high // 2 * (wide // 2), 4 * channels)
+
+
+def unpacked(tokens: Float[Tensor, "B N c"], size: Sequence[int]) -> Float[Tensor, "B C H W"]:
+    """The inverse of `packed` for latents of this (H, W)."""
+    rows, _, numbers = tokens.shape
+    squares = tokens.view(rows, size[0] // 2, size[1] // 2, numbers // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return squares.reshape(rows, numbers // 4, size[0], size[1])
+
+
+def places(latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "N 3"]:
+    """Where each token stands: (0, row, column), for the rotary embedding."""
+    high, wide = latents.shape[-2] // 2, latents.shape[-1] // 2
+    found = latents.new_zeros(high, wide, 3)
+    found[..., 1] += torch.arange(high, device=latents.device)[:, None]
+    found[..., 2] += torch.arange(wide, device=latents.device)
+    return found.flatten(0, 1)

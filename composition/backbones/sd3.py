@@ -1,0 +1,161 @@
+"""Stable Diffusion 3 and 3.5 on the stock StableDiffusion3Pipeline: three text encoders, joint attention of picture and text."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float, Num
+from PIL import Image
+from torch import Generator, Tensor, nn
+
+from composition.backbones import pictures
+from composition.backbones.base import Axis, Joint, Usual
+from composition.backbones.flux import TELLING, shift
+from composition.backbones.placement import Placement
+from composition.request import Refused, Request
+from composition.sampler import Conditioning
+
+LONGEST = 256  # T5 tokens, as the stock pipeline gives them
+
+_NONE = re.compile(r"time_text_embed|norm\d?\w*\.linear$|norm_out")
+_TEXT = re.compile(r"context_embedder|ff_context|\.attn\.(?:add_\w_proj|to_add_out)$")
+
+
+class SD3Backbone:
+    """A StableDiffusion3Pipeline, reached through encode_prompt, transformer and vae alone; T5 may be left out."""
+
+    family = "sd3"
+    joint: Joint = "image"
+    reads: Mapping[str, tuple[str, ...]] = {
+        "text": ("text_encoder", "text_encoder_2", "text_encoder_3"), "pooled": ("text_encoder", "text_encoder_2")}
+
+    def __init__(self, pipeline: Any, placement: Placement | None = None) -> None:
+        self.pipeline = pipeline
+        self.placement = placement
+        self.denoiser: Any = pipeline.transformer
+        self.scheduler = pipeline.scheduler
+
+    @property
+    def components(self) -> Mapping[str, nn.Module]:
+        names = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+        found = {name: getattr(self.pipeline, name, None) for name in names}
+        return {name: module for name, module in found.items() if module is not None}
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.pipeline._execution_device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype
+
+    @property
+    def writable(self) -> bool:
+        return self.placement is None or self.placement.offload in ("none", "model")
+
+    @property
+    def usual(self) -> Usual:
+        return Usual(28, 4.5 if self.denoiser.config.qk_norm else 7.0)  # 3.5, 3
+
+    def scale(self, request: Request) -> float:
+        return request.guidance or 1.0
+
+    def told(self, request: Request) -> float | None:
+        return None
+
+    def size(self, request: Request) -> tuple[int, int]:
+        config, factor = self.denoiser.config, self.pipeline.vae_scale_factor
+        size = request.size or (config.sample_size * factor,) * 2
+        unit = config.patch_size * factor
+        if wrong := pictures.fitting(size, unit):
+            raise Refused(wrong)
+        most = (config.pos_embed_max_size or max(size)) * unit
+        if max(size) > most:
+            raise Refused(f"size {size[0]}x{size[1]}: this model makes at most {most} pixels a side")
+        return size
+
+    def encode(
+        self, prompts: Sequence[str], negatives: Sequence[str] | None, wanted: Collection[str] = ("text", "pooled")
+    ) -> Conditioning:
+        guided = negatives is not None
+        text, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
+            prompt=list(prompts), prompt_2=None, prompt_3=None, device=self.device, num_images_per_prompt=1,
+            do_classifier_free_guidance=guided, negative_prompt=list(negatives) if negatives is not None else None,
+            max_sequence_length=LONGEST)
+        pairs = {"text": (negative, text), "pooled": (negative_pooled, pooled)}
+        return Conditioning({name: torch.stack(pairs[name] if guided else pairs[name][1:]) for name in wanted})
+
+    def cut(self, prompt: str) -> str:
+        tokenizer, room = self._longest()
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        return tokenizer.decode(ids[room:]) if len(ids) > room else ""
+
+    def _longest(self) -> tuple[Any, int]:
+        """The tokenizer of the encoder that sees most of a prompt, and how many tokens of it."""
+        pipe = self.pipeline
+        if pipe.text_encoder_3 is not None:
+            return pipe.tokenizer_3, LONGEST - 1
+        return pipe.tokenizer, pipe.tokenizer.model_max_length - 2
+
+    def offsets(self, prompt: str) -> list[tuple[int, int]]:
+        pipe = self.pipeline
+        first, second = (_offsets(words, prompt, pipe.tokenizer_max_length) for words in (pipe.tokenizer, pipe.tokenizer_2))
+        if first != second:
+            raise Refused("the CLIP tokenizers of this model part the prompt differently; where its words are cannot be told")
+        short = first + [(0, 0)] * (pipe.tokenizer_max_length - len(first))
+        return short + (_offsets(pipe.tokenizer_3, prompt, LONGEST) if pipe.text_encoder_3 is not None else [])
+
+    def start(
+        self, request: Request, scheduler: Any, generators: Sequence[Generator]
+    ) -> tuple[Float[Tensor, "B C H W"], Num[Tensor, "T"]]:
+        width, height = self.size(request)
+        factor, patch = self.pipeline.vae_scale_factor, self.denoiser.config.patch_size
+        shape = (len(generators), self.denoiser.config.in_channels, height // factor, width // factor)
+        noise = randn_tensor(shape, generator=list(generators), device=self.device, dtype=self.dtype)
+        moved = {}
+        if scheduler.config.get("use_dynamic_shifting"):
+            moved["mu"] = shift(scheduler.config, shape[2] // patch * (shape[3] // patch))
+        scheduler.set_timesteps(request.steps, device=self.device, **moved)
+        return noise, scheduler.timesteps
+
+    def denoise(
+        self, latents: Float[Tensor, "B C H W"], t: Num[Tensor, ""] | Num[Tensor, "B"], cond: Conditioning
+    ) -> Float[Tensor, "R B C H W"]:
+        rows, count = cond.rows, latents.shape[0]
+
+        def flat(value: Tensor) -> Tensor:
+            return value.expand(rows, count, *value.shape[2:]).flatten(0, 1).to(latents.dtype)
+
+        out = self.denoiser(
+            hidden_states=latents.repeat(rows, 1, 1, 1), timestep=t.expand(count).repeat(rows),
+            encoder_hidden_states=flat(cond.values["text"]), pooled_projections=flat(cond.values["pooled"]), return_dict=False)[0]
+        return out.unflatten(0, (rows, count))
+
+    def decode(self, latents: Float[Tensor, "B C H W"]) -> list[Image.Image]:
+        return pictures.decode(self.pipeline, latents)
+
+    def axis(self, layer: str) -> Axis:
+        if _NONE.search(layer):
+            return Axis("none")
+        return Axis("text") if _TEXT.search(layer) else Axis("grid", 1)
+
+    def cross_attention(self) -> Mapping[str, int]:
+        return {f"transformer_blocks.{i}.attn": 1 for i in range(len(self.denoiser.transformer_blocks))}
+
+    def watched(self) -> tuple[str, ...]:
+        names = list(self.cross_attention())[:-1] or list(self.cross_attention())  # the last block no longer writes to the text
+        return tuple(names[int(TELLING * len(names)) :])
+
+    def block(self, layer: str) -> str:
+        found = re.match(r"transformer_blocks\.(\d+)", layer)
+        return f"joint.{found[1]}" if found else ""
+
+    def release(self) -> None:
+        self.pipeline.maybe_free_model_hooks()
+
+
+def _offsets(tokenizer: Any, prompt: str, longest: int) -> list[tuple[int, int]]:
+    found = tokenizer(prompt, return_offsets_mapping=True, truncation=True, max_length=longest)
+    return [tuple(pair) for pair in found.offset_mapping]
