@@ -7,13 +7,14 @@ first live up block; a cached pass runs the same outer levels, LoRAs included, o
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
+@runtime_checkable
 class Cache(Protocol):
     """Slots of one denoiser, by adapter's name; empty outside `attached`."""
 

@@ -6,13 +6,14 @@ caller allows it. Only alpha / rank is folded into the factors, here, once; a we
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from composition import keymap, metadata, origin
+from composition.fused import Part
 from composition.layouts import TWICE, Module, modules
 from composition.request import Receipt, Refused
 from composition.safefile import SafeFile, load_safely
@@ -56,14 +57,15 @@ def read(
 ) -> LoraFile:
     """Read a LoRA file for a base.
 
-    components: "unet" and the text encoders of the base, by name (on any device, "meta" too). family: "sd" (one text
-    encoder: SD 1.x, 2.x and small models of that shape) or "sdxl". name: what the receipt calls it (default: the
+    components: "unet" or "transformer" and the text encoders of the base, by name (on any device, "meta" too). family: "sd"
+    (one text encoder: SD 1.x, 2.x and small models of that shape), "sdxl", "sd3" or "flux". name: what the receipt calls it (default: the
     file's stem). Raises Refused for a file that is unsafe, broken, made for another kind of base, of which nothing
     fits, or, without allow_partial, of which something does not fit.
     """
     path = Path(path)
     raw = load_safely(path)
     found, ignored = modules(raw.tensors)
+    found = [_settled(module, components) for module in found]
     settings = metadata.adapter(raw.metadata, path.name)
     made_for = origin.detect(found, raw.tensors)
     foreign = origin.foreign(made_for, components, family)
@@ -71,21 +73,21 @@ def read(
     layers = {part: keymap.layers(module) for part, module in components.items()}
     factors: dict[str, dict[str, Factors]] = {}
     applied: Counter[str] = Counter()
-    places = [names.get(module.component, {}).get(keymap.flat(module.module)) for module in found]
-    claims = Counter((module.component, where) for module, where in zip(found, places, strict=True))
-    for module, where in zip(found, places, strict=True):
-        reason = _obstacle(module, raw.tensors, components, where)
-        if not reason and claims[module.component, where] > 1:
+    places = [names.get(module.component, {}).get(keymap.flat(module.module), ()) for module in found]
+    claims = Counter((module.component, part.path) for module, parts in zip(found, places, strict=True) for part in parts)
+    for module, parts in zip(found, places, strict=True):
+        reason = _obstacle(module, raw.tensors, components, parts)
+        if not reason and any(claims[module.component, part.path] > 1 for part in parts):
             reason = TWICE  # nothing says which of them is meant
-        if reason or where is None:
+        if reason:
             ignored.setdefault(reason, []).extend(module.all)
             continue
         alpha = _alpha(module, raw.tensors, settings, path.name)
         try:
-            made = _factors(module, raw.tensors, layers[module.component][where], alpha)
+            made = _factors(module, raw.tensors, layers[module.component], parts, alpha)
         except ValueError as error:
-            raise Refused(f"{path.name}: {foreign or f'{module.component}.{where}: {error}'}") from None
-        factors.setdefault(module.component, {})[where] = made
+            raise Refused(f"{path.name}: {foreign or f'{module.component}.{parts[0].path}: {error}'}") from None
+        factors.setdefault(module.component, {}).update(made)
         applied[module.component] += len(module.all)
     if ignored and foreign:
         raise Refused(f"{path.name}: {foreign}")
@@ -135,9 +137,16 @@ def inspect(path: Path) -> Receipt:
     )
 
 
-def _names(component: str, module: nn.Module, found: Sequence[Module]) -> dict[str, str]:
+def _settled(module: Module, components: Mapping[str, nn.Module]) -> Module:
+    """With T5, which files call the third text encoder, where this base has it: FLUX's is its second."""
+    third = module.component == "text_encoder_3" and "text_encoder_3" not in components and "transformer" in components
+    return replace(module, component="text_encoder_2") if third else module
+
+
+def _names(component: str, module: nn.Module, found: Sequence[Module]) -> dict[str, tuple[Part, ...]]:
     count = sum(one.component == component and one.layout == "first-generation" for one in found)
-    return keymap.names(component, module) | (keymap.numbered(component, module, count) if count else {})
+    numbered = keymap.numbered(component, module, count) if count else {}
+    return keymap.parts(component, module) | {number: (Part(path),) for number, path in numbered.items()}
 
 
 def _pair(module: Module, tensors: Mapping[str, Tensor]) -> bool:
@@ -147,9 +156,9 @@ def _pair(module: Module, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _obstacle(
-    module: Module, tensors: Mapping[str, Tensor], components: Mapping[str, nn.Module], where: str | None
+    module: Module, tensors: Mapping[str, Tensor], components: Mapping[str, nn.Module], where: Sequence[Part]
 ) -> str:
-    """Why a module cannot be applied at `where` (None: the base has no such layer), or ""."""
+    """Why a module cannot be applied at `where` (empty: the base has no such layer), or ""."""
     if module.blocked:
         return module.blocked
     if not {"down", "up"} <= set(module.keys):
@@ -172,8 +181,10 @@ def _alpha(module: Module, tensors: Mapping[str, Tensor], settings: Mapping[str,
     return float(stored.item())
 
 
-def _factors(module: Module, tensors: Mapping[str, Tensor], layer: keymap.Layer, alpha: float) -> Factors:
-    """The factors in the shape the layer has. Raises ValueError when they do not fit it.
+def _factors(
+    module: Module, tensors: Mapping[str, Tensor], layers: Mapping[str, keymap.Layer], parts: Sequence[Part], alpha: float
+) -> dict[str, Factors]:
+    """By path, the factors in the shape each layer has. Raises ValueError when they do not fit.
 
     A linear and a 1x1 convolution are the same thing written as 2-D or 4-D: each is taken for the other.
     """
@@ -181,14 +192,16 @@ def _factors(module: Module, tensors: Mapping[str, Tensor], layer: keymap.Layer,
     if down.ndim < 2 or not down.numel() or not up.numel():
         raise ValueError(f"its factors {tuple(up.shape)} and {tuple(down.shape)} are empty or no matrices")
     rank = down.shape[0]
-    outputs, inputs, *kernel = keymap.shape(layer)
+    shapes = [keymap.shape(layers[part.path]) for part in parts]
+    _, inputs, *kernel = shapes[0]
+    outputs = sum(shape[0] for shape in shapes)
     expected = ((rank, inputs, *kernel), (outputs, rank, *(1 for _ in kernel)))
     fitted = []
     for given, wanted in zip((down, up), expected, strict=True):
         if _bare(tuple(given.shape)) != _bare(wanted):
             raise ValueError(
                 f"its factors {tuple(up.shape)} x {tuple(down.shape)} do not fit a layer of shape "
-                f"{keymap.shape(layer)} (out, in): it was made for a model of another width"
+                f"{(outputs, inputs, *kernel)} (out, in): it was made for a model of another width"
             )
         fitted.append(given.reshape(wanted))
     dtype = torch.float64 if torch.float64 in (down.dtype, up.dtype) else torch.float32
@@ -196,7 +209,7 @@ def _factors(module: Module, tensors: Mapping[str, Tensor], layer: keymap.Layer,
     up *= alpha / rank
     if not torch.isfinite(up).all():
         raise ValueError(f"alpha {alpha} makes its numbers infinite")
-    return Factors(down, up, rank, alpha)
+    return {part.path: Factors(down, part.rows(up).contiguous(), rank, alpha) for part in parts}
 
 
 def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:

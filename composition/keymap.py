@@ -10,6 +10,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from composition import fused
+from composition.fused import Part
+
 Layer = nn.Linear | nn.Conv2d
 
 # Parts of a residual block and single layers: path in diffusers -> name in the original code.
@@ -48,6 +51,12 @@ def shape(layer: Layer) -> tuple[int, ...]:
 def flat(name: str) -> str:
     """A module name with underscores, the one spelling that all layouts share."""
     return name.replace(".", "_")
+
+
+def parts(component: str, module: nn.Module) -> dict[str, tuple[Part, ...]]:
+    """Flat name to the layers it stands for: one as a rule, several where the original code of a transformer has them in one."""
+    authored = fused.names(module) if component == "transformer" else {}
+    return {flat(name): found for name, found in authored.items()} | {name: (Part(path),) for name, path in names(component, module).items()}
 
 
 def names(component: str, module: nn.Module) -> dict[str, str]:

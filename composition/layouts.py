@@ -6,6 +6,9 @@
     kohya             lora_unet_<path with underscores>.lora_down.weight, lora_te_, lora_te1_, lora_te2_, .alpha
     kohya-sgm         the same with the names of the original code: lora_unet_input_blocks_1_1_...
     comfyui           diffusion_model.input_blocks.1.1...
+    bfl               double_blocks.0.img_attn.qkv... or the same below diffusion_model., FLUX's and SD3's own names
+    xlabs             double_blocks.0.processor.qkv_lora1.down.weight
+    onetrainer        lora_transformer_<path with underscores>.lora_down.weight
     first-generation  unet:12:down, text_encoder:3:up: layers by number only
 
 Nothing here knows a base: `keymap` finds the layer a module name means. Tensors that change what a pair of factors
@@ -16,6 +19,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from composition.fused import TRANSFORMER
 
 DORA = "DoRA is not supported yet"
 TUCKER = "Tucker factors (lora_mid) are not supported yet"
@@ -82,13 +87,16 @@ _PREFIXES = (
     ("lora_te2_", "text_encoder_2", "kohya"),
     ("lora_te3_", "text_encoder_3", "kohya"),
     ("lora_te_", "text_encoder", "kohya"),
-    ("lora_transformer_", "transformer", "kohya"),
+    ("lora_transformer_", "transformer", "onetrainer"),
     ("unet.", "unet", "diffusers"),
     ("text_encoder.", "text_encoder", "diffusers"),
     ("text_encoder_2.", "text_encoder_2", "diffusers"),
     ("text_encoder_3.", "text_encoder_3", "diffusers"),
     ("transformer.", "transformer", "diffusers"),
     ("diffusion_model.", "unet", "comfyui"),
+    ("text_encoders.clip_l.transformer.", "text_encoder", "comfyui"),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2", "comfyui"),
+    ("text_encoders.t5xxl.transformer.", "text_encoder_3", "comfyui"),
 )
 _BARE = (
     (re.compile(r"(?:down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)(?:\.|$)"), "unet"),
@@ -96,6 +104,9 @@ _BARE = (
 )
 _SGM = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb)_\d|out_2$")
 _PEFT = "base_model.model."
+_XLABS = re.compile(r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight$")
+_OURS = re.compile(r"(?:single_)?transformer_blocks\.|time_text_embed|norm_out|proj_out|pos_embed")  # diffusers' own names
+_SIDES = {"1": "img_attn", "2": "txt_attn"}
 
 
 def understand(key: str) -> Key:
@@ -104,6 +115,10 @@ def understand(key: str) -> Key:
         return Key(numbered[1], f"#{int(numbered[2])}", numbered[3], "first-generation")
     if _TOKENS.match(key):
         return Key("", key, "beside", "", TOKEN)
+    if found := _XLABS.match(key):
+        kind, block, what, side, role = found.groups()
+        inner = f"{_SIDES[side]}.{what}" if side else {"qkv": "qkv", "proj": "linear2"}[what]
+        return Key("transformer", f"{kind}_blocks.{block}.{inner}", role, "xlabs")
     for pattern, role, reason in _ROLES:
         if found := pattern.search(key):
             component, module, layout = _locate(key[: found.start()])
@@ -118,7 +133,10 @@ def _locate(name: str) -> tuple[str, str, str]:
     name = name.removeprefix(prefix).removeprefix(_PEFT)
     if not prefix:
         component = next((component for pattern, component in _BARE if pattern.match(name)), "")
-    if layout == "kohya":
+    if component in ("unet", "") and TRANSFORMER.match(name):
+        component = "transformer"
+        layout = layout if layout == "kohya" or _OURS.match(name) else "bfl"
+    if layout in ("kohya", "onetrainer"):
         return component, name, "kohya-sgm" if component == "unet" and _SGM.match(name) else layout
     if ".processor." in name:
         layout, name = "processors", name.replace(".processor.", ".")

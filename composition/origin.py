@@ -13,6 +13,7 @@ from composition import keymap
 from composition.layouts import Module
 
 WIDTHS = {768: "sd", 1024: "sd2", 2048: "sdxl"}
+JOINT = ("flux", "sd3")  # transformers, whose text has no width of its own to tell them by
 WORDS = {"sd": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "sd3": "SD 3", "flux": "FLUX"}
 
 _TEXT = re.compile(r"attn2[._]to_[kv]$")
@@ -24,7 +25,7 @@ _JOINT_WIDTHS = {3072: "flux", 1536: "sd3", 2432: "sd3"}
 
 
 class Origin(NamedTuple):
-    """family: as in Receipt. width: of the text it reads (cross-attention), 0 unseen. second: two text encoders."""
+    """family: as in Receipt. width: of the text it reads (cross-attention), 0 unseen. second: a UNet's two text encoders."""
 
     family: str
     width: int
@@ -37,12 +38,12 @@ def detect(modules: Sequence[Module], tensors: Mapping[str, Tensor]) -> Origin:
     second = any(module.component == "text_encoder_2" for module in modules)
     width = next((_inputs(module, tensors) for module in modules if _reads_text(module)), 0)
     if any(_FLUX.search(name) for name in names):
-        return Origin("flux", 0, second)
+        return Origin("flux", 0, False)
     if any("joint_blocks" in name for name in names):
-        return Origin("sd3", 0, second)
+        return Origin("sd3", 0, False)
     joint = next((module for module in modules if _JOINT.search(module.module)), None)
     if joint and not any(_OTHER_JOINT.search(name) for name in names):
-        return Origin(_JOINT_WIDTHS.get(_inputs(joint, tensors), "unknown"), 0, second)
+        return Origin(_JOINT_WIDTHS.get(_inputs(joint, tensors), "unknown"), 0, False)
     if second:
         return Origin("sdxl", width, True)
     if not width and any(module.component == "unet" and _DEEP.search(module.module) for module in modules):
@@ -53,7 +54,9 @@ def detect(modules: Sequence[Module], tensors: Mapping[str, Tensor]) -> Origin:
 def foreign(found: Origin, components: Mapping[str, nn.Module], family: str) -> str:
     """Why the file is no LoRA for this base, in plain words, or ""."""
     width = text_width(components)
-    if found.family in ("flux", "sd3") or (found.second and family != "sdxl"):
+    if family in JOINT:
+        differs = found.family not in (family, "unknown") or bool(found.width)
+    elif found.family in JOINT or (found.second and family != "sdxl"):
         differs = True
     elif found.width and width:
         differs = found.width != width

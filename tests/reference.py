@@ -3,7 +3,10 @@
 Nothing of composition is imported here. Each function returns final latents; each picture has its own generator.
 """
 
+import numpy as np
 import torch
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 
 def load(pipe, files, weights):
@@ -15,49 +18,92 @@ def load(pipe, files, weights):
     return names
 
 
+def packed(latents):
+    """(B, C, H, W) as FLUX packs them, by diffusers' own function."""
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def unpacked(latents, pipe, side=32):
+    """FLUX's packed latents as (B, C, H, W), by diffusers' own function."""
+    return FluxPipeline._unpack_latents(latents, side, side, pipe.vae_scale_factor)
+
+
 def stock(pipe, prompt, negative, steps, guidance, generators):
     """The stock pipeline's own call, with whatever adapters are active."""
+    if isinstance(pipe, FluxPipeline):
+        distilled = pipe.transformer.config.guidance_embeds
+        told = {"guidance_scale": guidance} if distilled else {"true_cfg_scale": guidance, "negative_prompt": [negative] * len(generators)}
+        out = pipe(prompt=[prompt] * len(generators), num_inference_steps=steps, generator=generators, output_type="latent", height=32,
+                   width=32, max_sequence_length=pipe.tokenizer_2.model_max_length, **told).images
+        return unpacked(out, pipe)
     return pipe(prompt=[prompt] * len(generators), negative_prompt=[negative] * len(generators) if negative else None,
                 num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="latent").images
 
 
-def _encode(pipe, prompt, negative, sdxl):
-    found = pipe.encode_prompt(prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True,
-                               negative_prompt=negative or None)
-    if not sdxl:
-        return torch.cat([found[1], found[0]]), None
-    return torch.cat([found[1], found[0]]), torch.cat([found[3], found[2]])
+def _encode(pipe, prompt, negative):
+    """Everything the denoiser reads besides latents and time, the negative's first."""
+    if isinstance(pipe, FluxPipeline):
+        read = [pipe.encode_prompt(words, None, device="cpu", max_sequence_length=pipe.tokenizer_2.model_max_length)[:2]
+                for words in ([prompt] if pipe.transformer.config.guidance_embeds else [negative, prompt])]
+        return [torch.cat(values) for values in zip(*read, strict=True)]
+    call = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True, "negative_prompt": negative or None}
+    if isinstance(pipe, StableDiffusion3Pipeline):
+        found = pipe.encode_prompt(prompt, None, None, **call)
+    else:
+        found = pipe.encode_prompt(prompt, **call)
+    return [torch.cat([found[i + 1], found[i]]) for i in range(0, len(found), 2)]
 
 
-def _predict(pipe, latents, t, text, pooled, guidance):
-    scaled = pipe.scheduler.scale_model_input(torch.cat([latents] * 2), t)
-    extra = None
-    if pooled is not None:
-        side = latents.shape[-1] * pipe.vae_scale_factor
-        ids = torch.tensor([[side, side, 0, 0, side, side]] * 2, dtype=latents.dtype)
-        extra = {"text_embeds": pooled, "time_ids": ids}
-    out = pipe.unet(scaled, t, encoder_hidden_states=text, added_cond_kwargs=extra).sample
+def _predict(pipe, latents, t, read, guidance):
+    if isinstance(pipe, FluxPipeline):
+        config, side = pipe.transformer.config, latents.shape[-1] // 2
+        rows = len(read[0])
+        told = torch.full((rows,), guidance) if config.guidance_embeds else None
+        ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", latents.dtype)
+        out = pipe.transformer(packed(torch.cat([latents] * rows)), read[0], read[1], t.to(latents.dtype).expand(rows) / 1000, ids,
+                               torch.zeros(read[0].shape[1], 3, dtype=latents.dtype), guidance=told).sample
+        out = unpacked(out, pipe)
+        return out if rows == 1 else out[:1] + guidance * (out[1:] - out[:1])
+    if isinstance(pipe, StableDiffusion3Pipeline):
+        out = pipe.transformer(torch.cat([latents] * 2), read[0], read[1], t.expand(2)).sample
+    else:
+        scaled = pipe.scheduler.scale_model_input(torch.cat([latents] * 2), t)
+        extra = None
+        if len(read) == 2:
+            side = latents.shape[-1] * pipe.vae_scale_factor
+            extra = {"text_embeds": read[1], "time_ids": torch.tensor([[side, side, 0, 0, side, side]] * 2, dtype=latents.dtype)}
+        out = pipe.unet(scaled, t, encoder_hidden_states=read[0], added_cond_kwargs=extra).sample
     negative, positive = out.chunk(2)
     return negative + guidance * (positive - negative)
+
+
+def _begin(pipe, steps, generator):
+    """First latents, of 16 x 16 places, and the scheduler's times."""
+    if isinstance(pipe, FluxPipeline):
+        config = pipe.scheduler.config
+        mu = calculate_shift(64, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        return torch.randn((1, 4, 16, 16), generator=generator, dtype=pipe.transformer.dtype)
+    pipe.scheduler.set_timesteps(steps)
+    if isinstance(pipe, StableDiffusion3Pipeline):
+        return torch.randn((1, 4, 16, 16), generator=generator, dtype=pipe.transformer.dtype)
+    latents = torch.randn((1, pipe.unet.config.in_channels, 16, 16), generator=generator, dtype=pipe.unet.dtype)
+    return latents * pipe.scheduler.init_noise_sigma
 
 
 @torch.no_grad()
 def each(pipe, names, weights, prompt, negative, steps, guidance, generator, combine):
     """One picture; combine(step index, predictor) gives the prediction, predictor(k) LoRA k's alone."""
-    sdxl = hasattr(pipe, "text_encoder_2")
     encoded = []
     for name, weight in zip(names, weights, strict=True):
         pipe.set_adapters([name], [weight])
-        encoded.append(_encode(pipe, prompt, negative, sdxl))
-    pipe.scheduler.set_timesteps(steps)
-    side = pipe.unet.config.sample_size
-    latents = torch.randn((1, pipe.unet.config.in_channels, side, side), generator=generator, dtype=pipe.unet.dtype)
-    latents = latents * pipe.scheduler.init_noise_sigma
+        encoded.append(_encode(pipe, prompt, negative))
+    latents = _begin(pipe, steps, generator)
     for index, t in enumerate(pipe.scheduler.timesteps):
 
         def predictor(k, latents=latents, t=t):
             pipe.set_adapters([names[k]], [weights[k]])
-            return _predict(pipe, latents, t, *encoded[k], guidance)
+            return _predict(pipe, latents, t, encoded[k], guidance)
 
         value = combine(index, predictor)
         latents = pipe.scheduler.step(value, t, latents, return_dict=False)[0]

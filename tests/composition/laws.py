@@ -12,6 +12,7 @@ from torch import nn
 from composition import Cancelled, Engine, Lora, Request
 
 STEPS = 7
+FLOWS = ("sd3", "flux", "flux-dev")  # families that predict a flow: their one sampler is their own
 LIGHT = {"clora": {"rounds": 0}}  # options that make a method cheap enough to be asked often
 
 
@@ -75,7 +76,7 @@ def seeds(engine, method, loras):
 
 def batch(engine, method, loras):
     """Two pictures in one batch equal two singles; made one by one they are the same bytes as singles."""
-    asked = request(method, *loras, count=2, sampler="euler-a")
+    asked = request(method, *loras, count=2, sampler="default" if engine.backbone.joint else "euler-a")
     singles = torch.cat([latents(engine, asked.alone(index)) for index in range(2)])
     assert torch.equal(latents(engine, asked), singles)
     together = engine.together

@@ -226,7 +226,7 @@ def test_mutants_are_caught(pipes, tmp_path, monkeypatch):
 
     mutants = [
         ("alpha ignored", files, "_alpha", lambda *given: 2.0, (0, 1)),
-        ("rank not divided", files, "_factors", lambda m, t, layer, alpha: factors(m, t, layer, 2 * alpha), (0, 1)),
+        ("rank not divided", files, "_factors", lambda m, t, layers, parts, alpha: factors(m, t, layers, parts, 2 * alpha), (0, 1)),
         ("one alpha for all", metadata, "alpha", one_alpha, (1,)),
         ("layers swapped", keymap, "names", swapped, (0, 1)),
     ]
