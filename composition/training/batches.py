@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from composition.adapters import Adapters
 from composition.backbones.base import Backbone
-from composition.request import Refused
 from composition.sampler import Conditioning
+from composition.training import noise
 from composition.training.plan import Concept, Plan
 
 GOLDEN = 0.6180339887498949
@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """One step's rows, adapter after adapter. goal: what the denoiser should answer, less what the base says in `asked`."""
 
     noisy: Float[Tensor, "rows C H W"]
-    t: Int[Tensor, "rows"]
+    t: Num[Tensor, "rows"]
     goal: Float[Tensor, "rows C H W"]
     cond: Conditioning  # (1, rows, ...)
     count: int  # adapters
@@ -44,9 +44,7 @@ class Batches:
 
     def __init__(self, backbone: Backbone, adapters: Adapters, concepts: Sequence[Concept], plan: Plan) -> None:
         self.backbone, self.adapters, self.concepts, self.plan = backbone, adapters, concepts, plan
-        self.kept = backbone.scheduler.alphas_cumprod.double().cpu()
-        self.log_sigma = ((1 - self.kept) / self.kept).sqrt().log()
-        self.kind = backbone.scheduler.config.prediction_type
+        self.noise = noise.of(backbone.scheduler)
         self.dtype = None if plan.half else backbone.dtype  # autocast takes single precision as it is
         self.read: dict[str, dict[str, Tensor]] = {}
 
@@ -73,14 +71,10 @@ class Batches:
         size = self.plan.batch
         pick = torch.randint(len(concept.prompts), (size,), generator=generator)
         latents = concept.latents[pick].cpu()
-        noise = torch.randn(latents.shape, generator=generator, dtype=latents.dtype)
-        t = self._times(size, generator)
-        kept = self.kept[t].to(latents.dtype).view(-1, 1, 1, 1)
-        a, s = kept.sqrt(), (1 - kept).sqrt()
-        goals = {"epsilon": lambda: noise, "v_prediction": lambda: a * noise - s * latents, "sample": lambda: latents}
-        if self.kind not in goals:
-            raise Refused(f"this base predicts {self.kind!r}; concepts can be trained on {', '.join(goals)}")
-        goal, prompts, asked = goals[self.kind]().clone(), [], []
+        fresh = torch.randn(latents.shape, generator=generator, dtype=latents.dtype)
+        t = self.noise.times(size, self.plan.noise, generator)
+        noisy, goal = self.noise.mix(latents, fresh, t)
+        prompts, asked = [], []
         for row in range(size):
             place = (step * size + row) * GOLDEN % 1.0  # shares come out even over any few steps
             if concept.others and place < self.plan.keep:
@@ -89,16 +83,7 @@ class Batches:
                 asked.append((row, prompts[-1]))
             else:
                 prompts.append("" if rng.random() < self.plan.empty else concept.prompts[int(pick[row])])
-        return a * latents + s * noise, t, goal, prompts, asked
-
-    def _times(self, size: int, generator: torch.Generator) -> Tensor:
-        even = torch.randint(len(self.kept), (size,), generator=generator)
-        if self.plan.noise is None:
-            return even
-        centre, width = self.plan.noise
-        wanted = torch.randn(size, generator=generator, dtype=torch.float64) * width + centre
-        drawn = torch.searchsorted(self.log_sigma, wanted).clamp(max=len(self.kept) - 1)
-        return torch.where(torch.rand(size, generator=generator) < 0.1, even, drawn)
+        return noisy, t, goal, prompts, asked
 
     def _encoded(self, k: int, prompts: list[str]) -> dict[str, Tensor]:
         """(1, batch, ...) tensors. With a text part, read anew with the gradient on; else each prompt once."""

@@ -1,4 +1,4 @@
-"""Concept LoRAs: learn one or many new concepts on any UNet backbone, from pictures with prompts (arXiv 2106.09685).
+"""Concept LoRAs: learn one or many new concepts on any backbone, from pictures with prompts (arXiv 2106.09685).
 
 Many concepts train in one batch of rows, each row with its own adapter; the loss is a sum over adapters and gradients
 are clipped adapter by adapter, so a concept trained in company is the one trained alone. Every random number of a step
@@ -23,8 +23,6 @@ from composition.training.batches import Asked, Batch, Batches
 from composition.training.lorafile import write
 from composition.training.plan import TARGETS, Concept, Plan
 from composition.training.state import State
-
-FAMILIES = {"sd": "SD1.x, SD2.x", "sdxl": "SDXL"}
 
 __all__ = ["TARGETS", "Concept", "Plan", "choose", "latents_of", "train"]
 
@@ -57,8 +55,6 @@ def train(
     names = [concept.name for concept in concepts]
     if len(set(names)) != len(names):
         raise Refused(f"concepts must have different names, not {', '.join(names)}")
-    if backbone.family not in FAMILIES:
-        raise Refused(f"concepts can be trained on {' and '.join(FAMILIES.values())} models so far, not on {backbone.family}")
     layers = choose(backbone.components, plan.targets)
     again = _recomputing(backbone.denoiser, adapters.checkpoint if checkpointing else None)
     with _still(backbone.components), again, adapters.training(names, plan.rank, layers, alpha=plan.alpha) as stacks:

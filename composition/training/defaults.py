@@ -33,7 +33,7 @@ def usual(backbone: Backbone) -> Usual:
     """For this model."""
     if sum(p.numel() for p in backbone.denoiser.parameters()) < SMALL:
         return Usual(8, 2e-3, 250, 16, ("attention", "feed_forward", "convolution"), (0.0, 1.1), 0.15, 64, 640, False)
-    if backbone.family == "sdxl":
+    if backbone.family in ("sdxl", "sd3", "flux"):
         return Usual(16, 1e-4, 1000, 1, ("attention", "feed_forward"), None, 0.2, 8, 200, True)
     return Usual(16, 1e-4, 1000, 2, ("attention", "feed_forward"), None, 0.2, 16, 400, False)
 

@@ -10,8 +10,8 @@ from composition.request import Refused
 
 # Layers by what they are, as pieces of their paths; "text" is every projection of the text encoders.
 TARGETS = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+    "attention": ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
     "projection": ("proj_in", "proj_out"),
     "convolution": ("conv1", "conv2", "conv_shortcut"),
     "text": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
@@ -22,8 +22,8 @@ TARGETS = {
 class Plan:
     """How to train. rate: peak of AdamW, warmed up, then a cosine down to a tenth. batch: rows per concept and step.
 
-    noise: None draws timesteps evenly; (centre, width) draws ln sigma from that normal distribution, besides a tenth
-    evenly. empty: the share of prompts replaced by "", which keeps guidance working. keep: the share of rows that have one
+    noise: None draws times as is usual for the family; (centre, width) draws ln sigma (of a flow: its logit) from that
+    normal distribution, besides a tenth evenly. empty: the share of prompts replaced by "", which keeps guidance working. keep: the share of rows that have one
     of a concept's `others` for a prompt and the base's own answer for a goal, so that what is learned stays with its
     trigger. half: bfloat16 autocast.
     """

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from composition import backbones
 from composition.adapters import Adapters
-from composition.backbones.unet import UNetBackbone
 from composition.request import Lora, Refused, Request
 from composition.sampler import Conditioning
-from composition.training import defaults, header, previews, state
+from composition.training import defaults, header, noise, previews, state
 from composition.training.batches import Batches
 from composition.training.concept import Concept, Plan, _base, choose, latents_of, train
 from tests import toys
@@ -29,7 +29,7 @@ def double():
 
 def toy(dtype=torch.float64, make=toys.sd):
     pipe = make(dtype=dtype)
-    backbone = UNetBackbone(pipe, "sd" if make is toys.sd else "sdxl")
+    backbone = backbones.of(pipe, make.__name__.removesuffix("_distilled"))
     return backbone, Adapters(backbone.components, family=backbone.family, block=backbone.block)
 
 
@@ -84,7 +84,9 @@ def test_resumed_equals_uninterrupted(tmp_path, double, make, extra):
 @pytest.mark.parametrize(("make", "extra"), [
     (toys.sd, {"targets": ("attention", "feed_forward", "convolution")}), (toys.sd, {"keep": 0.25}),
     (toys.sd, {"targets": ("attention", "text"), "keep": 0.25}),
-    (toys.sdxl, {"targets": ("attention", "projection"), "keep": 0.25, "noise": (0.0, 1.0)})])
+    (toys.sdxl, {"targets": ("attention", "projection"), "keep": 0.25, "noise": (0.0, 1.0)}),
+    (toys.flux, {"targets": ("attention", "feed_forward", "projection"), "keep": 0.25, "noise": (0.0, 1.0)}),
+    (toys.flux_distilled, {"targets": ("attention", "text")}), (toys.sd3, {"keep": 0.25})])
 def test_trained_in_company_equals_trained_alone(tmp_path, double, make, extra):
     plan = Plan(rank=2, steps=4, batch=2, warm=2, **extra)
     both = [concept("fox", 1), concept("owl", 2)]
@@ -98,7 +100,7 @@ def test_trained_in_company_equals_trained_alone(tmp_path, double, make, extra):
             torch.testing.assert_close(together[:, span] if index % 2 else together[span], mine, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [toys.sd, toys.sdxl])
+@pytest.mark.parametrize("make", [toys.sd, toys.sdxl, toys.sd3, toys.flux, toys.flux_distilled])
 def test_a_time_for_each_picture_equals_one_at_a_time(double, make):
     backbone, adapters = toy(make=make)
     adapters.close()
@@ -188,7 +190,7 @@ def test_stock_diffusers_reads_the_file(tmp_path, alpha):
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("make", [toys.sd, toys.sdxl])
+@pytest.mark.parametrize("make", [toys.sd, toys.sdxl, toys.sd3, toys.flux, toys.flux_distilled])
 def test_every_family_and_precision_trains(tmp_path, make, half):
     for dtype in (torch.float32, torch.bfloat16):
         backbone, adapters = toy(dtype, make)
@@ -218,11 +220,19 @@ def test_refuses_in_plain_words(tmp_path):
     for wrong in ({"rate": 0.0}, {"rate": float("nan")}, {"steps": 0}, {"keep": 1.0}, {"empty": -0.1}):
         with pytest.raises(Refused):
             Plan(**wrong)
-    backbone, adapters = toy()
-    backbone.family = "flux"
-    with pytest.raises(Refused, match="SDXL.*not on flux"):
-        train(backbone, adapters, [concept("fox")], plan, tmp_path)
-    adapters.close()
+
+
+def test_a_flow_is_mixed_and_answered_as_rectified_flow():
+    """x_s = (1 - s) x + s e; along the answer e - x a straight step of length s leads back to x."""
+    flow = noise.of(toys.flux().scheduler)
+    generator = torch.Generator().manual_seed(0)
+    x, e = (torch.randn(64, 4, 2, 2, generator=generator) for _ in range(2))
+    for spread in (None, (0.0, 1.1)):
+        t = flow.times(64, spread, generator)
+        assert 0 < t.min() and t.max() < 1000 and t.unique().numel() == 64
+        noisy, goal = flow.mix(x, e, t)
+        torch.testing.assert_close(noisy - t.view(-1, 1, 1, 1) / 1000 * goal, x, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(noisy + (1 - t.view(-1, 1, 1, 1) / 1000) * goal, e, rtol=1e-4, atol=1e-5)
 
 
 def test_targets_and_latents():
