@@ -40,8 +40,10 @@ Model = Annotated[str | None, typer.Option("--model", "-m", help="A bundled name
 Sampler = Annotated[str | None, typer.Option(help="Sampler by name (the model's own).")]
 Negative = Annotated[str | None, typer.Option(help="What to avoid.")]
 Seed = Annotated[int | None, typer.Option(help="The seed; without one, one is drawn and printed.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps (25).")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale (5); 1 or less is off.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps (what is usual for the model).")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale (what is usual for the model); 1 or less is off.")]
+TrueGuidance = Annotated[float | None, typer.Option(help="For models guidance was distilled into, as FLUX.1-dev: over 1, guidance "
+                                                    "against the negative prompt besides.")]
 Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels (the model's own).")]
 Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for the pictures.")]
 Triggers = Annotated[bool, typer.Option("--triggers", help="Add a trigger word of every LoRA that has none in the prompt.")]
@@ -87,7 +89,7 @@ def generate(
     context: typer.Context, prompt: Prompt = None, lora: Loras = None,
     method: Annotated[str | None, typer.Option(help="How the LoRAs are composed (merge); see `medley methods`.")] = None,
     option: Option = None, model: Model = None, sampler: Sampler = None, negative: Negative = None, seed: Seed = None,
-    steps: Steps = None, guidance: Guidance = None, size: Size = None,
+    steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
     out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
     device: Device = None, dtype: Dtype = None, offload: Offload = "auto", lora_dir: Folders = None, masks: Masks = False,
@@ -100,7 +102,7 @@ def generate(
     say = err if json else out
     with make.open_engine(request.model, place) as engine:
         request = _triggered(request, engine, say) if triggers else request
-        request = _pinned(request, engine, say)
+        request = _pinned(request, engine, say).settled(*engine.backbone.usual)
         made = []
         with make.bench(engine, request.steps * request.count, err) as at:
             for path, result in make.pictures(at, request, out_dir):
@@ -127,7 +129,8 @@ def compare(
     context: typer.Context, prompt: Prompt = None, lora: Loras = None,
     methods: Annotated[str | None, typer.Option(help="Which, as merge,composite (all).")] = None,
     option: Option = None, model: Model = None, sampler: Sampler = None, negative: Negative = None, seed: Seed = None,
-    steps: Steps = None, guidance: Guidance = None, size: Size = None, out_dir: Out = PICTURES, triggers: Triggers = False,
+    steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
+    out_dir: Out = PICTURES, triggers: Triggers = False,
     allow_partial: Partial = None, picture: From = None, device: Device = None, dtype: Dtype = None,
     offload: Offload = "auto", lora_dir: Folders = None,
 ) -> None:
@@ -149,7 +152,7 @@ def _compare(
     triggers: bool = False,
 ) -> None:
     with make.open_engine(request.model, place) as engine:
-        request = _triggered(request, engine, out) if triggers else request
+        request = (_triggered(request, engine, out) if triggers else request).settled(*engine.backbone.usual)
         with make.bench(engine, request.steps * (1 + len(ways)), err) as at:
             tiles, sheet = make.compare(at, request, ways, folder, prefix)
     out.print(Text(f"{request.prompt}  seed {request.seed}"))

@@ -132,7 +132,7 @@ def request(given: Mapping[str, Any], start: Request | None = None) -> tuple[Req
     return made, drawn
 
 
-_PLAIN = {"prompt", "negative", "model", "method", "sampler", "steps", "guidance", "seed", "count", "batched", "allow_partial"}
+_PLAIN = {"prompt", "negative", "model", "method", "sampler", "steps", "guidance", "true_guidance", "seed", "count", "batched", "allow_partial"}
 
 
 def with_triggers(request: Request, inspect: Callable[[str], Receipt]) -> tuple[Request, list[str]]:

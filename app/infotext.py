@@ -36,7 +36,7 @@ def write(request: Request, receipts: Sequence[Receipt], size: tuple[int, int], 
     sampler = sampler or samplers.named(request.sampler).title
     tags = "".join(f" <lora:{plain(name)}:{_weights(lora)}>" for name, lora in zip(request.names, request.loras, strict=True))
     hashes = ", ".join(f"{plain(name)}: {receipt.sha256[:12]}" for name, receipt in zip(request.names, receipts, strict=True))
-    pairs = {"Steps": request.steps, "Sampler": sampler, "CFG scale": f"{request.guidance:g}",
+    pairs = {"Steps": request.steps or "", "Sampler": sampler, "CFG scale": "" if request.guidance is None else f"{request.guidance:g}",
              "Seed": request.seed, "Size": f"{size[0]}x{size[1]}", "Model": plain(re.split(r"[\\/]", request.model)[-1]),
              "Method": request.method, "Lora hashes": hashes, "Version": f"Medley {__version__}"}
     last = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in pairs.items() if value != "")

@@ -74,7 +74,7 @@ class Page:
             self._more()
 
     def _more(self) -> None:
-        usual, own = Request(prompt=""), self._engine.backbone.size(Request(prompt=""))
+        usual, own = Request(prompt="").settled(*self._engine.backbone.usual), self._engine.backbone.size(Request(prompt=""))
         self.negative = gr.Textbox(label="Negative prompt", lines=2, elem_id="negative", max_length=20_000)
         with gr.Row():
             self.steps = gr.Number(usual.steps, label="Steps", precision=0, min_width=120, elem_id="steps")

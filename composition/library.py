@@ -8,9 +8,13 @@ from pathlib import Path
 from composition.request import Refused
 
 
+BUNDLED = {"pocket": "pocket/loras", "pocket-flux": "pocket/flux-loras"}  # of these models, inside the package "assets"
+
+
 def files(model: str, folders: Sequence[Path] = ()) -> list[Path]:
     """Every LoRA file that can be named, bundled ones first, each folder's in the order of their names."""
-    places = [Path(str(packaged("assets"))) / model / "loras", *map(Path, folders)]
+    own = [Path(str(packaged("assets"))) / BUNDLED[model]] if model in BUNDLED else []
+    places = [*own, *map(Path, folders)]
     return [path for place in places if place.is_dir() for path in sorted(place.rglob("*.safetensors"))]
 
 

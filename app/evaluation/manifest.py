@@ -18,6 +18,7 @@ from app.evaluation.ways import GIVEN
 from composition import Receipt, Refused, Request
 
 OURS = ("file_name", "concepts", "group", "text", "request")
+USUAL = 25, 5.0  # steps and guidance of a request that says neither
 CONCEPT = {"phrase", "name", "category", "references"}
 
 
@@ -90,7 +91,7 @@ def _request(row: dict[str, Any], model: str, *, given: bool) -> Request | None:
     """The request a line is, or holds; None beside a picture that came without one."""
     held = row.get("request")
     if held is not None:
-        return Request.read(held if isinstance(held, str) else json.dumps(held))
+        return Request.read(held if isinstance(held, str) else json.dumps(held)).settled(*USUAL)
     if given:
         return None
     fields = {key: value for key, value in row.items() if key not in OURS}
@@ -99,7 +100,7 @@ def _request(row: dict[str, Any], model: str, *, given: bool) -> Request | None:
         fields["prompt"] = row["text"]
     if "prompt" not in fields:
         raise Refused('neither a picture ("file_name") nor a request ("prompt") is named')
-    return replace(Request.read(json.dumps(fields)), count=1)
+    return replace(Request.read(json.dumps(fields)), count=1).settled(*USUAL)
 
 
 def _inside(folder: Path, name: Any) -> Path:

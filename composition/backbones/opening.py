@@ -26,11 +26,12 @@ from composition.backbones import hub, single_file
 from composition.request import Refused
 
 Family = Literal["sd", "sdxl", "sd3", "flux"]
-BUNDLED: Mapping[str, tuple[str, ...]] = {"pocket": ("pocket", "sd"), "pocket-flux": ("pocket", "flux")}  # inside the package "assets"
+BUNDLED: Mapping[str, tuple[str, ...]] = {"pocket": ("pocket", "sd")}  # inside the package "assets"
 FAMILIES: Mapping[str, Family] = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl",
                                    "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
+OPENS = "Stable Diffusion 1.x to 3.5, SDXL and FLUX.1"
 WAYS = "a bundled name, a diffusers folder, a .safetensors checkpoint, or a hub id such as org/name"
 
 
@@ -137,7 +138,7 @@ def _of_folder(folder: Path, source: str) -> Family:
         raise Refused(f"{source} has a damaged model_index.json: fetch the model again") from None
     libraries = {entry[0] for entry in entries if entry and isinstance(entry[0], str)}
     if not isinstance(cls, str) or libraries - {"diffusers", "transformers", "stable_diffusion"}:
-        raise Refused(f"{source} wants to run code of its own, which is not done here: it opens {single_file.OPENS}")
+        raise Refused(f"{source} wants to run code of its own, which is not done here: it opens {OPENS}")
     if cls not in FAMILIES:
         raise Refused(_unsupported(source, cls))
     return FAMILIES[cls]
@@ -146,7 +147,7 @@ def _of_folder(folder: Path, source: str) -> Family:
 def _unsupported(source: str, cls: str) -> str:
     if "Inpaint" in cls or "Img2Img" in cls or "Pix2Pix" in cls or "Upscale" in cls or "Refiner" in cls:
         return f"{source} is a {cls}, which starts from a picture: give a text-to-image model"
-    return f"{source} is a {cls}, not supported yet by this version: it opens {single_file.OPENS}"
+    return f"{source} is a {cls}, not supported yet by this version: it opens {OPENS}"
 
 
 def _instead(folder: Path) -> str:

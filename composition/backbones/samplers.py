@@ -16,6 +16,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
@@ -94,6 +95,10 @@ def make(name: str, scheduler: Any, steps: int | None = None) -> Any:
     if steps is not None and steps > sampler.most:
         raise Refused(f"sampler {name!r} does at most {sampler.most} steps, {steps} were asked for")
     prediction = config.get("prediction_type")
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        if name == "euler":
+            return FlowMatchEulerDiscreteScheduler.from_config(config)
+        raise Refused(f"sampler {name!r} cannot run this model, which follows a flow from noise to picture: use default or euler")
     if prediction not in sampler.predictions:
         others = [other for other, entry in NAMES.items() if prediction in entry.predictions and entry.kind]
         raise Refused(f"sampler {name!r} cannot run this model (it predicts {prediction or 'a flow of its own kind'}): "

@@ -36,7 +36,7 @@ _NOT_A_MODEL = (
     (("lora_down", "lora_up", ".lora_A.", ".lora_B.", "hada_w1", "lokr_w1", ".lora.down"),
      "a LoRA, not a model: give it as a LoRA, and a model it was made for"),
     (("double_blocks.", "single_blocks.", "joint_blocks.", "single_transformer_blocks."),
-     f"a FLUX or SD3 model, which is not supported yet by this version: it opens {OPENS}"),
+     "a FLUX or SD3 model, which opens from its diffusers folder or hub id (a file of FLUX's transformer alone, with --denoiser)"),
     (("control_model.", "controlnet_cond_embedding.", "input_hint_block."), "a ControlNet, not a model"),
     (("motion_modules.", "time_stack."), "a video model, which is not supported"),
     (("emb_params", "string_to_param", "clip_l.emb"), "a textual-inversion embedding, not a model"),

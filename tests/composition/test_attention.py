@@ -11,12 +11,11 @@ from composition.adapters import _attached
 from composition.backbones.base import Axis
 from composition.placed import joined, placed
 from tests.composition import laws
-from tests.composition.conftest import FAMILIES
 
 SIZES = [(16, 16), (12, 20), (20, 10)]
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=["sd", "sdxl"])
 def opened(request, engines, lora_files):
     """A backbone with three LoRAs in a session, and their conditionings of one prompt."""
     engine = engines[request.param]

@@ -21,13 +21,13 @@ from tests.composition.conftest import FAMILIES
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=["sd", "sdxl", "flux"])
 def case(request, engines, lora_files):
     return engines[request.param], laws.loras_of(lora_files[request.param])
 
 
 def asked(method, loras, options=None, **changes):
-    return laws.request(method, *loras, options=options or {}, **{"sampler": "ddim", **changes})
+    return laws.request(method, *loras, options=options or {}, **{"sampler": "euler", **changes})
 
 
 def inside(engine, loras, body, **changes):
@@ -58,18 +58,18 @@ def test_3_without_places_and_moves_it_is_composite_with_the_base(case, lora_fil
     pipe = FAMILIES[family](dtype=torch.float64)
     from composition.backbones import samplers
 
-    pipe.scheduler = samplers.make("ddim", pipe.scheduler, laws.STEPS)
+    pipe.scheduler = samplers.make("euler", pipe.scheduler, laws.STEPS)
     names = reference.load(pipe, lora_files[family], weights)
     request = asked("clora", loras, {"update": False, "masks_from": 1.0})
     pipe.disable_lora()
-    bare = reference._encode(pipe, request.prompt, "", family == "sdxl")
+    bare = reference._encode(pipe, request.prompt, "")
     pipe.enable_lora()
 
     def combine(index, predictor):
         total = sum(predictor(k) for k in range(len(names)))
         pipe.disable_lora()
         latents, t = predictor.__defaults__
-        total = total + reference._predict(pipe, latents, t, *bare, request.guidance)
+        total = total + reference._predict(pipe, latents, t, bare, request.guidance)
         pipe.enable_lora()
         return total / (len(names) + 1)
 
@@ -78,7 +78,7 @@ def test_3_without_places_and_moves_it_is_composite_with_the_base(case, lora_fil
     laws.same(laws.latents(engine, request), expected, 1e-7)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+@pytest.mark.parametrize("sampler", ["default", "euler"])
 @pytest.mark.parametrize("reference_code", [False, True])
 def test_5_pass_by_pass_the_gradient_is_that_of_the_whole(case, reference_code, sampler):
     engine, loras = case
@@ -94,19 +94,21 @@ def test_5_pass_by_pass_the_gradient_is_that_of_the_whole(case, reference_code, 
         laws.same(found[0][0], found[1][0], 1e-9)
         assert torch.allclose(found[0][1], found[1][1]) and found[0][0].abs().max() > 0
         # and of the loss, by differences
-        step_to = torch.randn(step.latents.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64) * 1e-5
+        # (a wider step for FLUX, whose rotary embedding is computed in single precision whatever the model's is)
+        wide = 1e-3 if engine.backbone.joint else 1e-5
+        step_to = torch.randn(step.latents.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64) * wide
 
         def loss(latents):
             return float(course._loss(run.attend(step._replace(latents=latents), passes, course.layers,
                                                  "all" if reference_code else "positive"), [0, 1, 2], kinds).sum())
 
         slope = (loss(step.latents + step_to) - loss(step.latents - step_to)) / 2
-        assert slope == pytest.approx(float((found[0][0] * step_to).sum()), rel=1e-4)
+        assert slope == pytest.approx(float((found[0][0] * step_to).sum()), rel=1e-2 if engine.backbone.joint else 1e-4)
 
     inside(engine, loras, body, sampler=sampler, count=2)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+@pytest.mark.parametrize("sampler", ["default", "euler"])
 def test_a_move_lowers_the_loss_in_every_samplers_scale(case, sampler):
     """Euler's latents are many times larger than what the denoiser reads: the move is made in the latter's scale."""
     engine, loras = case
@@ -157,7 +159,7 @@ def test_7_not_square(case, method):
     assert len(told["map"][0]) == 3 * len(told["map"]) // 2 and len(told["mask"][0]) == len(told["map"][0])
     assert wide.images[0].size == (48, 32)
     left = [replace(loras[0], region=(0.0, 0.0, 0.5, 1.0)), loras[1]]
-    mask = engine.run(asked(method, left, options, size=(48, 32))).notes["masks"]["sd-one" if engine.family == "sd" else "sdxl-one"]["mask"]
+    mask = engine.run(asked(method, left, options, size=(48, 32))).notes["masks"][left[0].name]["mask"]
     assert all(row == [255] * (len(row) // 2) + [0] * (len(row) // 2) for row in mask)
 
 
@@ -191,7 +193,8 @@ def test_a_lora_that_belongs_everywhere_is_on_in_every_pass(case):
     nowhere = replace(loras[0], region=(0.0, 0.0, 0.01, 0.01))
     for method in ("clora", "clora-fast", "regions"):
         near = laws.latents(engine, asked(method, [replace(nowhere, weight=1e-12), style], laws.LIGHT.get(method, {})))
-        laws.same(near, laws.latents(engine, asked("merge", [style])), 1e-6)
+        # In joint attention the words of the concept see the picture too, and tell what little they see.
+        laws.same(near, laws.latents(engine, asked("merge", [style])), 1e-4 if engine.backbone.joint else 1e-6)
 
 
 def test_regions_without_any_is_merge_and_with_two_is_two_places(case):

@@ -11,14 +11,13 @@ from diffusers import UNet2DConditionModel
 import composition
 from composition import Lora
 from composition.backbones.unet import UNetBackbone
-from composition.cache import FeatureCache, layer_costs, live_levels
+from composition.cache import FeatureCache, layer_costs, live_levels, of
 from composition.methods import cmlora
 from composition.sampler import Step
 from tests.composition import laws
-from tests.composition.conftest import FAMILIES
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=["sd", "sdxl", "sd3", "flux"])
 def case(request, engines, lora_files):
     """An engine and three LoRAs, the last a place."""
     loras = laws.loras_of(lora_files[request.param])
@@ -27,7 +26,7 @@ def case(request, engines, lora_files):
 
 
 def asked(loras, steps=20, **options):
-    return laws.request("cmlora", *loras, steps=steps, options=options, sampler="ddim")
+    return laws.request("cmlora", *loras, steps=steps, options=options, sampler="euler")
 
 
 def notes(engine, request):
@@ -60,7 +59,7 @@ def _denoise(engine, loras, body):
 
     request = asked(loras)
     found = [(name, lora, engine.find(lora.source)) for name, lora in zip(request.names, request.loras, strict=True)]
-    scheduler = samplers.make("ddim", engine.backbone.scheduler, request.steps)
+    scheduler = samplers.make(request.sampler, engine.backbone.scheduler, request.steps)
     with engine.adapters.session(found), torch.no_grad():
         run = Run(engine.backbone, engine.adapters, request, scheduler, [torch.Generator().manual_seed(3)])
         latents, times = engine.backbone.start(request, scheduler, run.generators)
@@ -73,7 +72,7 @@ def test_4_a_cached_pass_at_age_0_is_the_full_pass(case, batched):
 
     def body(run, step, times):
         run.request = replace(run.request, batched=batched)
-        cache, names = FeatureCache(run.backbone.denoiser), run.names
+        cache, names = of(run.backbone.denoiser), run.names
         with cache.attached():
             whole = run.denoise_cached(step, cache, set(names))
             for full in (set(), {names[1]}, {names[0], names[2]}):
@@ -88,7 +87,7 @@ def test_4_an_old_slot_is_not_the_full_pass_and_stays_as_it_is(case):
     engine, loras = case
 
     def body(run, step, times):
-        cache, names = FeatureCache(run.backbone.denoiser), run.names
+        cache, names = of(run.backbone.denoiser), run.names
         later = step._replace(t=times[-1], latents=step.latents * 0.5)
         with cache.attached():
             run.denoise_cached(step, cache, set(names))
@@ -107,7 +106,7 @@ def test_4_the_lora_stays_live_in_the_layers_that_run(case):
     engine, loras = case
 
     def body(run, step, times):
-        cache, name = FeatureCache(run.backbone.denoiser), run.names[2]  # has attention and convolutions
+        cache, name = of(run.backbone.denoiser), run.names[2]  # has attention and convolutions
         with cache.attached():
             run.denoise_cached(step, cache, set(run.names))
             answers = []
@@ -141,7 +140,7 @@ def test_in_company_the_others_are_on_at_that_share(case):
 
     def body(run, step, times):
         each = run.denoise_each(step, company=0.25)
-        cache = FeatureCache(run.backbone.denoiser)
+        cache = of(run.backbone.denoiser)
         with cache.attached():
             laws.same(run.denoise_cached(step, cache, run.names, 0.25), each, 1e-12)
             laws.same(run.denoise_cached(step, cache, run.names[:1], 0.25), each, 1e-12)
@@ -176,7 +175,7 @@ def test_6_evaluations_are_those_of_the_slots_that_were_filled(case):
     engine, loras = case
     result = engine.run(asked(loras))
     told = result.notes["cmlora"]
-    cache = FeatureCache(engine.backbone.denoiser)
+    cache = of(engine.backbone.denoiser)
     share = cache.share(engine.backbone.axis, (16, 16), engine.backbone.encode(["a"], [""]).values["text"].shape[2])
     full = sum(len(names) for names in told["full"])
     assert result.notes["evaluations"] == pytest.approx(full + share * (20 * 3 - full))

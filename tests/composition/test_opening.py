@@ -168,9 +168,9 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
     ({"readme.md": ""}, "holds no model_index.json"),
     ({"model_index.json": "not json"}, "damaged model_index.json"),
     ({"model_index.json": "[]"}, "damaged model_index.json"),
-    ({"model_index.json": '{"_class_name": "FluxPipeline"}'},
-     "FluxPipeline, not supported yet by this version: it opens Stable Diffusion 1.x and 2.x, and SDXL"),
-    ({"model_index.json": '{"_class_name": "StableDiffusion3Pipeline"}'}, "not supported yet"),
+    ({"model_index.json": '{"_class_name": "QwenImagePipeline"}'},
+     "QwenImagePipeline, not supported yet by this version: it opens Stable Diffusion 1.x to 3.5, SDXL and FLUX.1"),
+    ({"model_index.json": '{"_class_name": "FluxKontextPipeline"}'}, "not supported yet"),
     ({"model_index.json": '{"_class_name": "StableDiffusionInpaintPipeline"}'}, "starts from a picture"),
     ({"model_index.json": '{"_class_name": "StableDiffusionXLImg2ImgPipeline"}'}, "starts from a picture"),
     ({"model_index.json": '{"_class_name": ["mine", "Pipe"]}'}, "run code of its own"),
@@ -276,8 +276,8 @@ def test_what_is_cached_opens_offline_and_what_is_not_is_refused(
 def test_a_hub_model_of_another_kind_is_refused_before_its_weights_are_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "QwenImagePipeline"}))
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_: str(tmp_path / "model_index.json"))
     monkeypatch.setattr(hub, "download", lambda *_: pytest.fail("the weights were asked for"))
-    with pytest.raises(Refused, match="org/flux is a FluxPipeline, not supported yet"):
+    with pytest.raises(Refused, match="org/flux is a QwenImagePipeline, not supported yet"):
         opening.load(opening.find("org/flux"), torch.float32)

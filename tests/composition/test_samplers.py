@@ -137,8 +137,9 @@ def test_refusals_say_what_to_do() -> None:
         samplers.make("zzzzzz", own)
     with pytest.raises(Refused, match="at most 50 steps"):
         samplers.make("lcm", own, 51)
-    with pytest.raises(Refused, match="use default"):
-        samplers.make("euler", FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(Refused, match="use default or euler"):
+        samplers.make("ddim", FlowMatchEulerDiscreteScheduler())
+    assert samplers.make("euler", FlowMatchEulerDiscreteScheduler(shift=3.0)).config["shift"] == 3.0
     with pytest.raises(Refused, match="rescale_betas_zero_snr"):
         samplers.make("heun", DDIMScheduler(**toys.BETAS, rescale_betas_zero_snr=True))
     assert samplers.make("euler", DDIMScheduler(rescale_betas_zero_snr=True)).config["rescale_betas_zero_snr"]
