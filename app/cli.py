@@ -1,4 +1,4 @@
-"""The command line: medley demo, generate, compare, evaluate, profile, train, ui, loras, inspect, methods, doctor.
+"""The command line: medley demo, generate, compare, evaluate, profile, train, ui, pull, loras, inspect, methods, doctor.
 
 torch and diffusers are imported inside commands only, so that `medley --help` answers at once. Errors are one line on
 stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
@@ -19,7 +19,7 @@ from typer.exceptions import Abort, Exit, TyperException
 
 from app import evaluate, flags, make, record, settings, show, train
 from app.errors import sentence
-from composition import Cancelled, Lora, Receipt, Refused, Request, __version__
+from composition import Cancelled, Lora, Receipt, Refused, Request, __version__, models
 
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 app = typer.Typer(help="Medley composes several LoRAs into one picture.", no_args_is_help=True, add_completion=False)
@@ -52,14 +52,21 @@ From = Annotated[Path | None, typer.Option("--from", metavar="PICTURE.png", help
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (the best there is).")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 (what suits the device).")]
 Offload = Annotated[str, typer.Option("--offload", "--cpu-offload", help="auto, none, model, sequential or group.")]
+Quantise = Annotated[str | None, typer.Option("--quantize", "--quantise", metavar="KIND", help="Large models in little memory: nf4 or "
+                                              "8bit (bitsandbytes, CUDA), int8 or fp8 (torchao).")]
+Denoiser = Annotated[str | None, typer.Option(metavar="FILE", help="A .gguf or .safetensors file of FLUX's or SD3's transformer alone, in "
+                                              "place of the model's own.")]
 Folders = Annotated[list[Path] | None, typer.Option("--lora-dir", help="A folder in which LoRAs are found by name.")]
 Masks = Annotated[bool, typer.Option("--masks", help="Also save where each concept is, for the methods that place them.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PICTURES = Path("pictures")
 
 
-def _place(device: str | None, dtype: str | None, offload: str, folders: list[Path] | None) -> make.Place:
-    return make.Place(device, dtype, offload, make.folders(folders or []))
+def _place(
+    device: str | None, dtype: str | None, offload: str, folders: list[Path] | None, quantise: str | None = None,
+    denoiser: str | None = None,
+) -> make.Place:
+    return make.Place(device, dtype, offload, make.folders(folders or []), quantise, denoiser)
 
 
 def _start(picture: Path | None, model: str | None) -> record.Record | None:
@@ -92,19 +99,19 @@ def generate(
     steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
     out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
-    device: Device = None, dtype: Dtype = None, offload: Offload = "auto", lora_dir: Folders = None, masks: Masks = False,
-    json: Json = False,
+    device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantise: Quantise = None, denoiser: Denoiser = None,
+    lora_dir: Folders = None, masks: Masks = False, json: Json = False,
 ) -> None:
     """Make pictures from a prompt and LoRAs."""
     record.ready(out_dir)
-    place, found = _place(device, dtype, offload, lora_dir), _start(picture, model)
+    place, found = _place(device, dtype, offload, lora_dir, quantise, denoiser), _start(picture, model)
     request, drawn = flags.request(context.params, found.request if found else None)
     say = err if json else out
     with make.open_engine(request.model, place) as engine:
         request = _triggered(request, engine, say) if triggers else request
         request = _pinned(request, engine, say).settled(*engine.backbone.usual)
         made = []
-        with make.bench(engine, request.steps * request.count, err) as at:
+        with make.bench(engine, request.length * request.count, err) as at:
             for path, result in make.pictures(at, request, out_dir):
                 made.append((path, result))
                 if masks:
@@ -132,11 +139,11 @@ def compare(
     steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     out_dir: Out = PICTURES, triggers: Triggers = False,
     allow_partial: Partial = None, picture: From = None, device: Device = None, dtype: Dtype = None,
-    offload: Offload = "auto", lora_dir: Folders = None,
+    offload: Offload = "auto", quantise: Quantise = None, denoiser: Denoiser = None, lora_dir: Folders = None,
 ) -> None:
     """The same seed and LoRAs by every method, and without any LoRA, side by side."""
     record.ready(out_dir)
-    place, found = _place(device, dtype, offload, lora_dir), _start(picture, model)
+    place, found = _place(device, dtype, offload, lora_dir, quantise, denoiser), _start(picture, model)
     from composition import methods as known
 
     names = [name.strip() for name in methods.split(",")] if methods else sorted(known.all(), key=lambda name: name != "merge")
@@ -153,7 +160,7 @@ def _compare(
 ) -> None:
     with make.open_engine(request.model, place) as engine:
         request = (_triggered(request, engine, out) if triggers else request).settled(*engine.backbone.usual)
-        with make.bench(engine, request.steps * (1 + len(ways)), err) as at:
+        with make.bench(engine, request.length * (1 + len(ways)), err) as at:
             tiles, sheet = make.compare(at, request, ways, folder, prefix)
     out.print(Text(f"{request.prompt}  seed {request.seed}"))
     show.result(out, next(tile.result for tile in tiles[1:] if tile.result), drawn)
@@ -224,6 +231,16 @@ def ui(
     number, place = serve.port(port), _place(device, dtype, offload, lora_dir)
     with make.open_engine(model or "pocket", place) as engine:
         serve.serve(engine, out_dir, number, lambda address: out.print(Text(f"{address}  (Ctrl-C stops)")), browse=browse)
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A hub id as org/name, or a short name: " + ", ".join(models.KNOWN) + ".")],
+) -> None:
+    """Fetch a model from the Hugging Face hub; shows its licence, and asks for your token where that must be accepted."""
+    from app import pull as pulling
+
+    pulling.pull(name, out, pulling.asker())
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """From a request to pictures in a folder: open the engine quietly, run with a progress bar, stop on Ctrl-C."""
 
+import logging
 import os
 import signal
 import threading
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from app import record, settings
 from app.places import sheet as draw_places
 from app.strip import strip
-from composition import Cancelled, Receipt, Refused, Request, Result
+from composition import Cancelled, Receipt, Refused, Request, Result, models
 
 if TYPE_CHECKING:
     from composition import Engine
@@ -33,6 +34,8 @@ class Place:
     dtype: str | None = None
     offload: str = "auto"
     folders: tuple[Path, ...] = ()
+    quantise: str | None = None
+    denoiser: str | None = None
 
 
 def folders(given: Sequence[Path]) -> tuple[Path, ...]:
@@ -54,7 +57,8 @@ def prepare(model: str, *, judge: str = "pocket") -> None:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    here = "/" not in model or Path(model).exists()  # a hub id has an owner
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao, where it is installed
+    here = ("/" not in model and model not in models.KNOWN) or Path(model).exists()  # a hub id has an owner
     if here and (judge == "pocket" or Path(judge).is_dir()):
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -66,7 +70,8 @@ def open_engine(model: str, place: Place) -> "Engine":
 
     from composition import Engine
 
-    engine = Engine.open(model, device=place.device, dtype=place.dtype, offload=place.offload, folders=place.folders)
+    engine = Engine.open(model, device=place.device, dtype=place.dtype, offload=place.offload, folders=place.folders,
+                         quantise=place.quantise, denoiser=place.denoiser)
     if engine.device.type == "cpu" and sum(part.numel() for part in engine.backbone.denoiser.parameters()) < SMALL:
         torch.set_num_threads(1)  # its layers are over before a second thread is awake: measured 1.6 times faster
     return engine
@@ -106,8 +111,8 @@ class Bench:
         self._progress.update(self._task, description=title)
         begun = self._done
         result = self.engine.run(
-            request, cancel=self._cancel, on_step=lambda event: self._show(begun + request.steps * event.index / event.count))
-        self._show(begun + request.steps)
+            request, cancel=self._cancel, on_step=lambda event: self._show(begun + request.length * event.index / event.count))
+        self._show(begun + request.length)
         if self._cancel.is_set():  # Ctrl-C after the last evaluation
             raise Cancelled("cancelled")
         return result
@@ -119,7 +124,7 @@ class Bench:
         return record.save(result, folder, stem, sampler=own)
 
     def skip(self, request: Request) -> None:
-        self._show(self._done + request.steps)
+        self._show(self._done + request.length)
 
     @property
     def done(self) -> float:

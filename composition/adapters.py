@@ -242,7 +242,8 @@ class Adapters:
     def foldable(self) -> bool:
         """True when the denoiser's weights are plain floating tensors that may be written: not quantised, not offloaded."""
         touched = [m for m in self._layers[self._denoiser].values() if _attached(m) is not None]
-        plain = all(type(module) in (nn.Linear, nn.Conv2d) and not hasattr(module, "_hf_hook") for module in touched)
+        plain = all(type(module) in (nn.Linear, nn.Conv2d) and type(module.weight) is nn.Parameter and not hasattr(module, "_hf_hook")
+                    for module in touched)
         weights = [cast(Tensor, module.weight) for module in touched]
         return plain and all(w.is_floating_point() and w.itemsize >= 2 and not w.is_meta for w in weights)
 

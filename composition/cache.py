@@ -2,7 +2,7 @@
 
 Neighbouring steps have nearly the same deep features (DeepCache, arXiv 2312.00858). A full pass stores what enters the
 first live up block; a cached pass runs the same outer levels, LoRAs included, on that. At age 0 both give the same output.
-`of` answers the cache that fits a denoiser; a transformer's is in `residual`.
+A transformer's cache, and the choice between both, is in `residual`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,13 +43,6 @@ class Cache(Protocol):
         axis: layer to where its rows lie (`Backbone.axis`). shape: (H, W) of the latent. tokens: of the prompt.
         """
         ...
-
-
-def of(denoiser: Any) -> Cache:
-    """The cache that fits this denoiser: a UNet's or a transformer's."""
-    from composition.residual import ResidualCache
-
-    return FeatureCache(denoiser) if hasattr(denoiser, "down_blocks") else ResidualCache(denoiser)
 
 
 class FeatureCache:

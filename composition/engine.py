@@ -58,16 +58,19 @@ class Engine:
     @classmethod
     def open(
         cls, model: str = "pocket", *, device: str | None = None, dtype: str | None = None, offload: str = "auto",
-        folders: Sequence[Path] = (), together: int = 1, fold: bool = True,
+        folders: Sequence[Path] = (), together: int = 1, fold: bool = True, quantise: str | None = None,
+        denoiser: str | None = None,
     ) -> "Engine":
         """Open a bundled name, a diffusers folder, a single .safetensors checkpoint, or a hub id.
 
         device and dtype None: the best of this machine. offload: "auto" (by free memory), "none", "model",
         "sequential", "group". folders: where LoRAs are looked up by name besides the bundled ones. together: how many
         pictures share a batch (1: a picture never depends on its neighbours). fold: allow writing constant weights
-        into the base. Raises Refused in plain words when the model cannot be opened.
+        into the base. quantise: "nf4", "8bit", "int8" or "fp8", for large models in little memory. denoiser: a .gguf or
+        .safetensors file of FLUX's or SD3's transformer alone, in place of the model's own. Raises Refused in plain words
+        when the model cannot be opened.
         """
-        backbone = backbones.open(model, device=device, dtype=dtype, offload=offload)
+        backbone = backbones.open(model, device=device, dtype=dtype, offload=offload, quantise=quantise, denoiser=denoiser)
         return cls(backbone, model, folders=folders, together=together, fold=fold)
 
     def close(self) -> None:
@@ -164,7 +167,7 @@ class Engine:
     ) -> tuple[tuple[Receipt, ...], dict[Any, Any]]:
         """Open the session (and the fold, where it serves) on the group's stack or on this request's own."""
         steady = method.steady and not any(lora.scheduled for lora in request.loras)
-        worth = self._group is not None or request.steps * request.count >= FOLD_FROM
+        worth = self._group is not None or request.length * request.count >= FOLD_FROM
         fold = self.fold and steady and worth and bool(loras)
         key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, _stamp(path))
                                                   for name, lora, path in loras))

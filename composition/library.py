@@ -7,7 +7,6 @@ from pathlib import Path
 
 from composition.request import Refused
 
-
 BUNDLED = {"pocket": "pocket/loras", "pocket-flux": "pocket/flux-loras"}  # of these models, inside the package "assets"
 
 

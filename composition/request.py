@@ -154,6 +154,13 @@ class Request:
     def seeds(self) -> tuple[int, ...]:
         return tuple((self.seed + index) % 2**63 for index in range(self.count))
 
+    @property
+    def length(self) -> int:
+        """Its steps, as a number. Raises RuntimeError where they are still to be settled by the model."""
+        if self.steps is None:
+            raise RuntimeError("this request leaves its steps to the model: settle it first")
+        return self.steps
+
     def settled(self, steps: int, guidance: float) -> "Request":
         """The same with the model's usual steps and guidance where it says nothing of them."""
         return replace(self, steps=steps if self.steps is None else self.steps,

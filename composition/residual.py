@@ -12,7 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from composition.cache import share_of
+from composition.cache import Cache, FeatureCache, share_of
+
+
+def of(denoiser: Any) -> Cache:
+    """The cache that fits this denoiser: a UNet's or a transformer's."""
+    return FeatureCache(denoiser) if hasattr(denoiser, "down_blocks") else ResidualCache(denoiser)
 
 
 class ResidualCache:

@@ -210,7 +210,7 @@ def _kind(path: str, module: nn.Module) -> Target | None:
         return "proj"
     if path.endswith((".conv1", ".conv2", ".conv_shortcut")) or ".downsamplers." in path or ".upsamplers." in path:
         return "conv"
-    if path.endswith("time_emb_proj") or "_embedding." in path or path.endswith(".linear") or "time_text_embed." in path:
+    if path.endswith(("time_emb_proj", ".linear")) or "_embedding." in path or "time_text_embed." in path:
         return "time"
     return None
 

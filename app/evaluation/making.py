@@ -123,7 +123,7 @@ class Maker:
         return self._hashes[path]
 
     def _fill(self, missing: dict[str, Row], what: str) -> None:
-        steps = sum(row.request.steps for row in missing.values() if row.request)
+        steps = sum(row.request.length for row in missing.values() if row.request)
         with bench(self.engine, steps, self.console) as at, self._telling(len(missing), what) as told:
             for name, row in missing.items():
                 assert row.request

@@ -74,7 +74,7 @@ def equal(row: Row, evaluations: int, plain: int) -> Row | None:
     """
     if row.request is None or row.way == NONE or evaluations <= MANY * plain:
         return None
-    return Row(row.case, row.way + EQUAL, replace(row.request, steps=max(1, round(row.request.steps * plain / evaluations))))
+    return Row(row.case, row.way + EQUAL, replace(row.request, steps=max(1, round(row.request.length * plain / evaluations))))
 
 
 def method_of(way: str) -> str:

@@ -1,4 +1,4 @@
-"""The export: a stock Stable Diffusion folder in half precision that needs none of this project's code."""
+"""The export: stock Stable Diffusion and FLUX folders in half precision that need none of this project's code."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
+from . import flux
 from .base import Denoiser, scheduler
+from .flux import Flow
 
 
 def export(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -21,6 +23,27 @@ def export(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder
     )  # fmt: skip
     pipe.to(torch.float16).save_pretrained(folder)
     settle_text(folder / "text_encoder")
+    tidy(folder)
+
+
+def export_flux(model: Flow, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, folder: Path) -> None:
+    """Write ``folder``, a stock FluxPipeline; weights are rounded to half precision here, the models given are changed so.
+
+    The transformer is cut into files of at most 15 MB.
+    """
+    pipe = FluxPipeline(
+        vae=vae, text_encoder=model.text.clip, tokenizer=clip, text_encoder_2=model.text.t5, tokenizer_2=t5,
+        transformer=model.transformer, scheduler=flux.scheduler(),
+    )  # fmt: skip
+    pipe.to(torch.float16).save_pretrained(folder, max_shard_size="15MB")
+    settle_text(folder / "text_encoder")
+    config = folder / "text_encoder_2" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+    tidy(folder)
+
+
+def tidy(folder: Path) -> None:
+    """Nothing of this machine in the folder: no paths, plain rights."""
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)
     for file in folder.rglob("*.json"):

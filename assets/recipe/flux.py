@@ -19,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel,
 
 from . import tokenizer as clip_words
 from . import unigram
-from .base import APART, EMPTY, Pool, build_text
+from .base import APART, Pool, build_text
 from .loop import Loop
 from .world import World
 

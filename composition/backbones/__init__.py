@@ -1,18 +1,23 @@
 """The model families. `open` turns a name, a folder, a file or a hub id into a Backbone."""
 
+from pathlib import Path
 from typing import Any
 
 from composition.backbones.base import Backbone
 
 
-def open(source: str, *, device: str | None = None, dtype: str | None = None, offload: str = "auto") -> Backbone:
-    """Find, load and place a model; composition.backbones.opening and .placement say what may be refused."""
-    from composition.backbones import opening, placement
+def open(
+    source: str, *, device: str | None = None, dtype: str | None = None, offload: str = "auto", quantise: str | None = None,
+    denoiser: str | None = None,
+) -> Backbone:
+    """Find, load and place a model; composition.backbones.opening, .quantised and .placement say what may be refused."""
+    from composition.backbones import opening, placement, quantised
 
     where = opening.find(source)
     family = opening.family(where)
     plan = placement.choose(device, dtype, offload, family=family)
-    pipeline = opening.load(where, plan.dtype)
+    quantised.check(quantise, plan.device)
+    pipeline = opening.load(where, plan.dtype, quantise=quantise, denoiser=Path(denoiser).expanduser() if denoiser else None)
     return of(pipeline, family, placement.place(pipeline, plan))
 
 

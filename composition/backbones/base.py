@@ -35,13 +35,10 @@ class Usual(NamedTuple):
 @runtime_checkable
 class Backbone(Protocol):
     """One model family. Shapes as in composition.sampler; *S is (C, H, W): latents are pictures in every family.
-
-    reads: the values of a conditioning, and the text encoders each is made by.
     """
 
     family: str
     joint: Joint
-    reads: Mapping[str, tuple[str, ...]]
     pipeline: Any
     denoiser: nn.Module
     scheduler: Any
@@ -67,6 +64,11 @@ class Backbone(Protocol):
 
     def size(self, request: Request) -> tuple[int, int]:
         """(width, height) in pixels. Raises Refused for a size this model cannot make."""
+        ...
+
+    @property
+    def reads(self) -> Mapping[str, tuple[str, ...]]:
+        """The values of a conditioning, and the text encoders each is made by."""
         ...
 
     @property

@@ -121,7 +121,7 @@ class FluxBackbone:
         factor = self.pipeline.vae_scale_factor
         shape = (len(generators), self.denoiser.config.in_channels // 4, height // factor, width // factor)
         noise = randn_tensor(shape, generator=list(generators), device=self.device, dtype=self.dtype)
-        sigmas = np.linspace(1.0, 1 / request.steps, request.steps)
+        sigmas = np.linspace(1.0, 1 / request.length, request.length)
         scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=shift(scheduler.config, shape[2] * shape[3] // 4))
         scheduler.set_begin_index(0)
         return noise, scheduler.timesteps

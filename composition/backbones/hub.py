@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub import HfApi, hf_hub_download, list_repo_files, login
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -18,6 +19,56 @@ from huggingface_hub.errors import (
 )
 
 from composition.request import Refused
+
+
+class Facts(NamedTuple):
+    """What the hub says of a model. licence: its name. link: where it is to be read. gated: it must be accepted there first.
+
+    size: bytes that a download fetches.
+    """
+
+    repository: str
+    licence: str
+    link: str
+    gated: bool
+    size: int
+
+
+def facts(repository: str) -> Facts:
+    """Ask the hub about a model; its page can be read without a token even when its files cannot. Raises Refused."""
+    with _plainly(repository):
+        info = HfApi().model_info(repository, files_metadata=True)
+    card = info.card_data
+    named = str(getattr(card, "license_name", None) or getattr(card, "license", None) or "not stated")
+    link = str(getattr(card, "license_link", None) or "")
+    if link and "://" not in link:
+        link = f"https://huggingface.co/{repository}/blob/main/{link}"
+    parts = {one.rfilename: one.size or 0 for one in info.siblings or []}
+    half = variant(parts)
+    fetched = sum(size for name, size in parts.items() if "/" in name and (
+        name.endswith(".safetensors") and (half is None) == (".fp16." not in name) or name.endswith((".json", ".txt", ".model"))))
+    return Facts(repository, named, link or f"https://huggingface.co/{repository}", bool(info.gated), fetched)
+
+
+def allowed(repository: str, token: str | None = None) -> bool:
+    """Whether the files of a model may be fetched with this token (None: the one that is kept, if any). Raises Refused."""
+    try:
+        HfApi().auth_check(repository, token=token)
+    except GatedRepoError:
+        return False
+    except Exception:
+        with _plainly(repository):
+            raise
+    return True
+
+
+def keep(token: str) -> None:
+    """Keep the user's token where huggingface_hub keeps it. Raises Refused for one the hub does not know."""
+    try:
+        login(token=token, add_to_git_credential=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"the hub does not take this token ({reason}): make one at https://huggingface.co/settings/tokens") from None
 
 
 def index(repository: str) -> Path:
@@ -47,8 +98,8 @@ def _plainly(repository: str) -> Iterator[None]:
     try:
         yield
     except GatedRepoError:
-        raise Refused(f"{repository} asks for its licence to be accepted: do so on huggingface.co/{repository}, then "
-                      "log in with hf auth login (or set HF_TOKEN)") from None
+        raise Refused(f"{repository} asks for its licence to be accepted: do so on huggingface.co/{repository}, then fetch it with "
+                      f"medley pull {repository}, which asks for your token (or set HF_TOKEN, or use hf auth login)") from None
     except RepositoryNotFoundError:
         raise Refused(f"there is no model {repository!r} on the hub, or it is private: check its spelling, or "
                       "log in with hf auth login (or set HF_TOKEN)") from None

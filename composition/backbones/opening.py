@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from composition.backbones import hub, single_file
+from composition import models
+from composition.backbones import hub, quantised, single_file
 from composition.request import Refused
 
 Family = Literal["sd", "sdxl", "sd3", "flux"]
@@ -51,6 +52,8 @@ def find(source: str) -> Location:
     """
     if source in BUNDLED:
         return Location("folder", source, _bundled(source))
+    if source in models.KNOWN:
+        return Location("hub", models.repository(source))
     path = Path(source).expanduser()
     if path.suffix.lower() in PICKLES:
         raise Refused(f"{source} is a pickle file: opening it can run code that somebody put in it. Get the "
@@ -68,9 +71,10 @@ def find(source: str) -> Location:
         raise Refused(f"{source} is a web address: " + (f"give {hub[1]}" if hub else "download the file and name it"))
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and path.suffix.lower() != ".safetensors":
         return Location("hub", source)
-    near = get_close_matches(source.lower(), BUNDLED, n=1, cutoff=0.5)
+    near = get_close_matches(source.lower(), [*BUNDLED, *models.KNOWN], n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise Refused(f"there is no model {source!r}: {hint}A model is {WAYS}; bundled: {', '.join(BUNDLED)}")
+    raise Refused(f"there is no model {source!r}: {hint}A model is {WAYS}; bundled: {', '.join(BUNDLED)}; on the hub by a short name: "
+                  f"{', '.join(models.KNOWN)}")
 
 
 def family(thing: "Location | DiffusionPipeline") -> Family:
@@ -89,28 +93,36 @@ def family(thing: "Location | DiffusionPipeline") -> Family:
     raise Refused(_unsupported("this pipeline", type(thing).__name__))
 
 
-def load(location: Location, dtype: torch.dtype) -> DiffusionPipeline:
+def load(
+    location: Location, dtype: torch.dtype, *, quantise: str | None = None, denoiser: Path | None = None
+) -> DiffusionPipeline:
     """The model as a stock pipeline on the CPU: frozen, in `dtype` throughout, without safety checker or bars.
 
+    quantise: a kind of `quantised.KINDS`. denoiser: a file of the denoiser's weights alone, in place of the model's own.
     Raises Refused when it cannot be had (network, token, missing or damaged weights) or is not a family known here.
     """
     with _quietly():
         if location.kind == "file":
             assert location.path is not None
+            if quantise or denoiser:
+                raise Refused(f"{location.source} is one file; quantising, or another denoiser, needs a diffusers folder or a hub id")
             pipeline = single_file.load(location.path, dtype)
         else:
             if location.path is None:
                 _of_folder(hub.index(location.source).parent, location.source)
-            pipeline = _from_folder(location.path or hub.download(location.source), location.source, dtype)
+            folder = location.path or hub.download(location.source)
+            pipeline = _from_folder(folder, location.source, dtype, quantise, denoiser)
     family(pipeline)
-    denoiser: Any = getattr(pipeline, "unet", None) or pipeline.transformer
-    writes = denoiser.config.out_channels or denoiser.config.in_channels
-    if denoiser.config.in_channels != writes:
-        raise Refused(f"{location.source} is an inpainting or editing model ({denoiser.config.in_channels} input channels "
+    settings: Any = (getattr(pipeline, "unet", None) or pipeline.transformer).config
+    writes = settings.out_channels or settings.in_channels
+    if settings.in_channels != writes:
+        raise Refused(f"{location.source} is an inpainting or editing model ({settings.in_channels} input channels "
                       f"in place of {writes}): give the plain text-to-image version")
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
-            nn.Module.to(part.eval().requires_grad_(False), dtype)
+            part.eval().requires_grad_(False)
+            if not quantised.quantised(part):
+                nn.Module.to(part, dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -170,12 +182,23 @@ def _instead(folder: Path) -> str:
     return f"is not a model: it holds no model_index.json. A model is {WAYS}"
 
 
-def _from_folder(folder: Path, source: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_folder(
+    folder: Path, source: str, dtype: torch.dtype, quantise: str | None = None, denoiser: Path | None = None
+) -> DiffusionPipeline:
     kind = _of_folder(folder, source)
     cls = next(getattr(diffusers, name) for name, value in FAMILIES.items() if value == kind)
     extra: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
     extra |= {"sd": {"requires_safety_checker": False, "safety_checker": None}, "sdxl": {"add_watermarker": False}}.get(kind, {})
     names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    if denoiser is not None:
+        if "transformer" not in index:
+            raise Refused(f"{source} has no transformer to put {denoiser.name} in place of: a file of its own is for FLUX and SD3")
+        extra["transformer"] = quantised.denoiser(denoiser, getattr(diffusers, index["transformer"][1]), folder, dtype)
+    if quantise is not None:
+        parts = {name: index[name][0] for name in quantised.LARGE if name in index and name not in extra
+                 and (index[name][0] == "diffusers" or index[name][1] == "T5EncoderModel")}
+        extra["quantization_config"] = quantised.config(quantise, parts, dtype)
     try:
         pipeline = cls.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, variant=hub.variant(names), **extra

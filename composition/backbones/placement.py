@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from composition.backbones import quantised
 from composition.request import Refused
 
 Offload = Literal["auto", "none", "model", "sequential", "group"]
@@ -93,9 +94,10 @@ def place(pipeline: Any, plan: Placement) -> Placement:
     "none" and "model". After a picture call `pipeline.maybe_free_model_hooks()`.
     """
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    sizes = [sum(weight.numel() for weight in part.parameters()) * plan.dtype.itemsize for part in parts]
+    sizes = [quantised.size(part, plan.dtype) for part in parts]
     for part in parts:
-        nn.Module.to(part, dtype=plan.dtype)
+        if not quantised.quantised(part):
+            nn.Module.to(part, dtype=plan.dtype)
     plan = settle(plan, sum(sizes), max(sizes, default=0))
     carry_out: dict[str, Callable[[], Any]] = {
         "none": lambda: pipeline.to(plan.device),

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from composition import cache as caches
-from composition import dominance, frequency
+from composition import dominance, frequency, residual
+from composition.cache import Cache
 from composition.methods import method
 from composition.run import Run
 from composition.sampler import Predict, Prediction, Step
@@ -45,7 +45,7 @@ class Options:
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     with ExitStack() as stack:
-        cache = caches.of(run.backbone.denoiser)
+        cache = residual.of(run.backbone.denoiser)
         caching = options.cache and cache.usable and len(run.names) > 1
         if caching:
             stack.enter_context(cache.attached())
@@ -55,7 +55,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
 class _Course:
     """The state of one run: whose turn it is, how old the slots are, which phase it is."""
 
-    def __init__(self, run: Run, options: Options, cache: caches.Cache | None) -> None:
+    def __init__(self, run: Run, options: Options, cache: Cache | None) -> None:
         self.run, self.options, self.cache = run, options, cache
         self.high, self.low = dominance.ordered(run.names, run.categories, options.order, options.low)
         self.turn = 0

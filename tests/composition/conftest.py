@@ -29,7 +29,6 @@ def lora_files(tmp_path_factory):
 @pytest.fixture(scope="session")
 def engines():
     """Family -> an engine on a toy in float64."""
-    from composition import Engine
-    from composition import backbones
+    from composition import Engine, backbones
 
     return {family: Engine(backbones.of(make(dtype=torch.float64), family.removesuffix("-dev")), "toy") for family, make in FAMILIES.items()}

@@ -11,8 +11,9 @@ from diffusers import UNet2DConditionModel
 import composition
 from composition import Lora
 from composition.backbones.unet import UNetBackbone
-from composition.cache import FeatureCache, layer_costs, live_levels, of
+from composition.cache import FeatureCache, layer_costs, live_levels
 from composition.methods import cmlora
+from composition.residual import of
 from composition.sampler import Step
 from tests.composition import laws
 
