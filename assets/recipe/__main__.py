@@ -1,28 +1,30 @@
 """``python -m assets.recipe STAGE``: makes Pocket again from nothing but the npm art packages, resuming what was begun.
 
-Stages: autoencoder, base, polish (of the decoder), export, judge, loras, measure; or all of them in order. ``--budget`` is
-minutes of training for autoencoder, base, polish and judge together (their shares are below), and a larger budget on a
-later call takes them further; the LoRAs take their number of steps beside it.
+Stages: autoencoder, base, polish (of the decoder), export, judge, loras, measure, and then flux, flux-loras and flux-measure for the
+second base, which has the first one's autoencoder and begins with its text encoder; or all of them in order. ``--budget`` is minutes of
+training for autoencoder, base, polish, judge and flux together (their shares are below), and a larger budget on a later call takes
+them further; the LoRAs take their number of steps beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from retrieval.scores import Judge
 
-from . import autoencoder, base, confusion, export, judge, loras, measure, presence, testbed, tokenizer
+from . import autoencoder, base, confusion, export, flux, judge, loras, measure, presence, testbed, tokenizer, unigram
 from .places import PLACES
-from .world import ART, World, strange_words
+from .world import ART, World, batch, strange_words
 
-SHARES = {"autoencoder": 0.22, "base": 0.55, "polish": 0.05, "judge": 0.18}  # of the budget
-STAGES = ("autoencoder", "base", "polish", "export", "judge", "loras", "measure")
+SHARES = {"autoencoder": 0.1, "base": 0.25, "polish": 0.02, "judge": 0.08, "flux": 0.55}  # of the budget
+STAGES = ("autoencoder", "base", "polish", "export", "judge", "loras", "measure", "flux", "flux-loras", "flux-measure")
 POCKET = Path(__file__).parents[1] / "pocket"
 
 
@@ -33,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path(".work/recipe"), help="checkpoints and measured figures")
     parser.add_argument("--out", type=Path, default=POCKET, help="where sd/, clip/, loras/ and testbed.json are written")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--budget", type=float, default=240, help="minutes of training, autoencoder, base, polish and judge together")
+    parser.add_argument("--budget", type=float, default=480, help="minutes of training, all stages together")
     parser.add_argument("--objects", type=int, default=48)
     parser.add_argument("--places", type=int, default=len(PLACES))
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels, a multiple of 16")
@@ -63,8 +65,9 @@ def main() -> None:
         autoencoder.train(wide, given.work, minutes=minutes["autoencoder"], device=device)
     if {"base", "polish", "export"} & set(stages):
         vae = AutoencoderKL.from_pretrained(given.work / "vae")
-    if {"base", "loras", "measure"} & set(stages):
-        also = judge.ALSO if {"loras", "measure"} & set(stages) else ()
+    second = {"flux", "flux-loras", "flux-measure"} & set(stages)
+    if {"base", "loras", "measure", *second} & set(stages):
+        also = judge.ALSO if {"loras", "measure", "flux-loras", "flux-measure"} & set(stages) else ()
         world = World(given.art, objects=given.objects, places=given.places, size=given.size, vendors=vendors, also=also,
                       strange=strange_words(given.art))  # fmt: skip
     if "base" in stages:
@@ -87,10 +90,36 @@ def main() -> None:
     if "loras" in stages:
         loras.make(pipe, world, names, given.out / "loras", given.work, judge=seer)
         testbed.write(given.out / "testbed.json")
-        loras.profiled(pipe, names, given.out)
+        loras.profiled(pipe, names, given.out / "loras", given.out / "profiles")
     if "measure" in stages:
         _keep(given.work, "base", measure.base_figures(pipe, seer, world))
         _keep(given.work, "loras", measure.lora_figures(pipe, seer, world, given.out / "loras", names))
+    if second:
+        _second(given, stages, world, minutes["flux"])
+
+
+def _second(given: argparse.Namespace, stages: Sequence[str], world: World, minutes: float) -> None:
+    """The stages of the small FLUX, on the exported first base."""
+    device, folder, files = torch.device(given.device), given.out / "flux", given.out / "flux-loras"
+    if "flux" in stages:
+        clip = CLIPTokenizer.from_pretrained(given.out / "sd/tokenizer")
+        t5 = unigram.build(tokenizer.corpus(given.art))
+        vae = AutoencoderKL.from_pretrained(given.out / "sd/vae", dtype=torch.float32)
+        pictures, _ = batch(world, flux.UNSEEN, 512)
+        with torch.no_grad():
+            flux.settle(vae, vae.encode(autoencoder.tensor(pictures)).latent_dist.mean)
+        model = flux.train(world, vae, clip, t5, given.work, minutes=minutes, device=device, size=given.batch, begin=given.out / "sd")
+        export.export_flux(model.cpu(), vae.cpu(), clip, t5, folder)
+    if {"flux-loras", "flux-measure"} & set(stages):
+        pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        seer, names = Judge.open(str(given.out / "clip"), given.device), [name for name in given.loras.split(",") if name in loras.FLUX]
+        if "flux-loras" in stages:
+            loras.make(pipe, world, names, files, given.work, plan=loras.FLUX_PLAN, judge=seer, base="pocket-flux")
+            loras.profiled(pipe, names, files, given.out / "profiles", base="pocket-flux")
+        if "flux-measure" in stages:
+            _keep(given.work, "flux", measure.base_figures(pipe, seer, world))
+            _keep(given.work, "flux-loras", measure.lora_figures(pipe, seer, world, files, names))
 
 
 def _keep(work: Path, name: str, figures: dict) -> None:

@@ -26,6 +26,7 @@ from .world import World
 SHORT = 20  # T5 tokens that every caption of this world fits in
 PADDED = ((20, 0.5), (28, 0.2), (40, 0.14), (64, 0.12), (128, 0.03), (512, 0.01))  # padded lengths and their share of batches
 FEWER = {128: 2, 512: 8}  # at these lengths, one picture of so many
+UNSEEN = 7 * 10**8  # number of the first scene that only shift and scale of the latents are taken from
 HEAD = 32  # width of an attention head, and of its three rotary parts together
 ROPE = (8, 12, 12)
 

@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 from app import profiles
-from composition import Engine, profile
+from composition import Engine, backbones, profile
 from composition.adapters import Adapters
-from composition.backbones.unet import UNetBackbone
+from composition.backbones import opening
+from composition.backbones.base import Backbone
 from composition.request import Lora, Request
 from composition.training.concept import Concept, Plan, latents_of, train
 from composition.training.previews import draw, thumbnail
@@ -60,6 +61,8 @@ PLAN = Plan(
     rank=8, rate=2e-3, steps=500, batch=16, targets=("attention", "feed_forward", "convolution"),
     noise=(CENTRE, WIDTH), half=True,
 )  # fmt: skip
+FLUX_PLAN = replace(PLAN, targets=("attention", "feed_forward", "projection"))
+FLUX = ("raccoon", "owl", "wolf", "hedgehog", "rose", "moon", "autumn", "ink", "neon")  # those of the second base
 
 
 def stem(name: str) -> str:
@@ -87,13 +90,13 @@ def scenes(world: World, name: str, count: int, first: int) -> tuple[np.ndarray,
 
 
 def make(pipe, world: World, names: list[str], folder: Path, work: Path, *, plan: Plan = PLAN, count: int = 768,
-         judge: Judge | None = None, report: Callable[[str], None] = print) -> None:  # fmt: skip
+         judge: Judge | None = None, report: Callable[[str], None] = print, base: str = "pocket") -> None:  # fmt: skip
     """Train each name on this base, one after the other, resuming from ``work``; the world holds them as ``also``.
 
     With a judge each file carries a preview: of eight pictures the one that shows the concept best.
     """
-    backbone = UNetBackbone(pipe, "sd")
-    adapters = Adapters(backbone.components, family="sd", block=backbone.block)
+    backbone = backbones.of(pipe, opening.family(pipe))
+    adapters = Adapters(backbone.components, family=backbone.family, block=backbone.block)
     try:
         for number, name in enumerate(TOLD):
             if name not in names or (folder / f"{stem(name)}.safetensors").is_file():
@@ -101,7 +104,7 @@ def make(pipe, world: World, names: list[str], folder: Path, work: Path, *, plan
             pictures, prompts = scenes(world, name, count, 4 * 10**9 + number * 10**6)
             told = TOLD[name]
             metadata = {"title": told.title, "category": told.category, "trigger_words": told.triggers,
-                        "base": "pocket", "recipe": RECIPE}  # fmt: skip
+                        "base": base, "recipe": RECIPE}  # fmt: skip
             concept = Concept(stem(name), latents_of(backbone, tensor(pictures)), prompts, metadata)
             long = replace(plan, steps=plan.steps * LONGER.get(told.category, 1))
             losses: list[float] = []
@@ -121,16 +124,16 @@ def make(pipe, world: World, names: list[str], folder: Path, work: Path, *, plan
         adapters.close()
 
 
-def profiled(pipe, names: list[str], out: Path, report: Callable[[str], None] = print) -> None:
-    """Measure the frequency profile of every LoRA in ``out``/loras and keep it in ``out``/profiles, as `medley profile` would."""
-    with Engine(UNetBackbone(pipe, "sd"), "pocket") as engine:
+def profiled(pipe, names: list[str], folder: Path, keep: Path, report: Callable[[str], None] = print, base: str = "pocket") -> None:
+    """Measure the frequency profile of every LoRA in ``folder`` and keep it in ``keep``, as `medley profile` would."""
+    with Engine(backbones.of(pipe, opening.family(pipe)), base) as engine:
         for name in names:
-            found = profile.measure(engine, Lora(str(out / "loras" / f"{stem(name)}.safetensors")))
-            profiles.keep(found, out / "profiles")
+            found = profile.measure(engine, Lora(str(folder / f"{stem(name)}.safetensors")))
+            profiles.keep(found, keep)
             report(f"{name}: change {found.change:+.4f}, level {found.level:+.4f}")
 
 
-def shown(backbone: UNetBackbone, adapters: Adapters, name: str, file: str, judge: Judge) -> Image.Image:
+def shown(backbone: Backbone, adapters: Adapters, name: str, file: str, judge: Judge) -> Image.Image:
     """The best of eight pictures by the adapter that is in training."""
     subject = {"character": article(name), "object": article(name), "clothing": f"a fox wearing {article(name)}"}
     words = TOLD[name].triggers

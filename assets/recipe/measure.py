@@ -47,13 +47,23 @@ def pairs(world: World, count: int, seed: int = 5) -> list[tuple[list[str], str,
 
 def paint(pipe: Any, prompts: Sequence[str], *, seed: int = 1, part: int = 50) -> list[Image.Image]:
     """A picture for each prompt, one generator each; products in bfloat16 where the processor has it."""
-    done, half = [], torch.autocast(pipe.device.type, torch.bfloat16, enabled=halves(pipe.device, pipe.unet.dtype))
+    flux = hasattr(pipe, "transformer")
+    denoiser = pipe.transformer if flux else pipe.unet
+    done, half = [], torch.autocast(pipe.device.type, torch.bfloat16, enabled=halves(pipe.device, denoiser.dtype))
     for i in range(0, len(prompts), part):
         some = list(prompts[i : i + part])
         generators = [torch.Generator().manual_seed(seed * 100_000 + i + k) for k in range(len(some))]
-        with plain_attention(pipe.device, pipe.unet.config.sample_size**2), half:
-            done += pipe(some, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators).images
+        told = _told(pipe, len(some)) if flux else {"guidance_scale": GUIDANCE}
+        with plain_attention(pipe.device, 256 if flux else denoiser.config.sample_size**2), half:
+            done += pipe(some, num_inference_steps=STEPS, generator=generators, **told).images
     return done
+
+
+def _told(pipe: Any, count: int) -> dict[str, Any]:
+    """What the stock FluxPipeline must be told of a small FLUX: its size, its length of prompts, guidance by a second row."""
+    side = pipe.vae.config.sample_size
+    return {"true_cfg_scale": GUIDANCE, "negative_prompt": [""] * count, "width": side, "height": side,
+            "max_sequence_length": pipe.tokenizer_2.model_max_length}
 
 
 def score(judge: Judge, world: World, rows: Sequence[tuple[list[str], str, str]], pictures: Sequence[Image.Image]) -> dict[str, float]:
