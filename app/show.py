@@ -146,6 +146,8 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
                   for name, words in missing.items()]
     if cut := notes.get("prompt cut"):
         lines.append(f"the model does not see the end of the prompt: {cut!r}")
+    if why := notes.get("negative prompt not read"):
+        lines.append(f"the negative prompt was not read: {why}")
     if names := notes.get("acts everywhere in part"):
         lines.append(f"{', '.join(map(str, names))}: layers without a place (time embeddings) act on the whole picture")
     unread = notes.get("not read by this method")

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 Changes = dict[Any, Any]  # component to its new value
-FIELDS = ("prompt", "cards", "method", "random", "seed", "negative", "steps", "guidance", "sampler", "size")
+FIELDS = ("prompt", "cards", "method", "random", "seed", "negative", "steps", "guidance", "true_guidance",
+          "sampler", "size")
 LOOK = 0.1  # seconds between two looks at a job
 CARDS = """<div class="loras"><div class="bar"><h2>LoRAs</h2><span class="count"></span>
 <input class="find" type="search" placeholder="Filter" aria-label="Filter the LoRAs"></div><div class="cards"></div></div>"""
@@ -79,6 +80,9 @@ class Page:
         with gr.Row():
             self.steps = gr.Number(usual.steps, label="Steps", precision=0, min_width=120, elem_id="steps")
             self.guidance = gr.Number(usual.guidance, label="Guidance", step=0.5, min_width=120, elem_id="guidance")
+            self.true_guidance = gr.Number(
+                usual.true_guidance, label="True guidance", info="Over 1, against the negative prompt.", step=0.5, min_width=120,
+                elem_id="true-guidance", visible=self._engine.backbone.told(usual) is not None)
             self.sampler = gr.Dropdown(samplers(), value=usual.sampler, label="Sampler", min_width=160, elem_id="sampler")
         self.size = gr.Textbox(label="Size", placeholder=f"{own[0]}x{own[1]}, the model's own", elem_id="size")
 
@@ -145,9 +149,9 @@ class Page:
         method = methods.find(given["method"])
         if not (given["prompt"] or "").strip():
             raise Refused("the prompt is empty: write what to draw")
-        for name in ("steps", "guidance"):
+        for name in ("steps", "guidance", "true_guidance"):
             if given[name] is None:
-                raise Refused(f"{name} is empty: write a number")
+                raise Refused(f"{name.replace('_', ' ')} is empty: write a number")
         if not given["random"] and given["seed"] is None:
             raise Refused("the seed is empty: write a whole number, or choose a random one")
         request = Request(
@@ -155,6 +159,7 @@ class Page:
             loras=[Lora(card.source, weight=weight) for card, weight in self._chosen(given["cards"])],
             options=forms.options(method, self._answers(method.name, answers[len(FIELDS):])),
             sampler=given["sampler"], steps=given["steps"], guidance=given["guidance"],
+            true_guidance=given["true_guidance"],
             size=_size(given["size"]),
             seed=secrets.randbelow(2**32) if given["random"] else given["seed"])
         self._engine.backbone.size(request)  # refused now, not when its turn comes
