@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from composition import files
-from composition.request import Lora, Receipt
+from composition.request import Lora, Receipt, Refused
 from composition.stack import Combine, Gates, Stack
 
 KEPT_FILES = 32  # parsed LoRA files held in memory, least recently used first out
@@ -110,10 +110,19 @@ class Adapters:
 
         Yields their receipts, in order. On leaving, every layer is as it was. Sessions do not nest.
         """
+        for name, lora, _ in loras:
+            self._has_blocks(name, lora)
         read = [self._read(path, lora, allow_partial) for _, lora, path in loras]
         parts = [{component: file.factors.get(component, {}) for component in self.components} for file in read]
         with self._stacked(parts, tuple(name for name, _, _ in loras), tuple(lora for _, lora, _ in loras)):
             yield tuple(file.receipt for file in read)
+
+    def _has_blocks(self, name: str, lora: Lora) -> None:
+        """Raises Refused for a factor on a block that this denoiser has not: it would be read by nothing."""
+        blocks = sorted({self._block(path) for path in self._layers[self._denoiser]} - {""})
+        for asked in lora.blocks:
+            if asked and not any(block == asked or block.startswith(f"{asked}.") for block in blocks):
+                raise Refused(f"LoRA {name}: this model has no block {asked!r}; its blocks are {', '.join(blocks)}")
 
     @contextmanager
     def _stacked(

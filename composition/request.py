@@ -37,7 +37,8 @@ class Lora:
 
     source: a bundled name ("raccoon"), a path to a .safetensors file, or a name in one of the LoRA folders.
     weight: factor on alpha/rank in the denoiser; text_weight the same in the text encoders (None: as weight).
-    blocks: factor per block of the denoiser, by prefix: {"down": 0.5, "mid": 1, "up.1": 0}; blocks not named keep 1.
+    blocks: factor per block of the denoiser, by prefix: {"down": 0.5, "mid": 1, "up.1": 0} of a UNet, {"double": 0.5,
+    "single.30": 0} of FLUX, {"joint.3": 0} of SD 3; blocks not named keep 1.
     start, end: the part of the steps in which it is on, as fractions: on while start <= step/steps < end.
     binds: the words of the prompt it belongs to. region: box (x0, y0, x1, y1) in fractions of the picture, or the
     path of a mask image. Both are read by the methods that place concepts; others say so in their notes.

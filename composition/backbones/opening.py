@@ -224,7 +224,10 @@ def _complete(pipeline: DiffusionPipeline, folder: Path, source: str) -> None:
             for file in (folder / component).glob("*.safetensors"):
                 with safe_open(file, "pt") as tensors:
                     stored |= {name.removeprefix("text_model.") for name in list(tensors.keys())}
-            absent = [name for name, _ in part.named_parameters() if name.removeprefix("text_model.") not in stored]
+            names: dict[int, list[str]] = {}  # of each weight: T5's embedding has two, and a file has either
+            for name, weight in part.named_parameters(remove_duplicate=False):
+                names.setdefault(id(weight), []).append(name)
+            absent = [same[0] for same in names.values() if not any(name.removeprefix("text_model.") in stored for name in same)]
         if absent:
             raise Refused(f"{source} is incomplete: {len(absent)} tensors of its {component} are missing, {absent[0]} "
                           "first; fetch the model again")

@@ -128,3 +128,33 @@ def test_the_end_of_a_prompt_that_t5_cannot_see_is_told():
     long = " ".join(["fox"] * 30)
     assert made.run(Request(long, steps=1)).notes["prompt cut"].split() == ["fox"] * (30 - (toys.T5_TOKENS - 1))
     assert "prompt cut" not in made.run(Request("the fox", steps=1)).notes
+
+
+def test_blocks_are_the_models_own(tmp_path):
+    """A factor on a block that is there changes the picture; one on another model's block is refused, not passed over."""
+    for pipe, good, bad in ((toys.flux(), "single.1", "mid"), (toys.sd3(), "joint", "double.0"), (toys.sd(), "up.1", "single")):
+        path = str(toys.lora(pipe, tmp_path / "a.safetensors", text=False))
+        made = Engine(backbones.of(pipe, {"transformer": "flux", "unet": "sd"}[toys.denoiser(pipe)[0]]), "toy") if not hasattr(
+            pipe, "text_encoder_3") else engine(pipe)
+        whole = laws.latents(made, asked(loras=[Lora(path)]))
+        laws.differ(laws.latents(made, asked(loras=[Lora(path, blocks={good: 0.0})])), whole)
+        with pytest.raises(Refused, match=f"no block '{bad}'; its blocks are"):
+            made.run(asked(loras=[Lora(path, blocks={bad: 0.0})]))
+        made.close()
+
+
+def test_t5s_embedding_may_be_stored_under_either_of_its_names(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    toys.flux().save_pretrained(tmp_path)
+    file = tmp_path / "text_encoder_2/model.safetensors"
+    tensors = load_file(file)
+    key = "shared.weight" if "shared.weight" in tensors else "encoder.embed_tokens.weight"
+    other = {"shared.weight": "encoder.embed_tokens.weight", "encoder.embed_tokens.weight": "shared.weight"}[key]
+    first = Engine.open(str(tmp_path), device="cpu").run(asked()).images[0].tobytes()
+    value = tensors.pop(key)
+    save_file(tensors | {other: value}, file, metadata={"format": "pt"})
+    assert Engine.open(str(tmp_path), device="cpu").run(asked()).images[0].tobytes() == first
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(Refused, match="incomplete: 1 tensors of its text_encoder_2"):
+        Engine.open(str(tmp_path), device="cpu")
