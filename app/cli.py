@@ -226,6 +226,7 @@ def ui(
 ) -> None:
     """The page: make pictures in a browser, on this machine alone."""
     record.ready(out_dir)
+    make.prepare(model or "pocket")
     from app import serve
 
     number, place = serve.port(port), _place(device, dtype, offload, lora_dir)

@@ -60,6 +60,7 @@ def learn(lessons: Sequence[Lesson], wishes: Wishes, out: Console, err: Console)
 
     Raises Refused, before the model is opened where that is possible, for what cannot be learned from.
     """
+    make.prepare(wishes.model)
     from composition.training import defaults, pictures
     from composition.training.concept import train
     from composition.training.state import reached

@@ -10,7 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 os.environ["MEDLEY_HOME"] = home = tempfile.mkdtemp(prefix="medley-tests-")  # never what a user keeps
 atexit.register(shutil.rmtree, home, ignore_errors=True)
 
-import pytest  # noqa: E402
 import torch  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -19,9 +18,3 @@ import tests.shapes  # noqa: E402, F401  the hook looks it up in the package
 torch.set_num_threads(1)
 install_import_hook("composition", "tests.shapes.check")
 
-
-def pytest_collection_modifyitems(items):
-    """One process runs a file's tests, whose fixtures they share; the laws, many and alike, are dealt one by one."""
-    for item in items:
-        if item.path.name != "test_laws.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))

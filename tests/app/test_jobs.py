@@ -30,6 +30,7 @@ class Slow:
             raise Refused("not that one")
         if request.prompt == "broken":
             raise RuntimeError("a wire is loose")
+        request = request.settled(25, 5.0)
         for index in range(1, request.steps + 1):
             if cancel.is_set():
                 raise Cancelled("cancelled")
