@@ -112,8 +112,10 @@ class Maps:
     def _between(self, query: Tensor, key: Tensor) -> Float[Tensor, "rows L places"]:
         """How much each token of the prompt looks at each place, head after head: the whole table would not fit at FLUX's size."""
         text, image = halves(query.shape[-2], self._grid[0] * self._grid[1], self._joint)
-        heads = ((query[:, h, text] @ key[:, h].transpose(-1, -2)).softmax(-1)[..., image] for h in range(query.shape[1]))
-        return sum(heads) / query.shape[1]  # type: ignore[return-value]
+        total = query.new_zeros(query.shape[0], text.stop - text.start, image.stop - image.start)
+        for head in range(query.shape[1]):
+            total = total + (query[:, head, text] @ key[:, head].transpose(-1, -2)).softmax(-1)[..., image]
+        return total / query.shape[1]
 
 
 def halves(length: int, places: int, joint: str) -> tuple[slice, slice]:

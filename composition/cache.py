@@ -6,79 +6,41 @@ A transformer's cache, and the choice between both, is in `residual`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, runtime_checkable
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
-@runtime_checkable
-class Cache(Protocol):
-    """Slots of one denoiser, by adapter's name; empty outside `attached`."""
+class Cache:
+    """Slots of one denoiser, by adapter's name; a kind says which blocks it leads and how. Use it inside `attached`."""
 
-    @property
-    def usable(self) -> bool:
-        """False for a denoiser with nothing to skip."""
-        ...
-
-    def has(self, name: str) -> bool: ...
-
-    def attached(self) -> AbstractContextManager[None]:
-        """Lead the denoiser through the cache; every forward is as before afterwards, the slots empty."""
-        ...
-
-    def full(self, names: Sequence[str]) -> AbstractContextManager[None]:
-        """A full pass whose batch is these adapters' rows, equally many each, in this order: it fills their slots."""
-        ...
-
-    def cached(self, names: Sequence[str]) -> AbstractContextManager[None]:
-        """A pass over these adapters' rows from their slots; the slots stay as they are."""
-        ...
-
-    def share(self, axis: Callable[[str], Any], shape: Sequence[int], tokens: int) -> float:
-        """Cost of a cached pass over a full one: multiply-adds of linear layers and convolutions, attention products left out.
-
-        axis: layer to where its rows lie (`Backbone.axis`). shape: (H, W) of the latent. tokens: of the prompt.
-        """
-        ...
-
-
-class FeatureCache:
-    """Slots for one UNet (diffusers' UNet2DConditionModel), by adapter's name. Use it inside `attached`.
-
-    live: outer levels that every pass computes: as few as keep cross-attention, and so attention LoRA, in play (1 for
-    Stable Diffusion 1.x, 2 for SDXL, whose outermost level has none), 1 where no level may be skipped with attention live.
-    """
-
-    def __init__(self, unet: Any) -> None:
-        self.unet = unet
-        self.live = live_levels(unet)
-        self._slots: dict[str, Float[Tensor, "rows C H W"]] = {}
+    def __init__(self, denoiser: Any) -> None:
+        self.denoiser = denoiser
+        self._slots: dict[str, Float[Tensor, "rows ..."]] = {}
         self._recorded: Tensor | None = None
         self._given: Tensor | None = None
 
     @property
     def usable(self) -> bool:
-        """False for a UNet of one level: there is nothing to skip."""
-        return len(self.unet.down_blocks) > self.live
+        """False for a denoiser with nothing to skip."""
+        return bool(self._blocks())
 
     def has(self, name: str) -> bool:
         return name in self._slots
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Lead the UNet's inner blocks through the cache; every block's forward is as before afterwards, the slots empty."""
+        """Lead the denoiser's inner blocks through the cache; every forward is as before afterwards, the slots empty."""
         if not self.usable:
-            raise RuntimeError("a UNet of one level has nothing to cache")
-        blocks = [*self._inner(), self._last()]
+            raise RuntimeError("a denoiser of one block or level has nothing to cache")
+        blocks: list[Any] = self._blocks()
         before = {block: block.__dict__.get("forward") for block in blocks}
         try:
-            for block in self._inner():
-                block.forward = self._skipping(block, block.forward)
-            last = self._last()
-            last.forward = self._last_of(last.forward)
+            for block in blocks:
+                block.forward = self._led(block, block.forward)
             yield
         finally:
             for block, forward in before.items():
@@ -93,7 +55,7 @@ class FeatureCache:
         self._given = self._recorded = None
         yield
         if self._recorded is None:
-            raise RuntimeError("the cache saw no pass of the UNet: its blocks are not the ones that ran")
+            raise RuntimeError("the cache saw no pass of the denoiser: its blocks are not the ones that ran")
         for name, part in zip(names, self._recorded.chunk(len(names)), strict=True):
             self._slots[name] = part
         self._recorded = None
@@ -108,7 +70,37 @@ class FeatureCache:
             self._given = None
 
     def share(self, axis: Callable[[str], Any], shape: Sequence[int], tokens: int) -> float:
-        return share_of(self.unet, self.skips, axis, shape, tokens)
+        """Cost of a cached pass over a full one: multiply-adds of linear layers and convolutions, attention products left out.
+
+        axis: layer to where its rows lie (`Backbone.axis`). shape: (H, W) of the latent. tokens: of the prompt.
+        """
+        costs = layer_costs(self.denoiser, axis, shape, tokens)
+        return sum(cost for path, cost in costs.items() if not self.skips(path)) / sum(costs.values())
+
+    def skips(self, path: str) -> bool:
+        """Whether a cached pass leaves this layer out."""
+        raise NotImplementedError
+
+    def _blocks(self) -> list[nn.Module]:
+        """Blocks that a cached pass leaves out, in the order in which they run."""
+        raise NotImplementedError
+
+    def _led(self, block: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A block's forward through the cache: it fills _recorded in a full pass and answers from _given in a cached one."""
+        raise NotImplementedError
+
+
+class FeatureCache(Cache):
+    """Slots for one UNet (diffusers' UNet2DConditionModel), by adapter's name. Use it inside `attached`.
+
+    live: outer levels that every pass computes: as few as keep cross-attention, and so attention LoRA, in play (1 for
+    Stable Diffusion 1.x, 2 for SDXL, whose outermost level has none), 1 where no level may be skipped with attention live.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__(unet)
+        self.unet = unet
+        self.live = live_levels(unet)
 
     def skips(self, path: str) -> bool:
         """Whether a cached pass leaves this layer out."""
@@ -119,16 +111,18 @@ class FeatureCache:
             return number >= self.live or number == self.live - 1 and ".downsamplers." in path
         return kind == "mid_block" or (kind == "up_blocks" and number < depth - self.live)
 
-    def _inner(self) -> list[nn.Module]:
-        """Blocks that a cached pass leaves out, the last of them excepted."""
+    def _blocks(self) -> list[nn.Module]:
+        """The last is the one whose output the first live up block reads."""
         depth = len(self.unet.down_blocks)
+        if depth <= self.live:
+            return []
         mid = [self.unet.mid_block] if self.unet.mid_block is not None else []
         downsamplers = self.unet.down_blocks[self.live - 1].downsamplers or []
-        return [*downsamplers, *self.unet.down_blocks[self.live :], *mid, *self.unet.up_blocks[: depth - self.live - 1]]
+        return [*downsamplers, *self.unet.down_blocks[self.live :], *mid, *self.unet.up_blocks[: depth - self.live]]
 
-    def _last(self) -> nn.Module:
-        """The block whose output the first live up block reads."""
-        return self.unet.up_blocks[len(self.unet.down_blocks) - self.live - 1]
+    def _led(self, block: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+        last = block is self.unet.up_blocks[len(self.unet.down_blocks) - self.live - 1]
+        return self._last_of(forward) if last else self._skipping(block, forward)
 
     def _skipping(self, block: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
         down = any(block is one for one in self.unet.down_blocks)
@@ -159,14 +153,6 @@ def live_levels(unet: Any) -> int:
         if any(getattr(block, "has_cross_attention", False) for block in outer):
             return live
     return 1
-
-
-def share_of(
-    denoiser: nn.Module, skips: Callable[[str], bool], axis: Callable[[str], Any], shape: Sequence[int], tokens: int
-) -> float:
-    """`Cache.share` of a pass that leaves out the layers that `skips` names."""
-    costs = layer_costs(denoiser, axis, shape, tokens)
-    return sum(cost for path, cost in costs.items() if not skips(path)) / sum(costs.values())
 
 
 def layer_costs(denoiser: nn.Module, axis: Callable[[str], Any], shape: Sequence[int], tokens: int) -> Mapping[str, int]:

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Num
-from PIL import Image
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from composition.backbones import pictures
 from composition.backbones.base import Axis, Joint, Usual
-from composition.backbones.placement import Placement
+from composition.backbones.stock import Stock
 from composition.request import Refused, Request
 from composition.sampler import Conditioning
 
@@ -28,36 +27,13 @@ _NONE = re.compile(r"time_text_embed|norm\d?\w*\.linear$|norm_out")
 _TEXT = re.compile(r"context_embedder|ff_context|\.attn\.(?:add_\w_proj|to_add_out)$")
 
 
-class FluxBackbone:
+class FluxBackbone(Stock):
     """A FluxPipeline, reached through its text encoders, transformer and vae alone."""
 
     family = "flux"
     joint: Joint = "text"
+    parts = ("transformer", "text_encoder", "text_encoder_2")
     reads: Mapping[str, tuple[str, ...]] = {"text": ("text_encoder_2",), "pooled": ("text_encoder",)}
-
-    def __init__(self, pipeline: Any, placement: Placement | None = None) -> None:
-        self.pipeline = pipeline
-        self.placement = placement
-        self.denoiser: Any = pipeline.transformer
-        self.scheduler = pipeline.scheduler
-
-    @property
-    def components(self) -> Mapping[str, nn.Module]:
-        names = ("transformer", "text_encoder", "text_encoder_2")
-        found = {name: getattr(self.pipeline, name, None) for name in names}
-        return {name: module for name, module in found.items() if module is not None}
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.pipeline._execution_device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.denoiser.dtype
-
-    @property
-    def writable(self) -> bool:
-        return self.placement is None or self.placement.offload in ("none", "model")
 
     @property
     def distilled(self) -> bool:
@@ -145,9 +121,6 @@ class FluxBackbone:
             img_ids=places(latents), return_dict=False)[0]
         return unpacked(out, latents.shape[-2:]).unflatten(0, (rows, count))
 
-    def decode(self, latents: Float[Tensor, "B C H W"]) -> list[Image.Image]:
-        return pictures.decode(self.pipeline, latents)
-
     def axis(self, layer: str) -> Axis:
         if _NONE.search(layer):
             return Axis("none")
@@ -167,9 +140,6 @@ class FluxBackbone:
     def block(self, layer: str) -> str:
         found = re.match(r"(single_)?transformer_blocks\.(\d+)", layer)
         return f"{'single' if found[1] else 'double'}.{found[2]}" if found else ""
-
-    def release(self) -> None:
-        self.pipeline.maybe_free_model_hooks()
 
 
 def shift(config: Mapping[str, Any], tokens: int) -> float:

@@ -16,9 +16,9 @@ from composition.request import Refused
 
 
 class Kind(NamedTuple):
-    """library: what must be installed. needs: "" or "cuda". about: for people."""
+    """package: what must be installed. needs: "" or "cuda". about: for people."""
 
-    library: str
+    package: str
     needs: str
     about: str
 
@@ -39,8 +39,8 @@ def check(kind: str | None, device: torch.device) -> None:
     if kind not in KINDS:
         raise Refused(f"there is no quantisation {kind!r}: it is one of " + ", ".join(f"{name} ({one.about})" for name, one in KINDS.items()))
     found = KINDS[kind]
-    if find_spec(found.library) is None:
-        raise Refused(f"quantisation {kind} needs {found.library}: pip install {found.library}")
+    if find_spec(found.package) is None:
+        raise Refused(f"quantisation {kind} needs {found.package}: pip install {found.package}")
     if found.needs and device.type != found.needs:
         others = " or ".join(name for name, one in KINDS.items() if not one.needs)
         raise Refused(f"quantisation {kind} needs a CUDA device, this one is {device}: use {others}")

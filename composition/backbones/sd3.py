@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Num
-from PIL import Image
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from composition.backbones import pictures
 from composition.backbones.base import Axis, Joint, Usual
 from composition.backbones.flux import TELLING, shift
-from composition.backbones.placement import Placement
+from composition.backbones.stock import Stock
 from composition.request import Refused, Request
 from composition.sampler import Conditioning
 
@@ -23,37 +22,14 @@ _NONE = re.compile(r"time_text_embed|norm\d?\w*\.linear$|norm_out")
 _TEXT = re.compile(r"context_embedder|ff_context|\.attn\.(?:add_\w_proj|to_add_out)$")
 
 
-class SD3Backbone:
+class SD3Backbone(Stock):
     """A StableDiffusion3Pipeline, reached through encode_prompt, transformer and vae alone; T5 may be left out."""
 
     family = "sd3"
     joint: Joint = "image"
+    parts = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
     reads: Mapping[str, tuple[str, ...]] = {
         "text": ("text_encoder", "text_encoder_2", "text_encoder_3"), "pooled": ("text_encoder", "text_encoder_2")}
-
-    def __init__(self, pipeline: Any, placement: Placement | None = None) -> None:
-        self.pipeline = pipeline
-        self.placement = placement
-        self.denoiser: Any = pipeline.transformer
-        self.scheduler = pipeline.scheduler
-
-    @property
-    def components(self) -> Mapping[str, nn.Module]:
-        names = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-        found = {name: getattr(self.pipeline, name, None) for name in names}
-        return {name: module for name, module in found.items() if module is not None}
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.pipeline._execution_device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.denoiser.dtype
-
-    @property
-    def writable(self) -> bool:
-        return self.placement is None or self.placement.offload in ("none", "model")
 
     @property
     def usual(self) -> Usual:
@@ -133,9 +109,6 @@ class SD3Backbone:
             encoder_hidden_states=flat(cond.values["text"]), pooled_projections=flat(cond.values["pooled"]), return_dict=False)[0]
         return out.unflatten(0, (rows, count))
 
-    def decode(self, latents: Float[Tensor, "B C H W"]) -> list[Image.Image]:
-        return pictures.decode(self.pipeline, latents)
-
     def axis(self, layer: str) -> Axis:
         if _NONE.search(layer):
             return Axis("none")
@@ -151,9 +124,6 @@ class SD3Backbone:
     def block(self, layer: str) -> str:
         found = re.match(r"transformer_blocks\.(\d+)", layer)
         return f"joint.{found[1]}" if found else ""
-
-    def release(self) -> None:
-        self.pipeline.maybe_free_model_hooks()
 
 
 def _offsets(tokenizer: Any, prompt: str, longest: int) -> list[tuple[int, int]]:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Num
-from PIL import Image
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from composition.backbones import pictures
 from composition.backbones.base import Axis, Joint, Usual
 from composition.backbones.placement import Placement
+from composition.backbones.stock import Stock
 from composition.request import Refused, Request
 from composition.sampler import Conditioning
 
@@ -20,35 +20,15 @@ _NONE = re.compile(r"time_emb|add_embedding|class_embedding|time_proj")
 _TEXT = re.compile(r"\.attn2\.(to_k|to_v)")
 
 
-class UNetBackbone:
+class UNetBackbone(Stock):
     """A StableDiffusionPipeline or StableDiffusionXLPipeline, reached through encode_prompt, unet and vae alone."""
 
     joint: Joint = ""
+    parts = ("unet", "text_encoder", "text_encoder_2")
 
     def __init__(self, pipeline: Any, family: str, placement: Placement | None = None) -> None:
-        self.pipeline = pipeline
+        super().__init__(pipeline, placement)
         self.family = family
-        self.placement = placement
-        self.denoiser: Any = pipeline.unet
-        self.scheduler = pipeline.scheduler
-
-    @property
-    def components(self) -> Mapping[str, nn.Module]:
-        names = ("unet", "text_encoder", "text_encoder_2")
-        found = {name: getattr(self.pipeline, name, None) for name in names}
-        return {name: module for name, module in found.items() if module is not None}
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.pipeline._execution_device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.denoiser.dtype
-
-    @property
-    def writable(self) -> bool:
-        return self.placement is None or self.placement.offload in ("none", "model")
 
     def size(self, request: Request) -> tuple[int, int]:
         factor, own = self.pipeline.vae_scale_factor, self.denoiser.config.sample_size
@@ -136,9 +116,6 @@ class UNetBackbone:
         height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
         return latents.new_tensor([[height, width, 0, 0, height, width]]).expand(rows, -1)
 
-    def decode(self, latents: Float[Tensor, "B C H W"]) -> list[Image.Image]:
-        return pictures.decode(self.pipeline, latents)
-
     def axis(self, layer: str) -> Axis:
         if _NONE.search(layer):
             return Axis("none")
@@ -169,6 +146,3 @@ class UNetBackbone:
             return "mid"
         found = re.match(r"(down|up)_blocks\.(\d+)", layer)
         return f"{found[1]}.{found[2]}" if found else ""
-
-    def release(self) -> None:
-        self.pipeline.maybe_free_model_hooks()

@@ -36,8 +36,6 @@ CATEGORIES = ("character", "clothing", "style", "object", "place")
 class Slots(FeatureCache):
     """Which slots are filled, and nothing else."""
 
-    usable = True
-
     def __init__(self):
         self.filled = set()
 
