@@ -26,7 +26,7 @@ from composition import Lora, Request
 from composition.adapters import Adapters
 from composition.methods import clora, clora_fast
 from composition.run import Run
-from composition.sampler import Conditioning, Step
+from composition.sampler import Step
 from tests.bench.cmlora import lora, sd15
 
 WORDS = ("fox", "owl", "cat", "dog", "hen", "pig", "cow", "rat")
@@ -76,8 +76,8 @@ def made(stack, count, pixels, method, batched):
     backbone.offsets = lambda text: [*ends, (0, 0)]
     backbone.cut = lambda text: ""
     backbone.size = lambda request: (pixels, pixels)
-    request = Request(prompt, loras=loras, method=method, batched=batched)
-    encodings = {(prompt, "", False, ()): Conditioning({"text": text})}
+    request = Request(prompt, loras=loras, method=method, batched=batched, guidance=5.0)
+    encodings = {("text", prompt, "", ()): text}
     unscaled = SimpleNamespace(scale_model_input=lambda latents, t: latents)
     run = Run(backbone, adapters, request, unscaled, [], encodings=encodings)
     latents = torch.randn(1, 4, pixels // 8, pixels // 8, generator=generator)

@@ -27,7 +27,7 @@ from composition.backbones.unet import UNetBackbone
 from composition.cache import FeatureCache
 from composition.methods import cmlora
 from composition.run import Run
-from composition.sampler import Conditioning, Step
+from composition.sampler import Step
 
 RANK = 16
 CATEGORIES = ("character", "clothing", "style", "object", "place")
@@ -128,8 +128,8 @@ def timed(backbone, adapters, cache, names, plan, side, rounds) -> None:
     """Print the times of one number of LoRAs, over the bare base's in the same rounds."""
     generator = torch.Generator().manual_seed(1)
     latents, text = torch.randn(1, 4, side, side, generator=generator), torch.randn(2, 1, 77, 768, generator=generator)
-    request = Request("", loras=[Lora(name) for name in names])
-    encodings = {("", "", False, ()): Conditioning({"text": text})}
+    request = Request("", loras=[Lora(name) for name in names], guidance=5.0)
+    encodings = {("text", "", "", ()): text}
     unscaled = SimpleNamespace(scale_model_input=lambda latents, t: latents)
     run = Run(backbone, adapters, request, unscaled, [], encodings=encodings)
     step = Step(0, 1, torch.tensor(500), latents)
