@@ -93,9 +93,19 @@ def fill(page, name: str, value: object) -> None:
     field.blur()
 
 
+def unfold(page, name: str) -> None:
+    """Open a folded part and wait until its fields keep what is written into them.
+
+    One frame after Gradio first shows a folded part's fields, it sets them to their first values once more.
+    """
+    page.locator(f"#{name} button").first.click()
+    page.locator(f"#{name} :is(input, textarea)").first.wait_for()
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))")
+
+
 def more(page, **values: object) -> None:
     """Open "More" and fill in its fields."""
-    page.locator("#more button").first.click()
+    unfold(page, "more")
     for name, value in values.items():
         fill(page, name, value)
 
@@ -284,7 +294,7 @@ def test_a_methods_options_follow_it_and_are_kept(tab, tmp_path):
     page.get_by_label("Use Raccoon").check()
     page.get_by_label("Switch", exact=True).check()
     page.get_by_text("One LoRA at a time, in turn").wait_for()
-    page.locator("#options-switch button").first.click()
+    unfold(page, "options-switch")
     fill(page, "option-switch-tau", 2)
     page.keyboard.press("Tab")  # as anybody leaves a field
     page.get_by_label("Composite", exact=True).check()
