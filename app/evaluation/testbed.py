@@ -19,6 +19,7 @@ from app.evaluation.cases import Case, Concept
 from composition import Lora, Refused, Request
 from composition.request import Category
 
+BUNDLED = {"pocket": "pocket/testbed.json", "pocket-flux": "pocket/testbed-flux.json"}  # inside the package "assets"
 CATEGORIES = {"background": "place"}  # where ComposLoRA's word is not ours
 PILOT = "tuning"  # the cases that weights are tuned on have seeds of their own
 
@@ -42,11 +43,10 @@ Set = tuple[Entry, ...]
 
 
 def read(source: str) -> dict[str, list[Entry]]:
-    """Category to entries, from "pocket" (bundled) or a file. Raises Refused with the entry that is wrong."""
-    path = Path(str(files("assets"))) / source / "testbed.json" if "/" not in source and not source.endswith(".json") else Path(source)
+    """Category to entries, from a bundled name or a file. Raises Refused with the entry that is wrong."""
+    path = Path(str(files("assets"))) / BUNDLED[source] if source in BUNDLED else Path(source)
     if not path.is_file():
-        raise Refused(f"--testbed {source}: there is no {path.name if source not in str(path) else 'such file'}; give pocket or a "
-                      "*_lora_info.json file")  # fmt: skip
+        raise Refused(f"--testbed {source}: there is no such file; give {' or '.join(BUNDLED)}, or a *_lora_info.json file")
     try:
         document = json.loads(path.read_text("utf-8"))
     except (ValueError, OSError) as error:

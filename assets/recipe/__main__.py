@@ -1,7 +1,7 @@
 """``python -m assets.recipe STAGE``: makes Pocket again from nothing but the npm art packages, resuming what was begun.
 
 Stages: autoencoder, base, polish (of the decoder), export, judge, loras, measure, and then flux, flux-loras and flux-measure for the
-second base, which has the first one's autoencoder and begins with its text encoder; or all of them in order. ``--budget`` is minutes of
+second base, which has the first one's autoencoder and is taught by it; or all of them in order. ``--budget`` is minutes of
 training for autoencoder, base, polish, judge and flux together (their shares are below), and a larger budget on a later call takes
 them further; the LoRAs take their number of steps beside it.
 """
@@ -108,7 +108,7 @@ def _second(given: argparse.Namespace, stages: Sequence[str], world: World, minu
         pictures, _ = batch(world, flux.UNSEEN, 512)
         with torch.no_grad():
             flux.settle(vae, vae.encode(autoencoder.tensor(pictures)).latent_dist.mean)
-        model = flux.train(world, vae, clip, t5, given.work, minutes=minutes, device=device, size=given.batch, begin=given.out / "sd")
+        model = flux.train(world, vae, clip, t5, given.out / "sd", given.work, minutes=minutes, device=device, size=given.batch)
         export.export_flux(model.cpu(), vae.cpu(), clip, t5, folder)
     if {"flux-loras", "flux-measure"} & set(stages):
         pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
@@ -116,6 +116,7 @@ def _second(given: argparse.Namespace, stages: Sequence[str], world: World, minu
         seer, names = Judge.open(str(given.out / "clip"), given.device), [name for name in given.loras.split(",") if name in loras.FLUX]
         if "flux-loras" in stages:
             loras.make(pipe, world, names, files, given.work, plan=loras.FLUX_PLAN, judge=seer, base="pocket-flux")
+            testbed.write(given.out / "testbed-flux.json", names)
             loras.profiled(pipe, names, files, given.out / "profiles", base="pocket-flux")
         if "flux-measure" in stages:
             _keep(given.work, "flux", measure.base_figures(pipe, seer, world))

@@ -2,6 +2,10 @@
 
 The denoiser answers the velocity ``noise - latents`` at ``(1 - s) latents + s noise``; s is drawn logit-normally (Esser et
 al. 2024). T5's text is padded to another length in every batch, since the stock pipeline lets the padding be attended to.
+
+The first base is its teacher: what one picture's own noise and latents say of the velocity is mostly chance, and the
+teacher's answer to the same noisy latents is the mean of it, so far fewer pictures tell the same. T5 begins with the states
+that the teacher's text encoder has for each piece of a word.
 """
 
 from __future__ import annotations
@@ -13,12 +17,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from composition.training.attention import plain_attention
+
+from . import base, unigram
 from . import tokenizer as clip_words
-from . import unigram
 from .base import APART, Pool, build_text
 from .loop import Loop
 from .world import World
@@ -29,6 +35,7 @@ FEWER = {128: 2, 512: 8}  # at these lengths, one picture of so many
 UNSEEN = 7 * 10**8  # number of the first scene that only shift and scale of the latents are taken from
 HEAD = 32  # width of an attention head, and of its three rotary parts together
 ROPE = (8, 12, 12)
+CENTRE, WIDTH = 0.4, 1.2  # logit of s trained on: normal; the stock schedule at this size looks more at much noise, too
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
@@ -114,23 +121,64 @@ def lengths(rng: random.Random) -> Iterator[int]:
         yield rng.choices([n for n, _ in PADDED], [share for _, share in PADDED])[0]
 
 
+class Teacher:
+    """The first base, frozen: what it believes the velocity to be at the noisy latents that the second is shown."""
+
+    def __init__(self, folder: Path, vae: AutoencoderKL, device: torch.device, compiled: bool = False):
+        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.bfloat16).to(device, memory_format=torch.channels_last)
+        self.text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).to(device)
+        self.shift, self.scale = vae.config.shift_factor, vae.config.scaling_factor
+        self.kept = base.scheduler().alphas_cumprod.to(device)
+        self.sigma = ((1 - self.kept) / self.kept) ** 0.5  # of the latents as the autoencoder makes them, rising with the step
+        for part in (self.unet, self.text):
+            part.requires_grad_(False).eval()
+        self.predict = torch.compile(base.predict, dynamic=False) if compiled else base.predict
+
+    def levels(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Steps of the teacher (B,) int64 and the s (B,) in 0..1 that has the same share of noise."""
+        wanted = (torch.randn(count, device=self.sigma.device) * WIDTH + CENTRE).exp() / self.scale
+        steps = torch.searchsorted(self.sigma, wanted).clamp(max=len(self.sigma) - 1)
+        noisy = self.sigma[steps] * self.scale
+        return steps, noisy / (1 + noisy)
+
+    @torch.no_grad()
+    def velocity(self, latents: torch.Tensor, noise: torch.Tensor, steps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) from the autoencoder's own latents, noise in the units of the second base, CLIP's tokens (B, 32)."""
+        a, b = self.kept[steps][:, None, None, None].sqrt(), (1 - self.kept[steps])[:, None, None, None].sqrt()
+        mixed = a * latents + b * noise
+        words = self.text(tokens).last_hidden_state.bfloat16()
+        v = self.predict(self.unet, mixed.bfloat16().contiguous(memory_format=torch.channels_last), steps, words).float()
+        return a * v + b * mixed - (a * mixed - b * v - self.shift) * self.scale
+
+
+def spell(t5: T5EncoderModel, words: T5Tokenizer, clip: CLIPTextModel, clip_tokenizer: CLIPTokenizer) -> None:
+    """Write T5's embedding: for each piece the state that CLIP has at its last token, with a mean square of 1."""
+    pieces = [piece.lstrip("▁") for piece in words.convert_ids_to_tokens(range(len(words)))]
+    known = [number for number, piece in enumerate(pieces) if piece and number >= len(unigram.SPECIAL)]
+    tokens = clip_words.ids(clip_tokenizer, [pieces[number] for number in known])
+    last = (tokens != clip_tokenizer.eos_token_id).sum(1) - 1
+    with torch.no_grad():
+        states = clip(tokens).last_hidden_state[torch.arange(len(known)), last].float()
+        t5.shared.weight[known] = states / states.pow(2).mean(1, keepdim=True).sqrt()
+
+
 def velocity(model: FluxTransformer2DModel, noisy, s, states, pooled, image_ids) -> torch.Tensor:
     ids = torch.zeros(states.shape[1], 3, device=noisy.device)
     return model(noisy, states, pooled, s, image_ids, ids, return_dict=False)[0]
 
 
-def train(world: World, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, work: Path, *, minutes: float, device: torch.device,
-          size: int = 64, average: float = 0.998, start: int = 24_576, refresh: int = 4_096, begin: Path | None = None,
+def train(world: World, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, teacher: Path, work: Path, *, minutes: float,
+          device: torch.device, size: int = 64, average: float = 0.998, start: int = 24_576, refresh: int = 4_096,
           compiled: bool = True, **shape: int) -> Flow:  # fmt: skip
     """Train or resume; the checkpoint is ``work/flux.pt``. Returns the averaged weights.
 
-    vae: with shift and scale in its config (`settle`). begin: a Pocket folder whose CLIP a new training begins with.
+    vae: with shift and scale in its config (`settle`). teacher: the folder of the first base, whose autoencoder and CLIP
+    tokenizer these are.
     """
     vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    model = build(vae, clip, t5, **shape)
-    if begin is not None:
-        held = CLIPTextModel.from_pretrained(begin / "text_encoder", dtype=torch.float32)
-        model.text.clip.load_state_dict(held.state_dict())
+    model, master = build(vae, clip, t5, **shape), Teacher(teacher, vae, device, compiled)
+    model.text.clip.load_state_dict(master.text.state_dict())
+    spell(model.text.t5, t5, model.text.clip, clip)
     model.to(device)
     loop = Loop(model, work / "flux.pt", minutes=minutes, peak=1.5e-3, cool=0.35, average=average, hidden=hidden)
 
@@ -145,16 +193,18 @@ def train(world: World, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer
     def loss_of(latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         length = next(padded)
         part = len(latents) // FEWER.get(length, 1)
-        latents = pack((latents[:part] - vae.config.shift_factor) * vae.config.scaling_factor)
-        s = torch.randn(part, device=device).sigmoid()
+        latents, tokens = latents[:part], tokens[:part]
+        steps, s = master.levels(part)
         noise = torch.randn_like(latents)
-        noisy = torch.lerp(latents, noise, s[:, None, None])
+        goal = master.velocity(latents, noise, steps, tokens[:, : clip_words.LENGTH])
+        noisy = torch.lerp((latents - master.shift) * master.scale, noise, s[:, None, None, None])
         with torch.autocast(device.type, torch.bfloat16):
-            states, pooled = model.text(tokens[:part], length)
-            guess = call(model.transformer, noisy, s, states, pooled, image_ids)
-        return F.mse_loss(guess.float(), noise - latents)
+            states, pooled = model.text(tokens, length)
+            guess = call(model.transformer, pack(noisy), s, states, pooled, image_ids)
+        return F.mse_loss(guess.float(), pack(goal))
 
-    loop.run(pool.batches(size, start, refresh), loss_of)
+    with plain_attention(device, 2 * len(image_ids)):
+        loop.run(pool.batches(size, start, refresh), loss_of)
     loop.averaged().__enter__()
     return model
 

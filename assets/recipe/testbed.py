@@ -7,6 +7,7 @@ of the categories, are its prompt); ``concept``, what a judge is asked of a pict
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from .loras import TOLD, Told, asked, stem
@@ -30,15 +31,15 @@ def alone(name: str, told: Told) -> str:
     }.get(told.category, article(name))  # fmt: skip
 
 
-def testbed() -> dict[str, list[dict[str, object]]]:
+def testbed(names: Collection[str] = tuple(TOLD)) -> dict[str, list[dict[str, object]]]:
     """Category to its entries."""
     rows: dict[str, list[dict[str, object]]] = {category: [] for category in CATEGORIES}
-    for name, told in TOLD.items():
+    for name, told in ((name, told) for name, told in TOLD.items() if name in names):
         entry = {"id": stem(name), "name": told.title, "trigger": [told.triggers], "phrase": phrase(name, told), "concept": asked(name),
                  "alone": alone(name, told), "url": ""}  # fmt: skip
         rows["background" if told.category == "place" else told.category].append(entry)
     return rows
 
 
-def write(file: Path) -> None:
-    file.write_text(json.dumps(testbed(), indent=2) + "\n")
+def write(file: Path, names: Collection[str] = tuple(TOLD)) -> None:
+    file.write_text(json.dumps(testbed(names), indent=2) + "\n")

@@ -1,11 +1,14 @@
 """Pieces of the recipe: the optimiser, the latents' turn, the judge's questions, the testbed's form."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTokenizer
 
-from assets.recipe import autoencoder, base, judge, testbed
+from assets.recipe import autoencoder, base, flux, judge, testbed, tokenizer, unigram
 from assets.recipe.loop import Loop
 from assets.recipe.muon import Muon, orthogonal
 from composition.training.concept import TARGETS
@@ -126,3 +129,55 @@ def test_the_lora_plan_names_known_layers():
     from assets.recipe.loras import PLAN
 
     assert set(PLAN.targets) <= set(TARGETS)
+
+
+SD = Path(__file__).parents[2] / "assets/pocket/sd"
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    vae = AutoencoderKL.from_pretrained(SD / "vae")
+    vae.register_to_config(shift_factor=0.3, scaling_factor=1.7)
+    return flux.Teacher(SD, vae, torch.device("cpu"))
+
+
+def test_a_teacher_that_knows_the_truth_says_the_velocity(teacher, monkeypatch):
+    """With the v of the very latents and noise for an answer, the goal is noise - latents in the second base's units."""
+    rng = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(3, 12, 16, 16, generator=rng), torch.randn(3, 12, 16, 16, generator=rng)
+    steps = torch.tensor([5, 500, 990])
+    a, b = base.scheduler().alphas_cumprod[steps].sqrt(), (1 - base.scheduler().alphas_cumprod[steps]).sqrt()
+    a, b = a[:, None, None, None], b[:, None, None, None]
+    shown = []
+
+    def knows(unet, mixed, at, words):
+        shown.append(mixed)
+        return a * noise - b * latents
+
+    monkeypatch.setattr(teacher, "predict", knows)
+    goal = teacher.velocity(latents, noise, steps, torch.zeros(3, 32, dtype=torch.long))
+    torch.testing.assert_close(goal, noise - (latents - 0.3) * 1.7, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shown[0].float(), a * latents + b * noise, rtol=1e-2, atol=1e-2)
+
+
+def test_teacher_and_pupil_see_the_same_noisy_latents(teacher):
+    """(1 - s) (z - shift) scale + s n, shifted and scaled back, is z with sigma times the same noise."""
+    torch.manual_seed(0)
+    steps, s = teacher.levels(2000)
+    kept = base.scheduler().alphas_cumprod[steps]
+    torch.testing.assert_close(s / (1 - s) / 1.7, ((1 - kept) / kept).sqrt(), rtol=1e-3, atol=1e-5)
+    logits = s.logit()
+    assert logits.mean() == pytest.approx(flux.CENTRE, abs=0.1) and logits.std() == pytest.approx(flux.WIDTH, abs=0.1)
+
+
+def test_t5_begins_with_what_clip_says_of_each_piece():
+    clip_words = CLIPTokenizer.from_pretrained(SD / "tokenizer")
+    words = unigram.build(["a fox and a robot in the snow"] * unigram.OFTEN)
+    t5, clip = flux.build_t5(words), base.build_text(clip_words).eval()
+    flux.spell(t5, words, clip, clip_words)
+    row = t5.shared.weight[words.convert_tokens_to_ids("▁robot")]
+    tokens = tokenizer.ids(clip_words, ["robot"])
+    last = tokens[0].tolist().index(clip_words.eos_token_id) - 1
+    state = clip(tokens).last_hidden_state[0, last]
+    torch.testing.assert_close(row, state / state.pow(2).mean().sqrt())
+    assert torch.equal(t5.encoder.embed_tokens.weight, t5.shared.weight)
