@@ -25,6 +25,7 @@ from composition.training.concept import Concept, Plan, latents_of, train
 from composition.training.previews import draw, thumbnail
 from retrieval.scores import Judge
 
+from . import flux
 from .autoencoder import tensor
 from .base import CENTRE, WIDTH
 from .objects import CHARACTERS, THINGS, WORN, article
@@ -61,7 +62,7 @@ PLAN = Plan(
     rank=8, rate=2e-3, steps=500, batch=16, targets=("attention", "feed_forward", "convolution"),
     noise=(CENTRE, WIDTH), half=True,
 )  # fmt: skip
-FLUX_PLAN = replace(PLAN, targets=("attention", "feed_forward", "projection"))
+FLUX_PLAN = replace(PLAN, targets=("attention", "feed_forward", "projection"), noise=(flux.CENTRE, flux.WIDTH), steps=400)
 FLUX = ("raccoon", "owl", "wolf", "hedgehog", "rose", "moon", "autumn", "ink", "neon")  # those of the second base
 
 

@@ -27,7 +27,7 @@ from composition.backbones import hub, quantised, single_file
 from composition.request import Refused
 
 Family = Literal["sd", "sdxl", "sd3", "flux"]
-BUNDLED: Mapping[str, tuple[str, ...]] = {"pocket": ("pocket", "sd")}  # inside the package "assets"
+BUNDLED: Mapping[str, tuple[str, ...]] = {"pocket": ("pocket", "sd"), "pocket-flux": ("pocket", "flux")}  # inside the package "assets"
 FAMILIES: Mapping[str, Family] = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl",
                                    "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
