@@ -76,9 +76,3 @@ def test_every_sampler_makes_a_picture(engine):
         pixels = np.asarray(engine.run(request).images[0], dtype=float)
         rough = np.abs(np.diff(pixels, axis=1)).mean()
         assert pixels.std() > 15 and rough < 0.6 * pixels.std(), (name, pixels.std(), rough)
-
-
-def test_it_is_small():
-    sizes = {path: path.stat().st_size for path in POCKET.rglob("*") if path.is_file()}
-    assert sum(sizes.values()) < 60e6
-    assert max(sizes.values()) <= 16e6

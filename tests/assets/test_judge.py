@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from assets.recipe.loras import TOLD, asked, stem
+from assets.recipe.loras import FLUX, TOLD, asked, stem
 from assets.recipe.measure import paint
 from assets.recipe.objects import OBJECTS, article
 from assets.recipe.places import PLACES
@@ -87,7 +87,8 @@ def test_it_tells_pockets_pictures_apart(judge, pictures):
     assert (scores.roll(1, 0).argmax(1) == own).float().mean() <= 1 / 3  # and not with a neighbour's
 
 
-def test_the_testbed_names_loras_that_are_there():
-    rows = json.loads((POCKET / "testbed.json").read_text())
-    there = {file.stem for file in (POCKET / "loras").glob("*.safetensors")}
-    assert {entry["id"] for entries in rows.values() for entry in entries} == there == {stem(name) for name in TOLD}
+@pytest.mark.parametrize(("testbed", "loras", "names"), [("testbed", "loras", TOLD), ("testbed-flux", "flux-loras", FLUX)])
+def test_a_testbed_names_loras_that_are_there(testbed, loras, names):
+    rows = json.loads((POCKET / f"{testbed}.json").read_text())
+    there = {file.stem for file in (POCKET / loras).glob("*.safetensors")}
+    assert {entry["id"] for entries in rows.values() for entry in entries} == there == {stem(name) for name in names}

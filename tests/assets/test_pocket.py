@@ -16,6 +16,7 @@ from safetensors import safe_open
 POCKET = Path(__file__).parents[2] / "assets/pocket"
 WEIGHTS = sorted(POCKET.rglob("*.safetensors"))
 LORAS = sorted((POCKET / "loras").glob("*.safetensors"))
+FLUX = sorted((POCKET / "flux-loras").glob("*.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_the_stock_pipeline_draws_in_single_precision(pipe):
 
 
 def test_it_is_small_and_in_half_precision():
-    assert sum(f.stat().st_size for f in POCKET.rglob("*") if f.is_file()) < 60e6
+    assert sum(f.stat().st_size for f in POCKET.rglob("*") if f.is_file()) < 100e6
     assert all(f.stat().st_size <= 16e6 for f in WEIGHTS)
     for file in WEIGHTS:
         with safe_open(file, "pt") as opened:
@@ -46,10 +47,12 @@ def test_it_is_small_and_in_half_precision():
         assert kinds == {"F16"} or (file.parent.name == "clip" and kinds == {"F16", "I64"})
 
 
-def test_text_keys_are_read_by_every_transformers():
-    with safe_open(POCKET / "sd/text_encoder/model.safetensors", "pt") as opened:
+@pytest.mark.parametrize("base", ["sd", "flux"])
+def test_text_keys_are_read_by_every_transformers(base):
+    with safe_open(POCKET / base / "text_encoder/model.safetensors", "pt") as opened:
         assert all(key.startswith("text_model.") for key in opened.keys())  # noqa: SIM118
-    assert json.loads((POCKET / "sd/text_encoder/config.json").read_text())["dtype"] == "float32"
+    for config in (POCKET / base).glob("text_encoder*/config.json"):
+        assert json.loads(config.read_text())["dtype"] == "float32"
 
 
 def test_no_file_names_a_folder_it_was_made_in():
@@ -72,12 +75,17 @@ def test_a_lora_loads_in_stock_diffusers_and_changes_the_picture(pipe, file):
         pipe.unload_lora_weights()
 
 
-def test_a_testbed_of_loras_is_bundled():
+@pytest.mark.parametrize(("files", "base"), [(LORAS, "pocket"), (FLUX, "pocket-flux")], ids=["pocket", "pocket-flux"])
+def test_a_testbed_of_loras_is_bundled(files, base):
     kinds = Counter()
-    for file in LORAS:
+    for file in files:
         with safe_open(file, "pt") as opened:
             facts = opened.metadata()
+        assert facts["base"] == base and facts["trigger_words"] and facts["title"]
         kinds[facts["category"]] += 1
         picture = Image.open(io.BytesIO(base64.b64decode(facts["preview"])))
         assert picture.format == "PNG" and max(picture.size) <= 128
-    assert kinds["character"] >= 6 and all(kinds[kind] >= 3 for kind in ("clothing", "object", "place", "style"))
+    if base == "pocket":
+        assert kinds["character"] >= 6 and all(kinds[kind] >= 3 for kind in ("clothing", "object", "place", "style"))
+    else:
+        assert kinds["character"] >= 4 and kinds["place"] >= 2 and kinds["style"] >= 2 and kinds["object"] >= 1
