@@ -124,6 +124,8 @@ def authored(pairs):
         for path, name in ALONE.items():
             if path.startswith(f"{kind}.") and path.format(number) in left:
                 found[name.format(number)] = left.pop(path.format(number))
+    if "proj_out" in left:
+        found["final_layer.linear"] = left.pop("proj_out")
     assert not left, f"layers that this test cannot spell: {sorted(left)}"
     return found
 
