@@ -119,3 +119,9 @@ def switch(pipe, names, weights, *rest, tau=5):
     """Live: floor(((t-1) mod (k tau)) / tau) + 1 for t = 1, 2, ... (2402.16843, section 3.1)."""
     k = len(names)
     return each(pipe, names, weights, *rest, combine=lambda i, p: p(int(((i + 1 - 1) % (k * tau)) / tau)))
+
+
+def psnr(a, b):
+    """dB between two pictures of 8 bits."""
+    error = np.mean((np.asarray(a, dtype=float) - np.asarray(b, dtype=float)) ** 2)
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)

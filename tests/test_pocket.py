@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from composition import Engine, Lora, Request, samplers
+from tests.reference import psnr
 
 POCKET = Path(str(files("assets"))) / "pocket"
 PROMPT = "a raccoon and an owl on the moon"
@@ -25,12 +26,6 @@ def pipe():
     pipe = StableDiffusionPipeline.from_pretrained(POCKET / "sd")
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def psnr(a, b):
-    """dB between two pictures of 8 bits."""
-    error = np.mean((np.asarray(a, dtype=float) - np.asarray(b, dtype=float)) ** 2)
-    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
 
 
 def picture(pipe, seed=7, **call):

@@ -3,7 +3,6 @@
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -11,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from composition import Engine, Lora, Request
 from composition import files as lora_files
+from composition.request import Refused
 from retrieval.scores import Judge
+from tests.reference import psnr
 
 POCKET = Path(str(files("assets"))) / "pocket"
 LORAS = sorted((POCKET / "flux-loras").glob("*.safetensors"))
@@ -30,12 +31,6 @@ def pipe():
     pipe = FluxPipeline.from_pretrained(POCKET / "flux", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def psnr(a, b):
-    """dB between two pictures of 8 bits."""
-    error = np.mean((np.asarray(a, dtype=float) - np.asarray(b, dtype=float)) ** 2)
-    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
 
 
 def picture(pipe, prompt=PROMPT, seed=7, length=64):
@@ -85,8 +80,6 @@ def test_every_bundled_lora_applies_whole_and_shows(engine):
 
 
 def test_a_lora_of_the_other_pocket_is_refused_in_plain_words(engine):
-    from composition.request import Refused
-
     with pytest.raises(Refused, match="this base is FLUX"):
         engine.inspect(str(POCKET / "loras" / "raccoon.safetensors"))
 
@@ -143,6 +136,23 @@ def spelled(pairs, layout):
         if layout in ("kohya", "onetrainer"):
             tensors[f"{head}.alpha"] = torch.tensor(float(down.shape[0]))
     return tensors
+
+
+def test_its_attention_as_xlabs_writes_it_is_the_same_update(engine, tmp_path):
+    """XLabs trains attention of the double blocks alone: 1 is the picture's side, 2 the text's."""
+    file, pairs, tensors = tmp_path / "xlabs.safetensors", own(LORAS[0]), {}
+    for name, (down, up) in authored(pairs).items():
+        block, _, layer = name.rpartition(f".{name.split('.')[2]}.") if name.startswith("double_blocks") else ("", "", "")
+        if layer in ("qkv", "proj"):
+            head = f"{block}.processor.{layer}_lora{1 if '.img_attn.' in name else 2}"
+            tensors |= {f"{head}.down.weight": down, f"{head}.up.weight": up}
+    save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+    read = lora_files.read(file, {"transformer": engine.backbone.denoiser}, "flux")
+    found = read.factors["transformer"]
+    assert read.receipt.layout == "xlabs" and read.receipt.applied == len(tensors) == 4 * 2 * 3
+    assert set(found) == {path for path in pairs if path.startswith("transformer_blocks") and ".attn." in path}
+    for path, one in found.items():
+        torch.testing.assert_close(one.up @ one.down, pairs[path][1] @ pairs[path][0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["kohya", "bfl", "onetrainer"])

@@ -143,7 +143,10 @@ class Teacher:
 
     @torch.no_grad()
     def velocity(self, latents: torch.Tensor, noise: torch.Tensor, steps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) from the autoencoder's own latents, noise in the units of the second base, CLIP's tokens (B, 32)."""
+        """Its noise - latents (B, C, h, w), in the second base's units: shifted, scaled.
+
+        latents: as the autoencoder makes them; noise: of unit variance, both (B, C, h, w); steps: (B,); tokens: CLIP's (B, 32).
+        """
         a, b = self.kept[steps][:, None, None, None].sqrt(), (1 - self.kept[steps])[:, None, None, None].sqrt()
         mixed = a * latents + b * noise
         words = self.text(tokens).last_hidden_state.bfloat16()
@@ -152,7 +155,7 @@ class Teacher:
 
 
 def spell(t5: T5EncoderModel, words: T5Tokenizer, clip: CLIPTextModel, clip_tokenizer: CLIPTokenizer) -> None:
-    """Write T5's embedding: for each piece the state that CLIP has at its last token, with a mean square of 1."""
+    """Write T5's embedding (pieces, D): for each piece the state (D,) that CLIP has at its last token, with a mean square of 1."""
     pieces = [piece.lstrip("▁") for piece in words.convert_ids_to_tokens(range(len(words)))]
     known = [number for number, piece in enumerate(pieces) if piece and number >= len(unigram.SPECIAL)]
     tokens = clip_words.ids(clip_tokenizer, [pieces[number] for number in known])
@@ -167,17 +170,17 @@ def velocity(model: FluxTransformer2DModel, noisy, s, states, pooled, image_ids)
     return model(noisy, states, pooled, s, image_ids, ids, return_dict=False)[0]
 
 
-def train(world: World, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, teacher: Path, work: Path, *, minutes: float,
+def train(world: World, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, first: Path, work: Path, *, minutes: float,
           device: torch.device, size: int = 64, average: float = 0.998, start: int = 24_576, refresh: int = 4_096,
           compiled: bool = True, **shape: int) -> Flow:  # fmt: skip
     """Train or resume; the checkpoint is ``work/flux.pt``. Returns the averaged weights.
 
-    vae: with shift and scale in its config (`settle`). teacher: the folder of the first base, whose autoencoder and CLIP
+    vae: with shift and scale in its config (`settle`). first: the folder of the first base, the teacher, whose autoencoder and CLIP
     tokenizer these are.
     """
     vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    model, master = build(vae, clip, t5, **shape), Teacher(teacher, vae, device, compiled)
-    model.text.clip.load_state_dict(master.text.state_dict())
+    model, teacher = build(vae, clip, t5, **shape), Teacher(first, vae, device, compiled)
+    model.text.clip.load_state_dict(teacher.text.state_dict())
     spell(model.text.t5, t5, model.text.clip, clip)
     model.to(device)
     loop = Loop(model, work / "flux.pt", minutes=minutes, peak=1.5e-3, cool=0.35, average=average, hidden=hidden)
@@ -194,10 +197,10 @@ def train(world: World, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer
         length = next(padded)
         part = len(latents) // FEWER.get(length, 1)
         latents, tokens = latents[:part], tokens[:part]
-        steps, s = master.levels(part)
+        steps, s = teacher.levels(part)
         noise = torch.randn_like(latents)
-        goal = master.velocity(latents, noise, steps, tokens[:, : clip_words.LENGTH])
-        noisy = torch.lerp((latents - master.shift) * master.scale, noise, s[:, None, None, None])
+        goal = teacher.velocity(latents, noise, steps, tokens[:, : clip_words.LENGTH])
+        noisy = torch.lerp((latents - teacher.shift) * teacher.scale, noise, s[:, None, None, None])
         with torch.autocast(device.type, torch.bfloat16):
             states, pooled = model.text(tokens, length)
             guess = call(model.transformer, pack(noisy), s, states, pooled, image_ids)
