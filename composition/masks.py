@@ -1,7 +1,8 @@
-"""Attention maps to masks: which concept owns which part of the picture (CLoRA, arXiv 2403.19776, section 3).
+"""Maps to masks: which concept owns which part of the picture (CLoRA, arXiv 2403.19776, section 3).
 
-Shapes: maps (B, T, h, w), T tokens of one concept; masks (B, K, h, w), K concepts, 0 to 1, without the base, which owns what
-nobody claims.
+A map says where a concept's words are looked at, or how much its LoRA changes there what the base alone predicts.
+Shapes: maps (B, T, h, w), T tokens of one concept; strengths and masks (B, K, h, w), K concepts, masks 0 to 1, without the base, which
+owns what nobody claims.
 """
 
 from collections.abc import Sequence
@@ -31,6 +32,28 @@ def claimed(maps: Float[Tensor, "B T h w"], threshold: float) -> Float[Tensor, "
     return (maps > threshold * peak).any(1).to(maps.dtype)
 
 
+def changes(values: Float[Tensor, "N R B C H W"], size: tuple[int, int]) -> Float[Tensor, "B K h w"]:
+    """How much each concept's pass changes the base's prediction, place by place, float32 (float64 stays).
+
+    values: the base's pass first, then the K = N - 1 concepts'. It is the positive row's difference, as a root mean square over the
+    channels, averaged over the places of the grid `size`.
+    """
+    rows = values[:, -1].to(torch.promote_types(values.dtype, torch.float32))
+    apart = (rows[1:] - rows[:1]).square().mean(2).sqrt()
+    return F.adaptive_avg_pool2d(apart.transpose(0, 1), size)
+
+
+def standing(strength: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
+    """How far a place stands out from each concept's mean over the picture, in its standard deviations; 0 for a constant one."""
+    mean, spread = strength.mean((-2, -1), keepdim=True), strength.std((-2, -1), keepdim=True, correction=0)
+    return (strength - mean) / (spread + EPSILON)
+
+
+def leading(strength: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
+    """1 for the concept of greatest strength at a place (the first, when equal), 0 for the others."""
+    return torch.zeros_like(strength).scatter_(1, strength.argmax(1, keepdim=True), 1.0)
+
+
 def closed(masks: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
     """Holes and clefts of one place filled: dilated, then eroded, by 3 x 3; beyond the border nothing is claimed."""
     wide = F.max_pool2d(F.pad(masks, (2, 2, 2, 2)), 3, 1, 1)
@@ -44,8 +67,7 @@ def grown(masks: Float[Tensor, "B K h w"], places: int) -> Float[Tensor, "B K h 
 
 def parted(masks: Float[Tensor, "B K h w"], strength: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
     """Where several claim a place, only the one of greatest strength keeps it (the first, when equal)."""
-    best = torch.where(masks > 0, strength, -1.0).argmax(1, keepdim=True)
-    return masks * torch.zeros_like(masks).scatter_(1, best, 1.0)
+    return masks * leading(torch.where(masks > 0, strength, -1.0))
 
 
 def resized(masks: Float[Tensor, "B K h w"], size: tuple[int, int], *, soft: float = 0.0) -> Float[Tensor, "B K H W"]:

@@ -84,6 +84,19 @@ def test_a_lora_of_the_other_pocket_is_refused_in_plain_words(engine):
         engine.inspect(str(POCKET / "loras" / "raccoon.safetensors"))
 
 
+def test_two_animals_have_places_of_their_own(engine):
+    """Neither is a word that the base knows. By what each LoRA changes, places part, and both animals are found more often than by Merge."""
+    judge, pair = Judge.open(str(POCKET / "clip")), ("raccoon", "owl")
+    found = {}
+    for method in ("merge", "clora-fast"):
+        made = engine.run(Request("a raccoon and an owl in the snow", loras=[Lora(name) for name in pair], method=method, seed=41, count=6))
+        found[method] = int(judge.present(made.images, ["a raccoon", "an owl"]).all(1).sum())
+    masks = [torch.tensor(made.notes["masks"][name]["mask"]).float() / 255 for name in pair]
+    assert made.notes["clora"]["maps"] == "change" and float((masks[0] * masks[1]).max()) == 0
+    assert all(0.1 < float(mask.mean()) < 0.9 for mask in masks)
+    assert found["clora-fast"] >= max(4, found["merge"] + 1), found
+
+
 # The layers of the authors' code that hold several of diffusers', by the rules of BFL's reference code; each other one stands alone.
 FUSED = {
     "transformer_blocks.{}.attn": (("double_blocks.{}.img_attn.qkv", ("to_q", "to_k", "to_v")),

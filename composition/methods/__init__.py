@@ -56,6 +56,8 @@ class Method:
             except ValidationError as error:
                 raise Refused(f"option {name} of method {self.name!r}: {explain(error)}") from None
             bounds = known[name].metadata
+            if read[name] is None:
+                continue
             if "ge" in bounds and read[name] < bounds["ge"] or "le" in bounds and read[name] > bounds["le"]:
                 raise Refused(f"option {name} of method {self.name!r} is {read[name]}; it must lie between "
                               f"{bounds.get('ge', '-inf')} and {bounds.get('le', 'inf')}")

@@ -3,7 +3,8 @@
 N + 1 passes a step: the base with a plain prompt, and each concept's LoRA with its trigger words at its own place. Early, the latents
 are moved so that attention maps of one concept agree over the passes and those of different concepts part (NT-Xent, equation 4). A mask
 for each concept from its own pass (equation 5) then fuses the predictions before guidance. LoRAs bound to nothing are on in every pass.
-`reference` does what the authors' code does where it parts from this: maps of both guidance rows, a constant step, no early stop, no
+In joint attention (SD 3, FLUX) a LoRA's place is by default where its pass changes the base's prediction most: the words' maps tell
+little there of words that the base does not know. `reference` does what the authors' code does where it parts from this: maps of both guidance rows, a constant step, no early stop, no
 closing of masks.
 """
 
@@ -26,21 +27,31 @@ from composition.sampler import Predict, Prediction, Step
 CLIP = 0.1  # an update's root mean square is at most this share of the latents'
 RELATIVE = 0.02  # the update's root mean square over the latents', for latents other than Stable Diffusion's
 DEFAULT_STEP = 20.0
+UNTIL, REFINE, ROUNDS = 0.5, "0,0.2,0.4", 20
+JOINT_UNTIL, JOINT_REFINE, JOINT_ROUNDS = 0.15, "0,0.07", 5  # in joint attention
+BREADTH = 1 / 8  # the blur of maps of change, as a share of the picture's shorter side
 
 
 @dataclass(frozen=True)
 class Options:
     update: bool = field(default=True, metadata={"help": "Move the latents so that the concepts' attention parts."})
-    until: float = field(default=0.5, metadata={"ge": 0.0, "le": 1.0, "help": "Share of the steps in which the latents are moved."})
-    refine: str = field(default="0,0.2,0.4", metadata={"help": "Shares of the steps at which they are moved many times; empty: none."})
-    rounds: int = field(default=20, metadata={"ge": 0, "le": 1000, "help": "How many more times, at most."})
+    until: float | None = field(default=None, metadata={"ge": 0.0, "le": 1.0, "help":
+        "Share of the steps in which the latents are moved; empty: 0.5, and 0.15 for SD 3 and FLUX, which settle a layout early."})
+    refine: str | None = field(default=None, metadata={"help":
+        "Shares of the steps at which they are moved many times; empty: 0,0.2,0.4, and 0,0.07 for SD 3 and FLUX."})
+    rounds: int | None = field(default=None, metadata={"ge": 0, "le": 1000, "help":
+        "How many more times, at most; 0: none; empty: 20, and 5 for SD 3 and FLUX."})
     stop: float = field(default=0.3, metadata={"ge": 0.0, "le": 1.0, "help":
         "No more moves in a step once the loss has come this near its least value; 1 is where all maps are equal. 0: never."})
     step_size: float = field(default=0.0, metadata={"ge": 0.0, "le": 1000.0, "help":
         "Of a move; 0: 20 for Stable Diffusion, as the paper has it, and relative to the latents elsewhere."})
     temperature: float = field(default=0.5, metadata={"ge": 0.01, "le": 10.0, "help": "Of the contrastive loss."})
+    maps: Literal["auto", "attention", "change"] = field(default="auto", metadata={"help":
+        "What tells a concept's place: where its words are looked at, or where its LoRA changes the base's prediction most. auto: "
+        "attention, and change for SD 3 and FLUX."})
     threshold: float = field(default=0.4, metadata={"ge": 0.0, "le": 1.0, "help": "Share of a map's maximum from which a place is the concept's."})
-    smooth: float = field(default=0.0, metadata={"ge": 0.0, "le": 8.0, "help": "Blur of the maps, in their own places."})
+    smooth: float | None = field(default=None, metadata={"ge": 0.0, "le": 8.0, "help":
+        "Blur of the maps, in their own places; empty: none, and an eighth of the picture's shorter side for maps of change."})
     closing: bool = field(default=True, metadata={"help": "Fill holes and clefts of a mask."})
     grow: int = field(default=0, metadata={"ge": 0, "le": 32, "help": "Places of the maps' grid by which a mask is widened on every side."})
     overlap: Literal["average", "argmax"] = field(default="average", metadata={"help":
@@ -71,9 +82,14 @@ class _Course:
         self.scene = taken_apart(run)
         self.layers = run.backbone.watched()
         self.positions = positions(run, self.scene)
-        self.refined = shares(options.refine)
+        until, refine, rounds = (JOINT_UNTIL, JOINT_REFINE, JOINT_ROUNDS) if run.backbone.joint else (UNTIL, REFINE, ROUNDS)
+        self.until = until if options.until is None else options.until
+        self.rounds = rounds if options.rounds is None else options.rounds
+        self.refined = shares(refine if options.refine is None else options.refine)
+        self.by_change = options.maps == "change" or options.maps == "auto" and bool(run.backbone.joint) and not options.reference
         self.losses: list[list[float]] = []
-        run.notes["clora"] = {"prompts": list(self.scene.prompts), "everywhere": list(self.scene.everywhere), "loss": self.losses}
+        run.notes["clora"] = {"prompts": list(self.scene.prompts), "everywhere": list(self.scene.everywhere), "loss": self.losses,
+                              "maps": "change" if self.by_change else "attention"}
 
     def predict(self, step: Step) -> Prediction:
         run = self.run
@@ -83,24 +99,21 @@ class _Course:
             return Prediction(run.guide(run.denoise(step)), step.latents)
         passes = passes_of(run, self.scene, live, concepts)
         step, values, maps = self._moved(step, passes, concepts)
-        places = self._masks(step, maps, concepts)
-        size = grid(step, 0)
-        shared = masks.shares(masks.resized(places, size, soft=self.options.soft)).to(values.dtype)
+        shared = shared_places(step, self._masks(step, values, maps, concepts), self.options.soft)
         if step.index < self.options.masks_from * step.count:
             shared = torch.full_like(shared, 1 / shared.shape[1])
-        fused = torch.einsum("bshw,srbchw->rbchw", shared, values)
-        return Prediction(run.guide(fused), step.latents)
+        return Prediction(run.guide(fused(values, shared)), step.latents)
 
     # moving the latents --------------------------------------------------------------------------------------------------
 
     def _moved(
         self, step: Step, passes: Sequence[Pass], concepts: Sequence[int]
-    ) -> tuple[Step, Float[Tensor, "N R B C H W"], Float[Tensor, "N B L h w"]]:
-        """The step after its moves, and the predictions and maps asked last."""
+    ) -> tuple[Step, Float[Tensor, "N R B C H W"], Float[Tensor, "N B L h w"] | None]:
+        """The step after its moves, and the predictions and maps asked last; no maps where nobody needs them."""
         options, rows = self.options, "all" if self.options.reference else "positive"
         kinds = self._kinds(concepts)
-        guided = options.update and len(concepts) > 1 and step.index < options.until * step.count
-        moves = (1 + options.rounds * (step.index in {int(share * step.count) for share in self.refined})) if guided else 0
+        guided = options.update and len(concepts) > 1 and step.index < self.until * step.count
+        moves = (1 + self.rounds * (step.index in {int(share * step.count) for share in self.refined})) if guided else 0
         least, flat = contrast.bounds(kinds, options.temperature) if guided else (0.0, 1.0)
         values = maps = None
         told: list[float] = []
@@ -120,6 +133,8 @@ class _Course:
                 values = None
         if told:
             self.losses.append(told)
+        if self.by_change:
+            return step, self.run.denoise_passes(step, passes) if values is None else values, None
         if values is None or maps is None:
             values, maps = self.run.denoise_watched(step, passes, self.layers, rows)
         return step, values, maps.mean(1)
@@ -177,11 +192,16 @@ class _Course:
 
     # masks ---------------------------------------------------------------------------------------------------------------
 
-    def _masks(self, step: Step, maps: Float[Tensor, "N B L h w"], concepts: Sequence[int]) -> Float[Tensor, "B K h w"]:
+    def _masks(
+        self, step: Step, values: Float[Tensor, "N R B C H W"], maps: Float[Tensor, "N B L h w"] | None, concepts: Sequence[int]
+    ) -> Float[Tensor, "B K h w"]:
         """Each concept's mask from its own pass, or its own region; told in the notes as they are at the last step."""
-        own = [self._smoothed(maps[index + 1][:, self.positions[c][c + 1]]) for index, c in enumerate(concepts)]
         names = [self.scene.concepts[c] for c in concepts]
-        places, strength = placed_by(own, self.options, names, self.run)
+        if maps is None:
+            places, strength = placed_by_change(self.run, step, values, self.options, names)
+        else:
+            own = [self._smoothed(maps[index + 1][:, self.positions[c][c + 1]]) for index, c in enumerate(concepts)]
+            places, strength = placed_by(own, self.options, names, self.run)
         tell(self.run, names, strength, places)
         return places
 
@@ -226,13 +246,43 @@ def shares(text: str) -> list[float]:
 def placed_by(
     own: Sequence[Float[Tensor, "B _T h w"]], options: Any, names: Sequence[str], run: Run
 ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, "B K h w"]]:
-    """(masks, strength) of concepts from the maps of their tokens: threshold, closing, regions, overlap.
+    """(masks, strength) of concepts from the attention maps of their tokens: threshold, closing, regions, overlap.
 
     strength: each concept's strongest token, its map from 0 to 1.
     """
-    plain = getattr(options, "reference", False)
     found = torch.stack([masks.claimed(maps, options.threshold) for maps in own], 1)
     strength = torch.stack([masks.normalised(maps.amax(1)) for maps in own], 1)
+    return settled(found, strength, options, names, run), strength
+
+
+def placed_by_change(
+    run: Run, step: Step, values: Float[Tensor, "N R B C H W"], options: Any, names: Sequence[str]
+) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, "B K h w"]]:
+    """(masks, strength) of concepts from what their passes change in the base's prediction, which comes first in `values`.
+
+    A place is the concept's whose change stands out most there, if it reaches the threshold's share of that concept's most. Who has a
+    region contends inside it alone, and in one that replaces its mask against nobody. strength: each concept's change from 0 to 1.
+    """
+    size = grid(step, run.backbone.cross_attention()[run.backbone.watched()[0]])
+    change = masks.changes(values, size)
+    smooth = BREADTH * min(size) if options.smooth is None else options.smooth
+    change = masks.blurred(change, smooth) if smooth else change
+    strength, standing = masks.normalised(change), masks.standing(change)
+    loras = dict(zip(run.names, run.request.loras, strict=True))
+    for k, name in enumerate(names):
+        if loras[name].region is not None:
+            own = masks.region(loras[name], size).to(change) > 0
+            inside = torch.inf if options.regions == "replace" else standing[:, k]
+            standing[:, k] = torch.where(own, inside, -torch.inf)
+    found = masks.leading(standing) * (strength > options.threshold)
+    return settled(found, strength, options, names, run), strength
+
+
+def settled(
+    found: Float[Tensor, "B K h w"], strength: Float[Tensor, "B K h w"], options: Any, names: Sequence[str], run: Run
+) -> Float[Tensor, "B K h w"]:
+    """The claims as masks: closed, grown, with the users' regions, and parted where they meet, as the options say."""
+    plain = getattr(options, "reference", False)
     if options.closing and not plain:
         found = masks.closed(found)
     if options.grow and not plain:
@@ -242,7 +292,17 @@ def placed_by(
     if options.overlap == "argmax" and not plain:
         said = strength.new_tensor([loras[name].region is not None for name in names])[:, None, None]
         found = masks.parted(found, strength + 2 * said)  # a user's own region goes before what the maps say
-    return found, strength
+    return found
+
+
+def shared_places(step: Step, places: Float[Tensor, "B K h w"], soft: float) -> Float[Tensor, "B K1 H W"]:
+    """The base's and each concept's share of every place of the latents."""
+    return masks.shares(masks.resized(places, grid(step, 0), soft=soft)).to(step.latents.dtype)
+
+
+def fused(values: Float[Tensor, "N R B C H W"], shared: Float[Tensor, "B N H W"]) -> Float[Tensor, "R B C H W"]:
+    """The passes' predictions, each by its share of the place."""
+    return torch.einsum("bshw,srbchw->rbchw", shared.to(values.dtype), values)
 
 
 def bounded(found: Float[Tensor, "B K h w"], names: Sequence[str], run: Run, *, intersect: bool) -> Float[Tensor, "B K h w"]:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from composition import Engine, Lora, Refused, masks
-from composition.methods import clora
+from composition.methods import clora, clora_fast
 from composition.run import Run
 from composition.sampler import Step
 from tests import reference, toys
@@ -131,10 +131,14 @@ def test_a_move_lowers_the_loss_in_every_samplers_scale(case, sampler):
 
 def test_moves_are_made_early_and_refined_and_stop_when_the_loss_is_low(case):
     engine, loras = case
-    told = engine.run(asked("clora", loras, {"stop": 0.0, "rounds": 2, "refine": "0,0.5"}, steps=8)).notes["clora"]
+    told = engine.run(asked("clora", loras, {"stop": 0.0, "until": 0.5, "rounds": 2, "refine": "0,0.5"}, steps=8)).notes["clora"]
     assert [len(losses) for losses in told["loss"]] == [3, 1, 1, 1]  # half of 8 steps, refined at 0 (and at 4, which is not early)
-    told = engine.run(asked("clora", loras, {"stop": 1.0}, steps=8)).notes["clora"]
+    told = engine.run(asked("clora", loras, {"stop": 1.0, "until": 0.5}, steps=8)).notes["clora"]
     assert [len(losses) for losses in told["loss"]] == [1, 1, 1, 1]
+    course = inside(engine, loras, lambda run, step: clora._Course(run, clora.Options()))  # as the paper has it, or FLUX needs it
+    assert (course.until, course.rounds, course.refined) == ((0.15, 5, [0, 0.07]) if engine.backbone.joint else (0.5, 20, [0, 0.2, 0.4]))
+    course = inside(engine, loras, lambda run, step: clora._Course(run, clora.Options(until=0.0, rounds=0, refine="")))
+    assert (course.until, course.rounds, course.refined) == (0, 0, [])
     assert engine.run(asked("clora", loras, {"update": False})).notes["clora"]["loss"] == []
     with pytest.raises(Refused, match="refine"):
         engine.run(asked("clora", loras, {"refine": "0,two"}))
@@ -143,9 +147,9 @@ def test_moves_are_made_early_and_refined_and_stop_when_the_loss_is_low(case):
 def test_reference_does_what_the_released_code_does(case):
     """No early stop, all rounds; both guidance rows in the maps; a constant step of 20."""
     engine, loras = case
-    told = engine.run(asked("clora", loras, {"reference": True, "rounds": 2}, steps=5, negative="an owl")).notes["clora"]
-    assert [len(losses) for losses in told["loss"]] == [3, 3, 3]
-    own = engine.run(asked("clora", loras, {"stop": 0.0, "rounds": 2}, steps=5, negative="an owl")).notes["clora"]
+    told = engine.run(asked("clora", loras, {"reference": True, "until": 0.5, "rounds": 2}, steps=5, negative="an owl")).notes["clora"]
+    assert [len(losses) for losses in told["loss"]] == ([3, 1, 1] if engine.backbone.joint else [3, 3, 3]) and told["maps"] == "attention"
+    own = engine.run(asked("clora", loras, {"stop": 0.0, "until": 0.5, "rounds": 2}, steps=5, negative="an owl")).notes["clora"]
     assert own["loss"][0][0] != told["loss"][0][0]
 
 
@@ -161,6 +165,63 @@ def test_7_not_square(case, method):
     left = [replace(loras[0], region=(0.0, 0.0, 0.5, 1.0)), loras[1]]
     mask = engine.run(asked(method, left, options, size=(48, 32))).notes["masks"][left[0].name]["mask"]
     assert all(row == [255] * (len(row) // 2) + [0] * (len(row) // 2) for row in mask)
+
+
+def placed_values(step, shape=(8, 16)):
+    """Values (3, 1, 1, C, *shape) in which the first LoRA changes a spot on the left most, and the second one on the right."""
+    values = torch.zeros(3, 1, 1, step.latents.shape[1], *shape, dtype=torch.float64)
+    values[1, ..., 2:6, 1:5], values[2, ..., 2:6, 11:15] = 2.0, -0.3
+    return values
+
+
+@pytest.mark.parametrize("maps", ["change", "auto"])
+def test_by_change_a_place_is_the_loras_that_changes_it_most(case, maps):
+    """Whatever their strengths; where neither changes much it is the base's; a region replaces or cuts, and the other gets the rest."""
+    engine, loras = case
+
+    def body(run, step):
+        options = clora.Options(maps=maps, smooth=0.0)
+        wide = step._replace(latents=step.latents.new_zeros(1, step.latents.shape[1], 8, 16))
+        level = engine.backbone.cross_attention()[engine.backbone.watched()[0]]
+        names = list(run.names[:2])
+        values = placed_values(step)
+        places, strength = clora.placed_by_change(run, wide, values, options, names)
+        assert places.shape == (1, 2, -(-8 // 2**level), -(-16 // 2**level)) and places.sum(1).max() == 1
+        across = torch.arange(places.shape[-1], dtype=torch.float64)
+        centre = (places.sum(-2) * across).sum(-1) / places.sum((-2, -1))
+        assert centre[0, 0] < across.mean() - 1 < across.mean() + 1 < centre[0, 1]
+        assert float(strength.amax()) == pytest.approx(1, abs=1e-3) and places.sum() < places[0, 0].numel()
+
+    inside(engine, loras, body)
+    told = engine.run(asked("clora", loras[:2], {"update": False, "maps": maps})).notes["clora"]["maps"]
+    assert told == ("change" if maps == "change" or engine.backbone.joint else "attention")
+
+
+@pytest.mark.parametrize("regions", ["replace", "intersect"])
+def test_by_change_with_a_region_the_other_contends_for_the_rest(case, regions):
+    engine, loras = case
+    halves = [replace(loras[0], region=(0.5, 0.0, 1.0, 1.0)), loras[1]]
+    names = asked("clora-fast", halves).names
+    told = engine.run(asked("clora-fast", halves, {"ask": "change", "regions": regions, "threshold": 0.0})).notes["masks"]
+    first, second = (torch.tensor(told[name]["mask"]).float() / 255 for name in names)
+    middle = first.shape[1] // 2
+    assert first[:, :middle].eq(0).all() and float((first * second).max()) == 0
+    if regions == "replace":
+        assert first[:, middle:].eq(1).all() and second[:, :middle].mean() > 0.9  # all but the place of its least change
+    else:
+        assert 0 < first[:, middle:].mean() < 1
+
+
+def test_by_change_the_fast_one_reads_thrice_and_is_clora_there(case):
+    """Three steps, all of them readings: CLoRA without moves. Seven: three of them cost the base and every LoRA, four one evaluation."""
+    engine, loras = case
+    same = {"overlap": "argmax", "threshold": 0.2}
+    fast = laws.latents(engine, asked("clora-fast", loras, {"ask": "change", "read": 1.0, **same}, steps=3))
+    laws.same(fast, laws.latents(engine, asked("clora", loras, {"maps": "change", "update": False, **same}, steps=3)))
+    notes = engine.run(asked("clora-fast", loras, {"ask": "change", "read": 0.4}, steps=7)).notes
+    assert notes["evaluations"] == 3 * (len(loras) + 1) + 4
+    assert clora_fast.readings(0.3, 25) == {0, 3, 7} and clora_fast.readings(0.0, 25) == {0} and clora_fast.readings(0.3, 4) == {0, 1}
+    assert clora_fast.readings(1.0, 28) == {0, 13, 27}
 
 
 def test_8_a_lora_of_the_denoiser_alone(engines, tmp_path):

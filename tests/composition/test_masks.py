@@ -21,6 +21,35 @@ def test_10_a_constant_map_gives_no_nan():
     assert masks.claimed(torch.zeros(1, 1, 4, 4), 0.4).eq(0).all()
 
 
+@pytest.mark.parametrize("size", [(4, 6), (2, 3), (1, 2)])
+def test_changes_are_the_positive_rows_difference_to_the_base(size):
+    """By loops over places and channels, on a picture of 4 x 6 places; what the negative row does is nothing to it."""
+    values = torch.randn(3, 2, 2, 5, 4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)  # N R B C H W
+    found = masks.changes(values, size)
+    assert found.shape == (2, 2, *size)
+    tall, wide = 4 // size[0], 6 // size[1]
+    for b, k, y, x in np.ndindex(*found.shape):
+        inside = []
+        for i, j in np.ndindex(tall, wide):
+            apart = values[k + 1, 1, b, :, y * tall + i, x * wide + j] - values[0, 1, b, :, y * tall + i, x * wide + j]
+            inside.append(float(sum(float(c) ** 2 for c in apart) / 5) ** 0.5)
+        assert float(found[b, k, y, x]) == pytest.approx(sum(inside) / len(inside), rel=1e-12)
+    other = values.clone()
+    other[:, 0] += 1
+    assert masks.changes(other, size).equal(found)
+
+
+def test_a_place_is_led_by_whose_strength_stands_out_there_however_strong_it_is():
+    """Two spots of equal shape, one concept ten times as strong as the other, which never is the larger of the two."""
+    strength = torch.full((1, 2, 4, 8), 1.0)
+    strength[0, 0, 1:3, 1:3], strength[0, 1, 1:3, 5:7] = 1.2, 1.2
+    strength[0, 0] *= 10
+    found = masks.leading(masks.standing(strength))
+    assert found.sum(1).eq(1).all(), "somebody leads everywhere, and nobody beside him"
+    assert found[0, 0, 1:3, 1:3].eq(1).all() and found[0, 1, 1:3, 5:7].eq(1).all()
+    assert masks.standing(torch.full((1, 1, 4, 4), 3.0)).eq(0).all()
+
+
 def test_closed_fills_a_hole_and_keeps_what_is_apart():
     ring = torch.zeros(1, 1, 7, 7)
     ring[0, 0, 1:4, 1:4] = 1
