@@ -110,12 +110,12 @@ def generate(
     with make.open_engine(request.model, place) as engine:
         request = _triggered(request, engine, say) if triggers else request
         request = _pinned(request, engine, say).settled(*engine.backbone.usual)
-        made = []
+        made, drawn_places = [], []
         with make.bench(engine, request.length * request.count, err) as at:
             for path, result in make.pictures(at, request, out_dir):
                 made.append((path, result))
                 if masks:
-                    make.places(path, result)
+                    drawn_places.append(make.places(path, result))
                 if found and len(made) == 1:
                     for line in make.reproduction(found, dict(zip(request.names, result.receipts, strict=True))):
                         err.print(Text(line, style="yellow"))
@@ -127,7 +127,9 @@ def generate(
         out.print(Text(line))
     for path, result in made:
         out.print(Text(f"{path}  seed {result.request.seed}, {sum(result.seconds.values()):.1f} s"))
-    if masks and not made[0][1].notes.get("masks"):
+    for sheet in filter(None, drawn_places):
+        out.print(Text(f"{sheet}  where each LoRA acts"))
+    if masks and not any(drawn_places) and not made[0][1].notes.get("no regions"):
         out.print(Text(f"no masks: method {request.method} places nothing here; clora, clora-fast and regions do", style="yellow"))
 
 

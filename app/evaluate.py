@@ -12,7 +12,7 @@ from rich.text import Text
 
 from app import flags, make, record
 from app.show import printable, table
-from composition import Refused, Request
+from composition import Refused, Request, library
 
 if TYPE_CHECKING:
     from app.evaluation.run import Outcome, Wishes
@@ -51,7 +51,7 @@ def evaluate(
     references: Annotated[int, typer.Option(min=0, max=64, help="Pictures of each LoRA alone, for CLIP-I; 0 for none.")] = 4,
     fail_below: Annotated[list[str] | None, typer.Option(metavar="[METHOD:]METRIC=VALUE", help="Exit code 1 when a mean is below. "
                                                          "Repeat for more.")] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="The base, as for generate.")] = "pocket",
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The base, as for generate (a bundled testbed's own, else pocket).")] = None,
     prefix: Annotated[str, typer.Option(help="Put before every prompt; not scored.")] = "",
     negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
@@ -73,6 +73,7 @@ def evaluate(
     if (manifest is None) == (testbed is None):
         raise Refused("give either a manifest or --testbed: medley evaluate --testbed pocket")
     record.ready(report)
+    model = model or (testbed if testbed in library.BUNDLED else "pocket")
     make.prepare(model, judge=judge)
     bars = [_bar(text) for text in fail_below or []]
     wishes = _wishes(

@@ -1,4 +1,4 @@
-"""Where each concept is: the attention map and the mask of every LoRA, drawn over the picture."""
+"""Where each concept is: the map and the mask of every LoRA, drawn over the picture."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,10 +20,12 @@ def drawn(picture: Image.Image, notes: Mapping[str, Any]) -> list[tuple[Image.Im
         return []
     scale = max(1, -(-SIDE // max(picture.size)))
     base = picture.convert("RGB").resize((picture.width * scale, picture.height * scale), Image.Resampling.LANCZOS)
+    how = notes.get("clora")
+    changed = isinstance(how, Mapping) and how.get("maps") == "change"
     tiles = []
     for name, told in found.items():
         if "map" in told:
-            tiles.append((_heated(base, told["map"]), str(name), "where it is looked at"))
+            tiles.append((_heated(base, told["map"]), str(name), "what it changes" if changed else "where it is looked at"))
         tiles.append((_masked(base, told["mask"]), str(name), "its place"))
     return tiles
 

@@ -18,7 +18,7 @@ from app import settings
 from app.evaluation.charts import PALETTE
 from app.strip import FAINT, INK, PAPER
 from app.strip import font as lettering
-from composition import Lora, Refused, Request
+from composition import Lora, Refused, Request, library
 from composition.profile import Profile, ordered
 
 MEASURES, USUAL = ("change", "level"), "change"
@@ -37,7 +37,7 @@ def _name(tensor_sha256: str, model: str) -> str:
 
 def stored(tensor_sha256: str, model: str) -> Profile | None:
     """The profile of these tensors on this model: the user's own, else the bundled one; None when it was never measured."""
-    bundled = Path(str(files("assets"))) / model / "profiles" if "/" not in model and "\\" not in model else None
+    bundled = Path(str(files("assets"))) / "pocket/profiles" if model in library.BUNDLED else None
     for place in (folder(), bundled):
         path = place / _name(tensor_sha256, model) if place else None
         if path and path.is_file():
@@ -84,7 +84,9 @@ def pinned(request: Request, engine: Any) -> tuple[Request, str]:
         else:
             found[name] = profile
     if missing:
-        why = f"{', '.join(missing)} not profiled on this model (medley profile {missing[0]})"
+        model = "" if engine.name == Request("").model else f" --model {engine.name}"
+        verb = "is" if len(missing) == 1 else "are"
+        why = f"{', '.join(missing)} {verb} not profiled on this model (medley profile {' '.join(missing)}{model})"
         if asked:
             raise Refused(f"option order={asked}: {why}")
         return request, f"order by category: {why}"

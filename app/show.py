@@ -150,9 +150,12 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
         lines.append(f"the negative prompt was not read: {why}")
     if names := notes.get("acts everywhere in part"):
         lines.append(f"{', '.join(map(str, names))}: layers without a place (time embeddings) act on the whole picture")
+    if notes.get("no regions"):
+        lines.append("no LoRA has a region, so method regions is the same as merge: give them as in "
+                     '--lora \'{"source": "owl", "region": [0, 0, 0.5, 1]}\' (left, top, right, bottom, in fractions of the picture)')
     unread = notes.get("not read by this method")
     if isinstance(unread, Mapping):
-        lines += [f"{name}: {what} are not read by this method" for name, what in unread.items()]
+        lines += [f"{name}: {what} are not read by method {notes.get('method')}" for name, what in unread.items()]
     return lines
 
 
@@ -186,7 +189,8 @@ def tiles(console: Console, made: Sequence[Tile], sheet: Path) -> None:
         if tile.path is None:
             rows.add_row(tile.title, "", "", Text(f"not made: {printable(tile.refused)}", style="yellow"))
         else:
-            rows.add_row(tile.title, f"{tile.seconds:.1f}", str(tile.evaluations), Text(tile.path.name))
+            alike = " (no LoRA has a region: the same as Merge)" if tile.result and tile.result.notes.get("no regions") else ""
+            rows.add_row(tile.title, f"{tile.seconds:.1f}", str(tile.evaluations), Text(tile.path.name + alike))
     console.print(rows)
     console.print(Text(f"side by side: {sheet}"))
 

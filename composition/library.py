@@ -1,6 +1,6 @@
 """LoRA files by name: those bundled with a model, and those in the user's folders."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from importlib.resources import files as packaged
 from pathlib import Path
@@ -33,6 +33,16 @@ def find(source: str, model: str, folders: Sequence[Path] = ()) -> Path:
     if Path(source).exists():
         kind = "a folder" if Path(source).is_dir() else f"a {Path(source).suffix or 'nameless'} file"
         raise Refused(f"{source!r} is {kind}; a LoRA is a .safetensors file")
+    several = [name.strip() for name in source.split(",")]
+    if len(several) > 1 and all(name in known for name in several):
+        raise Refused(f"{source!r} is {len(several)} LoRAs: give each by itself (--lora {' --lora '.join(several)})")
+    for other in BUNDLED:
+        if other != model and source in {path.stem for path in files(other)}:
+            raise Refused(f"no LoRA is named {source!r} for this model, that one is made for {other}; {_there(known)}")
     near = get_close_matches(source, known, 3, 0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; there are {', '.join(sorted(known)) or 'none'}"
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; {_there(known)}"
     raise Refused(f"no LoRA is named {source!r} and no file is there{hint} (a folder of your own is named with --lora-dir)")
+
+
+def _there(known: Collection[str]) -> str:
+    return f"there are {', '.join(sorted(known)) or 'none'}"

@@ -116,7 +116,7 @@ def region(lora: Lora, size: tuple[int, int]) -> Float[Tensor, "h w"]:
             grey = np.asarray(image.convert("L").resize((size[1], size[0]), Image.Resampling.BOX), np.float32)
     except (OSError, UnidentifiedImageError) as error:
         raise Refused(f"the region of LoRA {lora.name}: {path} is no picture that can be read ({error.__class__.__name__}); give a box "
-                      "(x0, y0, x1, y1) in fractions of the picture, or the path of a black and white image") from None
+                      "[left, top, right, bottom] in fractions of the picture, as [0, 0, 0.5, 1] for its left half, or the path of a black and white image") from None
     return torch.from_numpy(grey.copy() / 255)
 
 

@@ -116,7 +116,8 @@ def _second(given: argparse.Namespace, stages: Sequence[str], world: World, minu
         seer, names = Judge.open(str(given.out / "clip"), given.device), [name for name in given.loras.split(",") if name in loras.FLUX]
         if "flux-loras" in stages:
             loras.make(pipe, world, names, files, given.work, plan=loras.FLUX_PLAN, judge=seer, base="pocket-flux")
-            testbed.write(given.out / "testbed-flux.json", names)
+            made = [name for name in loras.FLUX if (files / f"{loras.stem(name)}.safetensors").is_file()]
+            testbed.write(given.out / "testbed-flux.json", made)
             loras.profiled(pipe, names, files, given.out / "profiles", base="pocket-flux")
         if "flux-measure" in stages:
             _keep(given.work, "flux", measure.base_figures(pipe, seer, world))

@@ -3,8 +3,8 @@
 N + 1 passes a step: the base with a plain prompt, and each concept's LoRA with its trigger words at its own place. Early, the latents
 are moved so that attention maps of one concept agree over the passes and those of different concepts part (NT-Xent, equation 4). A mask
 for each concept from its own pass (equation 5) then fuses the predictions before guidance. LoRAs bound to nothing are on in every pass.
-In joint attention (SD 3, FLUX) a LoRA's place is by default where its pass changes the base's prediction most: the words' maps tell
-little there of words that the base does not know. `reference` does what the authors' code does where it parts from this: maps of both guidance rows, a constant step, no early stop, no
+In joint attention (SD 3, FLUX) a LoRA's place is by default where its pass changes the base's prediction most, and latents are not moved: the
+words' maps tell little there of words that the base does not know. `reference` does what the authors' code does where it parts from this: maps of both guidance rows, a constant step, no early stop, no
 closing of masks.
 """
 
@@ -28,7 +28,7 @@ CLIP = 0.1  # an update's root mean square is at most this share of the latents'
 RELATIVE = 0.02  # the update's root mean square over the latents', for latents other than Stable Diffusion's
 DEFAULT_STEP = 20.0
 UNTIL, REFINE, ROUNDS = 0.5, "0,0.2,0.4", 20
-JOINT_UNTIL, JOINT_REFINE, JOINT_ROUNDS = 0.15, "0,0.07", 5  # in joint attention
+JOINT_UNTIL, JOINT_REFINE, JOINT_ROUNDS = 0.0, "0,0.07", 5  # in joint attention, where moves were seen to cost the scene
 BREADTH = 1 / 8  # the blur of maps of change, as a share of the picture's shorter side
 
 
@@ -36,7 +36,7 @@ BREADTH = 1 / 8  # the blur of maps of change, as a share of the picture's short
 class Options:
     update: bool = field(default=True, metadata={"help": "Move the latents so that the concepts' attention parts."})
     until: float | None = field(default=None, metadata={"ge": 0.0, "le": 1.0, "help":
-        "Share of the steps in which the latents are moved; empty: 0.5, and 0.15 for SD 3 and FLUX, which settle a layout early."})
+        "Share of the steps in which the latents are moved; empty: 0.5, and none for SD 3 and FLUX, where moves cost the scene (if any, 0.15)."})
     refine: str | None = field(default=None, metadata={"help":
         "Shares of the steps at which they are moved many times; empty: 0,0.2,0.4, and 0,0.07 for SD 3 and FLUX."})
     rounds: int | None = field(default=None, metadata={"ge": 0, "le": 1000, "help":

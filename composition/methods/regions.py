@@ -30,6 +30,8 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
     bounded = {name: lora for name, lora in loras.items() if lora.region is not None}
     scene = prompts.scene(run.request.prompt, bounded, run.categories, run.triggers)
     texts = dict(zip(scene.concepts, scene.prompts[1:], strict=True))
+    if loras and not bounded:
+        run.notes["no regions"] = True
     if bounded:
         run.notes["regions"] = {"prompts": {"": scene.prompts[0], **texts}, "everywhere": [name for name in loras if name not in bounded]}
 

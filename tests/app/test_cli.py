@@ -183,6 +183,10 @@ def test_the_users_own_folder_is_searched(medley, toy, tmp_path):
 @pytest.mark.parametrize(("arguments", "said"), [
     ("generate", "prompt is needed"),
     ("generate a --lora foxx", "did you mean 'fox'"),
+    ("generate a --lora fox,owl", "--lora fox --lora owl"),
+    ("generate a --lora dragon", "'dragon' for this model, that one is made for pocket"),
+    ('generate a --lora {"source":"fox","region":[0,0,64,64]}', "[left, top, right, bottom] in fractions of the picture"),
+    ('generate a --lora {"source":"fox","region":"left"} --method regions', "[left, top, right, bottom] in fractions of the picture"),
     ("generate a --lora fox:20", "--lora fox:20"),
     ("generate a --lora fox:heavy", "is not a number"),
     ("generate a --method merg", "did you mean 'merge'"),

@@ -12,6 +12,8 @@ def test_a_mask_darkens_what_is_outside_and_a_map_colours_what_is_looked_at():
     picture = Image.new("RGB", (64, 64), (100, 150, 200))
     tiles = places.drawn(picture, {"masks": {"fox": {"map": LEFT, "mask": LEFT}}})
     assert [(name, what) for _, name, what in tiles] == [("fox", "where it is looked at"), ("fox", "its place")]
+    changed = places.drawn(picture, {"clora": {"maps": "change"}, "masks": {"fox": {"map": LEFT, "mask": LEFT}}})
+    assert [what for *_, what in changed] == ["what it changes", "its place"]
     heat, mask = (np.asarray(tile).astype(int) for tile, *_ in tiles)
     assert mask.shape == (256, 256, 3) and (mask[:, :120] == (100, 150, 200)).all() and (mask[:, 136:] < (30, 40, 55)).all()
     assert heat[128, 10, 0] > heat[128, 10, 2] + 100 and np.ptp(heat[128, 250]) < 3  # orange on the left, grey on the right
@@ -32,8 +34,11 @@ def test_masks_are_saved_beside_the_picture(medley, toy, tmp_path):
     assert all(row == [255] * (len(row) // 2) + [0] * (len(row) // 2) for row in kept.notes["masks"]["owl"]["mask"])
     again = medley("generate", "--from", "pictures/0000.png", "--lora-dir", toy.loras, "--out", "again")
     assert again.code == 0 and (tmp_path / "again/0000.png").read_bytes() == (tmp_path / "pictures/0000.png").read_bytes()
+    assert "pictures/0000-masks.png  where each LoRA acts" in said.out
+    lost = medley("generate", "the fox", *bound[:2], *common, "--method", "regions", "--masks")
+    assert lost.code == 0 and "no LoRA has a region, so method regions is the same as merge" in lost.out and "no masks" not in lost.out
     plain = medley("generate", "the fox", *bound[:2], *common, "--masks")
-    assert plain.code == 0 and "no masks: method merge" in plain.out and not (tmp_path / "pictures/0001-masks.png").exists()
+    assert plain.code == 0 and "no masks: method merge" in plain.out and not (tmp_path / "pictures/0002-masks.png").exists()
 
 
 def test_words_that_are_not_there_are_refused_before_anything_is_made(medley, toy, tmp_path):

@@ -45,7 +45,7 @@ def test_cmlora_takes_the_measured_order_and_the_record_has_it(measured, medley,
                 "--lora", "ink", "--method", "cmlora", "--steps", 6, "--seed", 1)  # fmt: skip
     before = medley(*generate)
     assert before.code == 0, before.err
-    assert "order by category: fox, owl, ink not profiled" in before.out and "medley profile fox" in before.out
+    assert "order by category: fox, owl, ink are not profiled" in before.out and f"medley profile fox owl ink --model {toy.model}" in before.out
     order = measured("--json").json["order"]
     after = medley(*generate)
     assert f"order by measured change of frequency: {', '.join(order)}" in after.out
@@ -85,11 +85,13 @@ def test_a_profile_of_other_tensors_is_not_taken(tmp_path, monkeypatch):
     assert profiles.stored("a" * 20 + "b" * 44, "pocket") is None  # the same first letters
 
 
-def test_every_bundled_lora_is_profiled():
+@pytest.mark.parametrize("model", ["pocket", "pocket-flux"])
+def test_every_bundled_lora_is_profiled(model, tmp_path, monkeypatch):
     from composition import files, library
 
-    for path in library.files("pocket"):
-        found = profiles.stored(files.inspect(path).tensor_sha256, "pocket")
+    monkeypatch.setenv("MEDLEY_HOME", str(tmp_path))
+    for path in library.files(model):
+        found = profiles.stored(files.inspect(path).tensor_sha256, model)
         assert found is not None and len(found.high) == found.steps == 50, path.stem
 
 

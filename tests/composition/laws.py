@@ -13,7 +13,7 @@ from composition import Cancelled, Engine, Lora, Request
 
 STEPS = 7
 FLOWS = ("sd3", "flux", "flux-dev")  # families that predict a flow: their one sampler is their own
-LIGHT = {"clora": {"rounds": 0}}  # options that make a method cheap enough to be asked often
+LIGHT = {"clora": {"until": 0.5, "rounds": 0}}  # options that make a method cheap enough to be asked often
 
 
 def request(method, *loras, **changes):

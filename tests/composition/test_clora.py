@@ -136,7 +136,7 @@ def test_moves_are_made_early_and_refined_and_stop_when_the_loss_is_low(case):
     told = engine.run(asked("clora", loras, {"stop": 1.0, "until": 0.5}, steps=8)).notes["clora"]
     assert [len(losses) for losses in told["loss"]] == [1, 1, 1, 1]
     course = inside(engine, loras, lambda run, step: clora._Course(run, clora.Options()))  # as the paper has it, or FLUX needs it
-    assert (course.until, course.rounds, course.refined) == ((0.15, 5, [0, 0.07]) if engine.backbone.joint else (0.5, 20, [0, 0.2, 0.4]))
+    assert (course.until, course.rounds, course.refined) == ((0, 5, [0, 0.07]) if engine.backbone.joint else (0.5, 20, [0, 0.2, 0.4]))
     course = inside(engine, loras, lambda run, step: clora._Course(run, clora.Options(until=0.0, rounds=0, refine="")))
     assert (course.until, course.rounds, course.refined) == (0, 0, [])
     assert engine.run(asked("clora", loras, {"update": False})).notes["clora"]["loss"] == []
@@ -197,12 +197,13 @@ def test_by_change_a_place_is_the_loras_that_changes_it_most(case, maps):
     assert told == ("change" if maps == "change" or engine.backbone.joint else "attention")
 
 
+@pytest.mark.parametrize("method, options", [("clora-fast", {"ask": "change"}), ("clora", {"maps": "change", "update": False})])
 @pytest.mark.parametrize("regions", ["replace", "intersect"])
-def test_by_change_with_a_region_the_other_contends_for_the_rest(case, regions):
+def test_by_change_with_a_region_the_other_contends_for_the_rest(case, regions, method, options):
     engine, loras = case
     halves = [replace(loras[0], region=(0.5, 0.0, 1.0, 1.0)), loras[1]]
-    names = asked("clora-fast", halves).names
-    told = engine.run(asked("clora-fast", halves, {"ask": "change", "regions": regions, "threshold": 0.0})).notes["masks"]
+    names = asked(method, halves).names
+    told = engine.run(asked(method, halves, {**options, "regions": regions, "threshold": 0.0, "closing": False})).notes["masks"]
     first, second = (torch.tensor(told[name]["mask"]).float() / 255 for name in names)
     middle = first.shape[1] // 2
     assert first[:, :middle].eq(0).all() and float((first * second).max()) == 0
@@ -263,6 +264,7 @@ def test_regions_without_any_is_merge_and_with_two_is_two_places(case):
     laws.same(laws.latents(engine, asked("regions", loras)), laws.latents(engine, asked("merge", loras)))
     halves = [replace(loras[0], region=(0.0, 0.0, 0.5, 1.0)), replace(loras[1], region=(0.5, 0.0, 1.0, 1.0))]
     result = engine.run(asked("regions", halves))
+    assert engine.run(asked("regions", loras)).notes["no regions"] and "no regions" not in result.notes
     assert result.notes["evaluations"] == laws.STEPS and set(result.notes["masks"]) == set(asked("regions", halves).names)
     swapped = [replace(halves[0], region=halves[1].region), replace(halves[1], region=halves[0].region)]
     laws.differ(laws.latents(engine, asked("regions", halves)), laws.latents(engine, asked("regions", swapped)))

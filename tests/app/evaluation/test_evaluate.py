@@ -49,6 +49,13 @@ def test_the_grid(evaluate, tmp_path):
     assert summary["resamples"] == 200
 
 
+def test_a_bundled_testbed_is_asked_of_its_own_model(medley, tmp_path):
+    said = medley("evaluate", "--testbed", "pocket-flux", "--methods", "merge", "--loras", 1, "--sets", 1, "--seeds", 1, "--steps", 2, "--tune", "none",
+                  "--references", 0, "--report", "r")
+    assert said.code == 0, said.err
+    assert json.loads((tmp_path / "r/summary.json").read_text())["model"] == "pocket-flux"
+
+
 def test_scores_are_the_judges(evaluate, tmp_path):
     assert evaluate("--methods", "merge", "--seeds", 1, "--tune", "none", "--report", "r").code == 0
     judge = Judge.open("pocket")
