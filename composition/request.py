@@ -273,6 +273,8 @@ def _plain(item: Any) -> str:
     words = {
         "less_than_equal": "must be at most {le:g}", "greater_than_equal": "must be at least {ge:g}", "less_than": "must be under {lt:g}",
         "missing": "is missing", "unexpected_keyword_argument": "is no field of it", "extra_forbidden": "is no field of it",
-        "finite_number": "must be a plain number",
+        "finite_number": "must be a plain number", "int_parsing": "must be a whole number", "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number", "float_parsing": "must be a number", "float_type": "must be a number",
+        "bool_parsing": "must be true or false", "bool_type": "must be true or false",
     }.get(item["type"])  # fmt: skip
     return words.format(**limits) if words else item["msg"].removeprefix("Value error, ")

@@ -192,6 +192,7 @@ def test_the_users_own_folder_is_searched(medley, toy, tmp_path):
     ("generate a --method merg", "did you mean 'merge'"),
     ("generate a --sampler eular", "euler"),
     ("generate a --method switch --option tau=0", "between"),
+    ("generate a --method switch --option tau=abc", "must be a whole number (given 'abc')"),
     ("generate a --steps 0", "steps"),
     ("generate a --steps many", "--steps"),
     ("generate a --guidance nan", "guidance"),
