@@ -129,6 +129,8 @@ def generate(
         out.print(Text(f"{path}  seed {result.request.seed}, {sum(result.seconds.values()):.1f} s"))
     for sheet in filter(None, drawn_places):
         out.print(Text(f"{sheet}  where each LoRA acts"))
+    if masks and (names := show.everywhere(made[0][1].notes)):
+        out.print(Text(f"on everywhere: {', '.join(names)}"))
     if masks and not any(drawn_places) and not made[0][1].notes.get("no regions"):
         out.print(Text(f"no masks: method {request.method} places nothing here; clora, clora-fast and regions do", style="yellow"))
 

@@ -159,6 +159,12 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def everywhere(notes: Mapping[str, Any]) -> list[str]:
+    """The LoRAs that a method of places left without one: styles, places, and those without a region."""
+    told = [notes[method] for method in ("clora", "regions") if isinstance(notes.get(method), Mapping)]
+    return [printable(str(name)) for one in told for name in one.get("everywhere", ())]
+
+
 def profiles(console: Console, found: Sequence[tuple["Profile", bool]], names: Sequence[str], low: Sequence[str]) -> None:
     """Frequency profiles by falling change, which of them lead late, and which were measured now."""
     rows = table("LoRA", "change", "level", "H early", "H late", "frequency", "", right=("change", "level", "H early", "H late"))

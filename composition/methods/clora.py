@@ -67,7 +67,7 @@ class Options:
 
 
 @method(title="CLoRA", about="Every concept keeps its own place, found by its attention.", paper="2403.19776",
-        cost="K + 1 (early about twice that)", single=False, placing=True)
+        cost="K + 1 (early about twice that; not so with SD 3 and FLUX)", single=False, placing=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     with frozen([run.backbone.denoiser]):

@@ -44,7 +44,7 @@ class Options:
 
 
 @method(title="CLoRA fast", about="Every concept keeps its own place, in about one evaluation a step.", paper="2403.19776",
-        cost="about 1.1; with SD 3 and FLUX 3 K more a picture", single=False, placing=True)
+        cost="about 1.1 (SD 3 and FLUX: 1 + 3 K / steps)", single=False, placing=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     scene, layers = clora.taken_apart(run), run.backbone.watched()

@@ -34,7 +34,9 @@ def test_masks_are_saved_beside_the_picture(medley, toy, tmp_path):
     assert all(row == [255] * (len(row) // 2) + [0] * (len(row) // 2) for row in kept.notes["masks"]["owl"]["mask"])
     again = medley("generate", "--from", "pictures/0000.png", "--lora-dir", toy.loras, "--out", "again")
     assert again.code == 0 and (tmp_path / "again/0000.png").read_bytes() == (tmp_path / "pictures/0000.png").read_bytes()
-    assert "pictures/0000-masks.png  where each LoRA acts" in said.out
+    assert "pictures/0000-masks.png  where each LoRA acts" in said.out and "on everywhere" not in said.out
+    styled = medley("generate", "the fox and an owl, ink", *bound, "--lora", '{"source": "ink", "category": "style"}', *common, "--method", "regions", "--masks", "--out", "styled")
+    assert styled.code == 0 and "on everywhere: fox, ink" in styled.out
     lost = medley("generate", "the fox", *bound[:2], *common, "--method", "regions", "--masks")
     assert lost.code == 0 and "no LoRA has a region, so method regions is the same as merge" in lost.out and "no masks" not in lost.out
     plain = medley("generate", "the fox", *bound[:2], *common, "--masks")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.loaders import lora_conversion_utils as stock
+from diffusers.loaders import single_file_utils as checkpoints
 from safetensors.torch import save_file
 from torch import nn
 
@@ -199,6 +200,50 @@ def test_fused_layers_of_sd3_against_the_dense_update(tmp_path):
     for path, update in dense.items():
         one = found.factors["transformer"][path]
         assert (one.up @ one.down - update).abs().max() < 1e-10 * update.abs().max(), path
+
+
+@pytest.mark.parametrize("dual", [0, 13], ids=["sd3-medium", "sd3.5-medium"])
+def test_kohya_of_sd3s_true_size_as_diffusers_splits_a_checkpoint(dual, tmp_path):
+    """24 blocks of width 1536. diffusers reads the authors' checkpoints, not their LoRAs: it is given the up factors for weights."""
+    width, last = 1536, 23
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(
+            num_layers=24, num_attention_heads=24, attention_head_dim=64, caption_projection_dim=width, joint_attention_dim=4096,
+            pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=192, dual_attention_layers=tuple(range(dual)))
+    sizes = {}
+    for i in range(24):
+        for side in ("x_block", "context_block"):
+            ends = i == last and side == "context_block"  # its text goes no further
+            parts = 2 if ends else 9 if side == "x_block" and i < dual else 6
+            inner = {"attn.qkv": (3 * width, width), "adaLN_modulation.1": (parts * width, width)}
+            if not ends:
+                inner |= {"attn.proj": (width, width), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+            if parts == 9:
+                inner |= {"attn2.qkv": (3 * width, width), "attn2.proj": (width, width)}
+            sizes |= {f"joint_blocks.{i}.{side}.{name}": size for name, size in inner.items()}
+
+    def head(name):
+        return f"lora_unet_{name.replace('.', '_')}"
+
+    tensors = rank_one(sizes, lambda name: (f"{head(name)}.lora_down.weight", f"{head(name)}.lora_up.weight", f"{head(name)}.alpha"), alpha=0.5)
+    found = read(tmp_path, tensors, {"transformer": model}, "sd3")
+    assert (found.receipt.family, found.receipt.layout, found.receipt.applied) == ("sd3", "kohya", len(tensors))
+
+    outer = ("x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.mlp.0", "y_embedder.mlp.2", "context_embedder",
+             "final_layer.linear", "final_layer.adaLN_modulation.1")
+    nothing = {f"{name}.{part}": torch.zeros(2 * width, 1) for name in outer for part in ("weight", "bias")} | {"pos_embed": torch.zeros(1)}
+    for side, scale in (("up", 0.5), ("down", 1.0)):
+        columns = {name: tensors[f"{head(name)}.lora_{side}.weight"] * scale for name in sizes}
+        # a down factor is the whole of each of a fused layer's parts, and of the two halves that change places in the last block's text
+        columns = {name: one if side == "up" else one.T.repeat(3 if name.endswith("qkv") else 2, 1) for name, one in columns.items()}
+        checkpoint = {f"{name}.{part}": one for name, one in columns.items() for part in ("weight", "bias")}
+        expected = checkpoints.convert_sd3_transformer_checkpoint_to_diffusers(checkpoint | dict(nothing))
+        paths = {key.removesuffix(".weight") for key in expected if key.startswith("transformer_blocks") and key.endswith(".weight")}
+        assert set(found.factors["transformer"]) == paths
+        for path in paths:
+            mine = getattr(found.factors["transformer"][path], side)
+            wanted = expected[f"{path}.weight"]
+            torch.testing.assert_close(mine if side == "up" else mine.T, wanted if side == "up" else wanted[: mine.shape[1]], rtol=1e-6, atol=0)
 
 
 def test_every_layer_of_both_has_a_name_of_its_authors():
