@@ -35,8 +35,9 @@ def claimed(maps: Float[Tensor, "B T h w"], threshold: float) -> Float[Tensor, "
 def changes(values: Float[Tensor, "N R B C H W"], size: tuple[int, int]) -> Float[Tensor, "B K h w"]:
     """How much each concept's pass changes the base's prediction, place by place, float32 (float64 stays).
 
-    values: the base's pass first, then the K = N - 1 concepts'. It is the positive row's difference, as a root mean square over the
-    channels, averaged over the places of the grid `size`.
+    values: the base's pass first, then the K = N - 1 concepts'. size: (h, w). It is the positive row's difference, as a root mean square over
+    the channels, averaged over the places of the grid, in the prediction's own units. No paper's; LoRAtorio (arXiv 2508.11624) weighs
+    patches by a kindred measure.
     """
     rows = values[:, -1].to(torch.promote_types(values.dtype, torch.float32))
     apart = (rows[1:] - rows[:1]).square().mean(2).sqrt()

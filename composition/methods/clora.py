@@ -3,9 +3,9 @@
 N + 1 passes a step: the base with a plain prompt, and each concept's LoRA with its trigger words at its own place. Early, the latents
 are moved so that attention maps of one concept agree over the passes and those of different concepts part (NT-Xent, equation 4). A mask
 for each concept from its own pass (equation 5) then fuses the predictions before guidance. LoRAs bound to nothing are on in every pass.
-In joint attention (SD 3, FLUX) a LoRA's place is by default where its pass changes the base's prediction most, and latents are not moved: the
-words' maps tell little there of words that the base does not know. `reference` does what the authors' code does where it parts from this: maps of both guidance rows, a constant step, no early stop, no
-closing of masks.
+In joint attention (SD 3, FLUX) a LoRA's place is by default where its pass changes the base's prediction most, and latents are not moved:
+the words' maps tell little there of words that the base does not know. `reference` does what the authors' code does where it parts from
+this: maps of both guidance rows, a constant step, no early stop, no closing of masks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -262,6 +262,7 @@ def placed_by_change(
 
     A place is the concept's whose change stands out most there, if it reaches the threshold's share of that concept's most. Who has a
     region contends inside it alone, and in one that replaces its mask against nobody. strength: each concept's change from 0 to 1.
+    Both lie on the grid of the watched layers.
     """
     size = grid(step, run.backbone.cross_attention()[run.backbone.watched()[0]])
     change = masks.changes(values, size)

@@ -60,14 +60,20 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
             return Prediction(run.guide(run.denoise(step)), step.latents)
         passes = clora.passes_of(run, scene, live, concepts)
         names = [scene.concepts[c] for c in concepts]
-        if ask == "change" and (concepts not in kept or step.index in readings(options.read, step.count)):
-            values = run.denoise_passes(step, passes)
-            kept[concepts] = told(names, *clora.placed_by_change(run, step, values, options, names))
-            return Prediction(run.guide(clora.fused(values, clora.shared_places(step, kept[concepts], options.soft))), step.latents)
-        if concepts not in kept or ask != "change" and step.index < options.read * step.count:
-            kept[concepts] = told(names, *clora.placed_by(seen(step, passes, concepts), options, names, run))
+        values = None
+        if concepts not in kept or reading(step):
+            if ask == "change":
+                values = run.denoise_passes(step, passes)
+                kept[concepts], strength = clora.placed_by_change(run, step, values, options, names)
+            else:
+                kept[concepts], strength = clora.placed_by(seen(step, passes, concepts), options, names, run)
+            clora.tell(run, names, strength, kept[concepts])
         shared = clora.shared_places(step, kept[concepts], options.soft)
-        return Prediction(run.guide(run.denoise_placed(step, passes, shared)), step.latents)
+        rows = run.denoise_placed(step, passes, shared) if values is None else clora.fused(values, shared)
+        return Prediction(run.guide(rows), step.latents)
+
+    def reading(step: Step) -> bool:
+        return step.index in readings(options.read, step.count) if ask == "change" else step.index < options.read * step.count
 
     def seen(step: Step, passes: Sequence[Pass], concepts: Sequence[int]) -> list[Float[Tensor, "B _T h w"]]:
         """The attention maps of each concept's tokens, blurred as the options say."""
@@ -75,13 +81,6 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
         maps = run.attend(step, asked, layers)[:, -1]
         own = [maps[0][:, positions[c][0]] if ask == "base" else maps[k][:, positions[c][c + 1]] for k, c in enumerate(concepts)]
         return [masks.blurred(one, options.smooth) if options.smooth else one for one in own]
-
-    def told(
-        names: Sequence[str], places: Float[Tensor, "B K h w"], strength: Float[Tensor, "B K h w"]
-    ) -> Float[Tensor, "B K h w"]:
-        """The masks, which the notes now have."""
-        clora.tell(run, names, strength, places)
-        return places.detach()
 
     with torch.no_grad():
         yield predict

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
+from torch import nn
 
 import composition
 from composition import Lora, Request
@@ -30,6 +31,7 @@ from composition.run import Run
 from composition.sampler import Step
 
 RANK = 16
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CATEGORIES = ("character", "clothing", "style", "object", "place")
 
 
@@ -84,14 +86,14 @@ def sd15(device: str) -> tuple[UNet2DConditionModel, UNetBackbone]:
     return unet, UNetBackbone(SimpleNamespace(unet=unet, scheduler=None, _execution_device=device), "sd")
 
 
-def lora(unet: UNet2DConditionModel, path: Path, seed: int) -> Path:
-    """A LoRA of every attention projection, in diffusers' layout."""
+def lora(model: nn.Module, path: Path, seed: int, component: str = "unet", ends: tuple[str, ...] = ATTENTION) -> Path:
+    """A LoRA of every layer whose name ends so, of rank RANK, in diffusers' layout."""
     generator, tensors = torch.Generator().manual_seed(seed), {}
-    for name, module in unet.named_modules():
-        if any(name.endswith(end) for end in ("to_q", "to_k", "to_v", "to_out.0")):
+    for name, module in model.named_modules():
+        if name.endswith(ends):
             out, inner = module.weight.shape
-            tensors[f"unet.{name}.lora_A.weight"] = torch.randn(RANK, inner, generator=generator) / inner**0.5
-            tensors[f"unet.{name}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 0.01
+            tensors[f"{component}.{name}.lora_A.weight"] = torch.randn(RANK, inner, generator=generator) / inner**0.5
+            tensors[f"{component}.{name}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 0.01
     save_file(tensors, path)
     return path
 

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import FluxTransformer2DModel
-from safetensors.torch import save_file
 
 from composition import Lora, Request
 from composition.adapters import Adapters
@@ -25,21 +24,10 @@ from composition.backbones.flux import FluxBackbone
 from composition.run import Run
 from composition.sampler import Conditioning, Step
 from tests.bench.clora import WORDS, Resident
+from tests.bench.cmlora import ATTENTION, lora
 
-RANK = 16
-ENDS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "proj_mlp", "proj_out")
-
-
-def lora(transformer, path, seed):
-    """A LoRA of every attention projection and of the single blocks' feed-forward, in diffusers' layout."""
-    generator, tensors = torch.Generator().manual_seed(seed), {}
-    for name, module in transformer.named_modules():
-        if name.endswith(ENDS) and "blocks" in name:
-            out, inner = module.weight.shape
-            tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(RANK, inner, generator=generator) / inner**0.5
-            tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * 0.01
-    save_file(tensors, path)
-    return path
+# Every attention projection, and the single blocks' feed-forward.
+ENDS = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", ".proj_mlp", ".proj_out")
 
 
 @contextmanager
@@ -65,7 +53,7 @@ def measured(transformer, given, count, folder):
     backbone = FluxBackbone(SimpleNamespace(transformer=transformer, scheduler=None, _execution_device=device))
     adapters = Adapters({"transformer": transformer}, family="flux", block=backbone.block, axis=backbone.axis)
     names = WORDS[:count]
-    files = [lora(transformer, folder / f"{name}.safetensors", k) for k, name in enumerate(names)]
+    files = [lora(transformer, folder / f"{name}.safetensors", k, "transformer", ENDS) for k, name in enumerate(names)]
     loras = [Lora(name, binds=name) for name in names]
     request = Request(" and ".join(names), loras=loras, method="clora-fast", guidance=3.5)
     generator = torch.Generator().manual_seed(1)
