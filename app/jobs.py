@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
-from app import profiles
 from app.errors import sentence
 from app.preview import Preview
 from composition import Cancelled, Refused, Request, Result
@@ -27,7 +26,7 @@ class Job:
 
     number: its name among the jobs. step of steps: how far it is (steps 0 until the first one is done). preview: the
     latest picture of the work. stop: set to stop it before its next evaluation. result and path: when done. error: when
-    failed, a sentence. said: how the LoRAs were ordered, where the method asks for it. finished: set at the end, whatever it was.
+    failed, a sentence. finished: set at the end, whatever it was.
     """
 
     def __init__(self, number: int, request: Request) -> None:
@@ -38,7 +37,7 @@ class Job:
         self.preview: Image.Image | None = None
         self.result: Result | None = None
         self.path: Path | None = None
-        self.error = self.said = ""
+        self.error = ""
         self.stop = threading.Event()
         self.finished = threading.Event()
         self._begun = self._ended = 0.0
@@ -154,8 +153,7 @@ class Jobs:
         try:
             if self._preview is not None:
                 self._preview.begin()
-            request, job.said = profiles.pinned(job.request, self._engine)
-            result = self._engine.run(request, on_step=tell, cancel=job.stop)
+            result = self._engine.run(job.request, on_step=tell, cancel=job.stop)
             if job.stop.is_set():  # cancelled after the last evaluation
                 return "cancelled", ""
             job.path, job.result = self._keep(result), result

@@ -9,19 +9,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 from composition.request import Cancelled, Condition, Lora, Receipt, Refused, Request, Result
+from composition.version import __version__
 
 if TYPE_CHECKING:
     from composition import methods
     from composition.engine import Engine, Event
 
-__version__ = "0.1.0"
-__all__ = ["Cancelled", "Condition", "Engine", "Event", "Lora", "Receipt", "Refused", "Request", "Result", "methods",
-           "samplers"]
+__all__ = ["Cancelled", "Condition", "Engine", "Event", "Lora", "Receipt", "Refused", "Request", "Result", "__version__", "methods", "samplers"]
 
 
 def samplers() -> list[str]:
     """The names `Request.sampler` knows."""
-    from composition.backbones import samplers as known
+    from composition.backbones import schedulers as known
 
     return list(known.NAMES)
 

@@ -16,14 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from composition import backbones, library, methods
+from composition import backbones, methods
 from composition.adapters import Adapters
-from composition.backbones import samplers
+from composition.backbones import schedulers
 from composition.backbones.base import Backbone
+from composition.loop import Step, sample
+from composition.loras import library
 from composition.methods import Method
+from composition.methods.shared import measured_order
+from composition.profiles.store import ProfileStore
 from composition.request import Lora, Receipt, Refused, Request, Result
 from composition.run import Run
-from composition.sampler import Step, sample
 
 _LOCKS: dict[str, threading.RLock] = {}  # one per device: two engines on one device take turns
 FOLD_FROM = 4  # steps from which writing the weights costs less than computing the adapters in every step
@@ -42,11 +45,14 @@ class Engine:
     """A model that composes. Make it with `Engine.open`; use it as a context manager or `close` it to let go of it."""
 
     def __init__(
-        self, backbone: Backbone, name: str, *, folders: Sequence[Path] = (), together: int = 1, fold: bool = True
+        self, backbone: Backbone, name: str, *, folders: Sequence[Path] = (), together: int = 1, fold: bool = True,
+        profiles: ProfileStore | None = None, resolve: Callable[[str], Path] | None = None,
     ) -> None:
         self.backbone = backbone
         self.name = name
         self.folders = tuple(Path(folder) for folder in folders)
+        self.profiles = profiles or ProfileStore()
+        self._resolve = resolve or (lambda source: library.find(source, self.name, self.folders))
         self.together = together
         self.fold = fold
         self.adapters = Adapters(backbone.components, family=backbone.family, block=backbone.block, axis=backbone.axis)
@@ -59,7 +65,7 @@ class Engine:
     def open(
         cls, model: str = "pocket", *, device: str | None = None, dtype: str | None = None, offload: str = "auto",
         folders: Sequence[Path] = (), together: int = 1, fold: bool = True, quantise: str | None = None,
-        denoiser: str | None = None,
+        denoiser: str | None = None, profiles: ProfileStore | None = None, resolve: Callable[[str], Path] | None = None,
     ) -> "Engine":
         """Open a bundled name, a diffusers folder, a single .safetensors checkpoint, or a hub id.
 
@@ -67,11 +73,12 @@ class Engine:
         "sequential", "group". folders: where LoRAs are looked up by name besides the bundled ones. together: how many
         pictures share a batch (1: a picture never depends on its neighbours). fold: allow writing constant weights
         into the base. quantise: "nf4", "8bit", "int8" or "fp8", for large models in little memory. denoiser: a .gguf or
-        .safetensors file of FLUX's or SD3's transformer alone, in place of the model's own. Raises Refused in plain words
-        when the model cannot be opened.
+        .safetensors file of FLUX's or SD3's transformer alone, in place of the model's own. profiles: where measurements of
+        LoRAs are looked up (the bundled ones). resolve: a LoRA's source to its file, in place of the search in `folders`; raises
+        Refused for what is not there. Raises Refused in plain words when the model cannot be opened.
         """
         backbone = backbones.open(model, device=device, dtype=dtype, offload=offload, quantise=quantise, denoiser=denoiser)
-        return cls(backbone, model, folders=folders, together=together, fold=fold)
+        return cls(backbone, model, folders=folders, together=together, fold=fold, profiles=profiles, resolve=resolve)
 
     def close(self) -> None:
         """Let go of the model's hooks; the model itself is freed with the last reference to it."""
@@ -103,13 +110,27 @@ class Engine:
 
     def find(self, source: str) -> Path:
         """The file of a LoRA by name or path. Raises Refused with the nearest names."""
-        return library.find(source, self.name, self.folders)
+        return self._resolve(source)
 
     def inspect(self, source: str) -> Receipt:
         """What of a LoRA file would be applied to this model; nothing is refused for being partial."""
         return self.adapters.load(self.find(source), Lora(source), allow_partial=True)
 
     # pictures ------------------------------------------------------------------------------------------------------
+
+    def settle(self, request: Request) -> tuple[Request, str]:
+        """The request with everything that it leaves open made explicit, and a sentence on the order of its LoRAs ("" for none).
+
+        Model, steps and guidance are this model's own; the methods that order LoRAs by frequency get the measured order where every
+        LoRA has a profile (options order and low). A settled request settles to itself.
+        """
+        request = replace(request, model=self.name).settled(*self.backbone.usual)
+        options = methods.find(request.method).options.__dataclass_fields__
+        if not measured_order.concerns(request, options):
+            return request, ""
+        hashes = {name: self.inspect(lora.source).tensor_sha256 for name, lora in zip(request.names, request.loras, strict=True)}
+        return measured_order.pinned(
+            request, options, {name: self.profiles.frequency(tensors, self.name) for name, tensors in hashes.items()})
 
     @contextmanager
     def group(self) -> Iterator[None]:
@@ -136,18 +157,19 @@ class Engine:
         Refused, before anything is changed, for what cannot be done.
         """
         method = methods.find(request.method)
-        options = method.read(request.options)
+        method.read(request.options)
         if request.conditions:
             raise Refused("this request has conditions; condition LoRAs need a FLUX model and are not part of this version")
         self.backbone.size(request)
         loras = [(name, lora, self.find(lora.source)) for name, lora in zip(request.names, request.loras, strict=True)]
-        request = replace(request, model=self.name).settled(*self.backbone.usual)
+        request, order = self.settle(request)
+        options = method.read(request.options)
         seconds: dict[str, float] = {}
         with self._lock, ExitStack() as own:
             with _timed(seconds, "load"):
-                scheduler = samplers.make(request.sampler, self.backbone.scheduler, request.steps)
+                scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
                 receipts, encodings = self._prepare(own, request, method, loras)
-            notes = self._remarks(request, receipts)
+            notes = self._remarks(request, receipts) | ({"order": order} if order else {})
             rows = list(zip(request.names, request.loras, receipts, strict=True))
             categories = {name: lora.category or receipt.category for name, lora, receipt in rows}
             triggers = {name: lora.triggers or receipt.triggers for name, lora, receipt in rows}
@@ -159,7 +181,7 @@ class Engine:
                     generators=[Generator().manual_seed(seed) for seed in part], categories=categories, triggers=triggers)
                 images += self._pictures(run, method, options, first, on_step, seconds)
                 notes |= run.notes if first == 0 else {}
-                scheduler = samplers.make(request.sampler, self.backbone.scheduler, request.steps)
+                scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
             return Result(tuple(images), request, notes, seconds, receipts)
 
     def _prepare(

@@ -11,13 +11,14 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from composition.adapters import Adapters
-from composition.attention import Enough, watch
 from composition.backbones.base import Backbone
-from composition.cache import Cache, layer_costs
 from composition.guidance import guide
-from composition.placed import joined, placed
+from composition.hooks.attention import Enough, watch
+from composition.hooks.cache import Cache
+from composition.hooks.costs import layer_costs
+from composition.hooks.regional import joined, placed
+from composition.loop import Conditioning, Step
 from composition.request import Cancelled, Request
-from composition.sampler import Conditioning, Step
 
 # Latent places over which a processor is faster with one LoRA after the other than with a batch of rows: measured at Stable
 # Diffusion 1.5's size (cached passes 14 % faster at 64 x 64, whole ones 4 %; at 48 x 48 whole ones 10 % slower).

@@ -9,9 +9,9 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from composition import Engine, Lora, Request
-from composition import files as lora_files
+from composition.loras import reader as lora_files
 from composition.request import Refused
-from retrieval.scores import Judge
+from retrieval.judge import Judge
 from tests.reference import psnr
 
 POCKET = Path(str(files("assets"))) / "pocket"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.evaluation.cases import Asked, Case, Concept, Problem
-from app.evaluation.ways import GIVEN
+from app.evaluation.variants import GIVEN
 from composition import Receipt, Refused, Request
 
 OURS = ("file_name", "concepts", "group", "text", "request")

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from app.evaluation import statistics
-from app.evaluation.ways import EQUAL, NONE
+from app.evaluation.variants import EQUAL, NONE
 from composition import Refused
 
 LOG = "mllm.jsonl"

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, select_autoescape
 from PIL import Image
 
-from app.evaluation import charts
+from app.drawing import charts
 from app.evaluation.scoring import METRICS
 from app.evaluation.summary import ALL
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from app import make
+from app import engines
 from app.evaluation import manifest, mllm, report, statistics, testbed
 from app.evaluation.cases import Asked, Case, Concept, Problem
-from app.evaluation.making import Made, Maker, Store
+from app.evaluation.generate import Made, Maker, Store
 from app.evaluation.summary import mean, per_concept, summary
-from app.evaluation.ways import GIVEN, NONE, Row, Ways, equal, interleaved, title
+from app.evaluation.variants import GIVEN, NONE, Row, Ways, equal, interleaved, title
 from composition import Receipt, Refused, Request
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Wishes:
     scale: str = "100"
     resamples: int = statistics.RESAMPLES
     seed: int = 0
-    place: make.Place = make.Place()
+    place: engines.Place = engines.Place()
     endpoint: mllm.Endpoint | None = None
     pairs: int = 50
 
@@ -77,7 +77,7 @@ class Evaluation:
 
     def run(self) -> Outcome:
         """Make what is missing, score everything, write the report. Raises Refused when nothing at all can be done."""
-        make.prepare(self.wishes.like.model, judge=self.wishes.judge)
+        engines.prepare(self.wishes.like.model, judge=self.wishes.judge)
         with self._stack:
             asked = self._asked()
             cases = interleaved(asked.cases, self.wishes.limit)
@@ -117,7 +117,7 @@ class Evaluation:
         return testbed.read(self.wishes.testbed)
 
     def _there(self, name: str, lost: dict[str, str]) -> bool:
-        from composition import library
+        from composition.loras import library
 
         if name in lost:
             return False
@@ -129,9 +129,9 @@ class Evaluation:
         return True
 
     def _inspect(self, source: str) -> Receipt | None:
-        from composition import files, library
+        from composition.loras import library, reader
 
-        return files.inspect(library.find(source, self.wishes.like.model, self.wishes.place.folders))
+        return reader.inspect(library.find(source, self.wishes.like.model, self.wishes.place.folders))
 
     # pictures --------------------------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ class Evaluation:
     @cached_property
     def maker(self) -> Maker:
         """The engine, opened when the first picture is to be made."""
-        engine = self._stack.enter_context(make.open_engine(self.wishes.like.model, self.wishes.place))
+        engine = self._stack.enter_context(engines.open_engine(self.wishes.like.model, self.wishes.place))
         self._opened = True
         return Maker(engine, Store(self.wishes.folder), self.console)
 
@@ -168,9 +168,7 @@ class Evaluation:
 
     def _pin(self, request: Request) -> Request:
         """The request with its LoRAs' measured order. Raises Refused when one was never profiled."""
-        from app import profiles
-
-        return profiles.pinned(request, self.maker.engine)[0]
+        return self.maker.engine.settle(request)[0]
 
     def _best(self, name: str, size: int, made: Sequence[Made], scorer: "Scorer") -> float:
         """The factor with the highest presence (where it is known) and CLIPScore on the pilots."""
@@ -236,7 +234,7 @@ class Evaluation:
 
     def _scorer(self) -> "Scorer":
         from app.evaluation.scoring import Scorer
-        from retrieval.scores import Judge
+        from retrieval.judge import Judge
 
         return Scorer(Judge.open(self.wishes.judge, self.wishes.place.device or "cpu"), self.wishes.scale)
 
@@ -265,7 +263,7 @@ class Evaluation:
         texts = {row["text"]: row["cut"] for row in rows}
         metrics = summary(rows, ways, resamples=wishes.resamples, seed=wishes.seed)
         second = self._second(rows, ways, problems)
-        from app.evaluation import telling
+        from app.evaluation import wording
 
         return {
             "title": f"Evaluation: {wishes.testbed or wishes.manifest}", "ways": ways, "titles": {way: title(way) for way in ways},
@@ -273,8 +271,8 @@ class Evaluation:
             "group_word": "set" if wishes.testbed else "prompt", "sizes": sorted({row["size"] for row in rows}),
             "model": wishes.like.model if self._opened else "", "metrics": metrics, "concepts": per_concept(rows, ways),
             "resamples": wishes.resamples, "resample_seed": wishes.seed, "tuned": self.tuned, "mllm": second,
-            "judge": telling.judge(scorer, texts, {c["phrase"] for row in rows for c in row["concepts"]}), "remarks": telling.remarks(self.tuned, ways, second, len({row["group"] for row in rows}), scorer.judge.name),
-            "problems": telling.grouped(problems), "settings": telling.settings(wishes),
+            "judge": wording.judge(scorer, texts, {c["phrase"] for row in rows for c in row["concepts"]}), "remarks": wording.remarks(self.tuned, ways, second, len({row["group"] for row in rows}), scorer.judge.name),
+            "problems": wording.grouped(problems), "settings": wording.settings(wishes),
         }  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from app.evaluation.cases import Concept, Problem
-from app.evaluation.making import Made
-from retrieval.scores import SCALES, Judge, clip_score, sides, threshold
+from app.evaluation.generate import Made
+from retrieval.judge import SCALES, Judge, clip_score, sides, threshold
 
 PART = 64  # pictures open at a time
 FEW = 40  # pictures without a concept from which a threshold can be set on them

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from app.drawing.charts import ALL
 from app.evaluation import statistics
 from app.evaluation.scoring import METRICS, Metric
 
 Rows = Sequence[Mapping[str, Any]]
-ALL = "all"
 
 
 def summary(rows: Rows, ways: Sequence[str], *, resamples: int, seed: int) -> dict[str, Any]:

@@ -10,16 +10,15 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, get_args
 
 from app.evaluation.cases import Case, Concept
-from composition import Lora, Refused, Request
+from composition import Lora, Refused, Request, bundled
+from composition.bundled import BUNDLES
 from composition.request import Category
 
-BUNDLED = {"pocket": "pocket/testbed.json", "pocket-flux": "pocket/testbed-flux.json"}  # inside the package "assets"
 CATEGORIES = {"background": "place"}  # where ComposLoRA's word is not ours
 PILOT = "tuning"  # the cases that weights are tuned on have seeds of their own
 
@@ -44,9 +43,9 @@ Set = tuple[Entry, ...]
 
 def read(source: str) -> dict[str, list[Entry]]:
     """Category to entries, from a bundled name or a file. Raises Refused with the entry that is wrong."""
-    path = Path(str(files("assets"))) / BUNDLED[source] if source in BUNDLED else Path(source)
+    path = bundled.path(BUNDLES[source].testbed) if source in BUNDLES else Path(source)
     if not path.is_file():
-        raise Refused(f"--testbed {source}: there is no such file; give {' or '.join(BUNDLED)}, or a *_lora_info.json file")
+        raise Refused(f"--testbed {source}: there is no such file; give {' or '.join(BUNDLES)}, or a *_lora_info.json file")
     try:
         document = json.loads(path.read_text("utf-8"))
     except (ValueError, OSError) as error:

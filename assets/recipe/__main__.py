@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from retrieval.scores import Judge
+from retrieval.judge import Judge
 
 from . import autoencoder, base, confusion, export, flux, judge, loras, measure, presence, testbed, tokenizer, unigram
 from .places import PLACES

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from retrieval.scores import CONFUSION, Judge
+from retrieval.judge import CONFUSION, Judge
 
 from .judge import TEST, Labelled, Source, phrase
 from .loras import TOLD

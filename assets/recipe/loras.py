@@ -15,15 +15,16 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from app import profiles
-from composition import Engine, backbones, profile
+from composition import Engine, backbones
 from composition.adapters import Adapters
-from composition.backbones import opening
 from composition.backbones.base import Backbone
+from composition.backbones.loading import open as opening
+from composition.profiles.store import ProfileStore
+from composition.profiling import frequency as frequency_profile
 from composition.request import Lora, Request
 from composition.training.concept import Concept, Plan, latents_of, train
 from composition.training.previews import draw, thumbnail
-from retrieval.scores import Judge
+from retrieval.judge import Judge
 
 from . import flux
 from .autoencoder import tensor
@@ -129,8 +130,8 @@ def profiled(pipe, names: list[str], folder: Path, keep: Path, report: Callable[
     """Measure the frequency profile of every LoRA in ``folder`` and keep it in ``keep``, as `medley profile` would."""
     with Engine(backbones.of(pipe, opening.family(pipe)), base) as engine:
         for name in names:
-            found = profile.measure(engine, Lora(str(folder / f"{stem(name)}.safetensors")))
-            profiles.keep(found, keep)
+            found = frequency_profile.measure(engine, Lora(str(folder / f"{stem(name)}.safetensors")))
+            ProfileStore(keep).keep(found)
             report(f"{name}: change {found.change:+.4f}, level {found.level:+.4f}")
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from composition.training.attention import plain_attention
 from composition.training.defaults import halves
-from retrieval.scores import Judge
+from retrieval.judge import Judge
 
 from .loras import TOLD, asked, stem
 from .objects import FACES, article

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from retrieval.scores import THRESHOLDS, Judge, Threshold, threshold, write_thresholds
+from retrieval.judge import THRESHOLDS, Judge, Threshold, threshold, write_thresholds
 
 from .judge import TEST, Labelled, Source, phrase
 from .objects import FACES, HELD_OBJECTS, WORN

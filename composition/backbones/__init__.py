@@ -11,12 +11,13 @@ def open(
     denoiser: str | None = None,
 ) -> Backbone:
     """Find, load and place a model; composition.backbones.opening, .quantised and .placement say what may be refused."""
-    from composition.backbones import opening, placement, quantised
+    from composition.backbones.loading import open as opening
+    from composition.backbones.loading import placement, quantize
 
     where = opening.find(source)
     family = opening.family(where)
     plan = placement.choose(device, dtype, offload, family=family)
-    quantised.check(quantise, plan.device)
+    quantize.check(quantise, plan.device)
     pipeline = opening.load(where, plan.dtype, quantise=quantise, denoiser=Path(denoiser).expanduser() if denoiser else None)
     return of(pipeline, family, placement.place(pipeline, plan))
 

@@ -8,9 +8,9 @@ from jaxtyping import Float, Num
 from PIL import Image
 from torch import Generator, Tensor, nn
 
-from composition.backbones.placement import Placement
+from composition.backbones.loading.placement import Placement
+from composition.loop import Conditioning
 from composition.request import Request
-from composition.sampler import Conditioning
 
 
 class Axis(NamedTuple):

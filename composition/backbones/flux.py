@@ -14,11 +14,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
-from composition.backbones import pictures
+from composition.backbones import vae
 from composition.backbones.base import Axis, Joint, Usual
-from composition.backbones.stock import Stock
+from composition.backbones.pipeline import Stock
+from composition.loop import Conditioning
 from composition.request import Refused, Request
-from composition.sampler import Conditioning
 
 LONGEST, LONGEST_FAST = 512, 256  # T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained on
 TELLING = 14 / 19  # the share of the double blocks before those that tell best where a word is: 14 to 18 of FLUX.1's 19
@@ -63,7 +63,7 @@ class FluxBackbone(Stock):
     def size(self, request: Request) -> tuple[int, int]:
         own = self.pipeline.vae.config.sample_size
         size = request.size or (own, own)
-        if wrong := pictures.fitting(size, 2 * self.pipeline.vae_scale_factor):
+        if wrong := vae.fitting(size, 2 * self.pipeline.vae_scale_factor):
             raise Refused(wrong)
         return size
 

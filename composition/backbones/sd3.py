@@ -9,12 +9,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
-from composition.backbones import pictures
+from composition.backbones import vae
 from composition.backbones.base import Axis, Joint, Usual
 from composition.backbones.flux import TELLING, shift
-from composition.backbones.stock import Stock
+from composition.backbones.pipeline import Stock
+from composition.loop import Conditioning
 from composition.request import Refused, Request
-from composition.sampler import Conditioning
 
 LONGEST = 256  # T5 tokens, as the stock pipeline gives them
 
@@ -45,7 +45,7 @@ class SD3Backbone(Stock):
         config, factor = self.denoiser.config, self.pipeline.vae_scale_factor
         size = request.size or (config.sample_size * factor,) * 2
         unit = config.patch_size * factor
-        if wrong := pictures.fitting(size, unit):
+        if wrong := vae.fitting(size, unit):
             raise Refused(wrong)
         most = (config.pos_embed_max_size or max(size)) * unit
         if max(size) > most:

@@ -9,12 +9,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
-from composition.backbones import pictures
+from composition.backbones import vae
 from composition.backbones.base import Axis, Joint, Usual
-from composition.backbones.placement import Placement
-from composition.backbones.stock import Stock
+from composition.backbones.loading.placement import Placement
+from composition.backbones.pipeline import Stock
+from composition.loop import Conditioning
 from composition.request import Refused, Request
-from composition.sampler import Conditioning
 
 _NONE = re.compile(r"time_emb|add_embedding|class_embedding|time_proj")
 _TEXT = re.compile(r"\.attn2\.(to_k|to_v)")
@@ -34,7 +34,7 @@ class UNetBackbone(Stock):
         factor, own = self.pipeline.vae_scale_factor, self.denoiser.config.sample_size
         high, wide = own if isinstance(own, (tuple, list)) else (own, own)
         size = request.size or (wide * factor, high * factor)
-        if wrong := pictures.fitting(size, factor):
+        if wrong := vae.fitting(size, factor):
             raise Refused(wrong)
         return size
 

@@ -11,9 +11,9 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from composition.loop import Predict
 from composition.request import Refused, explain
 from composition.run import Run
-from composition.sampler import Predict
 
 Compose = Callable[[Run, Any], AbstractContextManager[Predict]]
 
@@ -83,6 +83,8 @@ def all() -> Mapping[str, Method]:
     """Every method by name, in the order of their names."""
     found = {}
     for module in pkgutil.iter_modules(__path__):
+        if module.ispkg:
+            continue
         for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
             if isinstance(value, Method):
                 found[value.name] = value

@@ -17,12 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from composition import contrast, masks, prompts
-from composition.attention import frozen
+from composition import prompts
+from composition.hooks import masks
+from composition.hooks.attention import frozen
+from composition.loop import Predict, Prediction, Step
 from composition.methods import method
+from composition.methods.shared import nt_xent
 from composition.request import Refused
 from composition.run import Pass, Run, grid
-from composition.sampler import Predict, Prediction, Step
 
 CLIP = 0.1  # an update's root mean square is at most this share of the latents'
 RELATIVE = 0.02  # the update's root mean square over the latents', for latents other than Stable Diffusion's
@@ -114,7 +116,7 @@ class _Course:
         kinds = self._kinds(concepts)
         guided = options.update and len(concepts) > 1 and step.index < self.until * step.count
         moves = (1 + self.rounds * (step.index in {int(share * step.count) for share in self.refined})) if guided else 0
-        least, flat = contrast.bounds(kinds, options.temperature) if guided else (0.0, 1.0)
+        least, flat = nt_xent.bounds(kinds, options.temperature) if guided else (0.0, 1.0)
         values = maps = None
         told: list[float] = []
         for move in range(moves):
@@ -169,7 +171,7 @@ class _Course:
         asked = [0, *(c + 1 for c in concepts)]
         chosen = [seen[index][:, self.positions[c][p]] for c in concepts for index, p in enumerate(asked)]
         every = masks.normalised(self._smoothed(torch.cat(chosen, 1)))
-        return contrast.nt_xent(every.flatten(2), kinds, self.options.temperature)
+        return nt_xent.nt_xent(every.flatten(2), kinds, self.options.temperature)
 
     def _smoothed(self, maps: Float[Tensor, "B T h w"]) -> Float[Tensor, "B T h w"]:
         return masks.blurred(maps, self.options.smooth) if self.options.smooth and not self.options.reference else maps

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from composition import masks
+from composition.hooks import masks
+from composition.loop import Predict, Prediction, Step
 from composition.methods import clora, method
 from composition.run import Pass, Run
-from composition.sampler import Predict, Prediction, Step
 
 READINGS = 3  # steps of the first ones in which every LoRA is asked apart
 

@@ -11,11 +11,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from composition import dominance, frequency, residual
-from composition.cache import Cache
+from composition.hooks import cache as caches
+from composition.hooks.cache import Cache
+from composition.loop import Predict, Prediction, Step
 from composition.methods import method
+from composition.methods.shared import dominance, spectrum
 from composition.run import Run
-from composition.sampler import Predict, Prediction, Step
 
 REFERENCE_BOUNDARY = 120  # the step at which the released code changes phase, however many there are
 CALM = 3  # steps in a row under the threshold that end the early phase when it is found online
@@ -45,7 +46,7 @@ class Options:
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     with ExitStack() as stack:
-        cache = residual.of(run.backbone.denoiser)
+        cache = caches.of(run.backbone.denoiser)
         caching = options.cache and cache.usable and len(run.names) > 1
         if caching:
             stack.enter_context(cache.attached())
@@ -71,7 +72,7 @@ class _Course:
         live = self.run.live(step)
         if not live:
             return Prediction(self.run.guide(self.run.denoise(step)), step.latents)
-        h = float(frequency.high(step.latents[:1])[0])
+        h = float(spectrum.high(step.latents[:1])[0])
         changed = self._phase(step, h)
         high, low = (tuple(name for name in names if name in live) for names in (self.high, self.low))
         passed = step.index in dominance.refreshes(step.count, self.options.every) or set(live) != set(self.weights)

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from composition.loop import Predict, Prediction, Step
 from composition.methods import method
 from composition.run import Run
-from composition.sampler import Predict, Prediction, Step
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from composition import masks, prompts
+from composition import prompts
+from composition.hooks import masks
+from composition.loop import Predict, Prediction, Step
 from composition.methods import method
 from composition.run import Run, grid
-from composition.sampler import Predict, Prediction, Step
 
 
 @dataclass(frozen=True)

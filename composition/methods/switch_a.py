@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from composition import dominance
+from composition.loop import Predict, Prediction, Step
 from composition.methods import method
+from composition.methods.shared import dominance
 from composition.run import Run
-from composition.sampler import Predict, Prediction, Step
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
+from composition.loop import Predict, Prediction, Step
 from composition.methods import method
 from composition.methods.w_switch import vector
 from composition.run import Run
-from composition.sampler import Predict, Prediction, Step
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from composition.loop import Predict, Prediction, Step
 from composition.methods import method
 from composition.run import Run
-from composition.sampler import Predict, Prediction, Step
 
 LEAST, UNKNOWN, ALL, SHORT = 0.05, 0.1, 2.0, 5  # need: at least; without trigger words; when under SHORT letters remain
 

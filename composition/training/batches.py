@@ -10,7 +10,7 @@ from torch import Tensor
 
 from composition.adapters import Adapters
 from composition.backbones.base import Backbone
-from composition.sampler import Conditioning
+from composition.loop import Conditioning
 from composition.training import noise
 from composition.training.plan import Concept, Plan
 

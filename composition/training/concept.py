@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from composition.adapters import Adapters
-from composition.attention import frozen
 from composition.backbones.base import Backbone
+from composition.hooks.attention import frozen
+from composition.loras.writer import write
 from composition.request import Refused
 from composition.training.attention import plain_attention
 from composition.training.batches import Asked, Batch, Batches
-from composition.training.lorafile import write
 from composition.training.plan import TARGETS, Concept, Plan
 from composition.training.state import State
 

@@ -7,7 +7,7 @@ training gives the same bytes.
 from pathlib import PurePath
 
 from composition.backbones.base import Backbone
-from composition.origin import text_width
+from composition.loras.family import text_width
 from composition.training.plan import Plan
 
 _ARCHITECTURES = {768: "stable-diffusion-v1", 2048: "stable-diffusion-xl-v1-base"}

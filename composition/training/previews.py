@@ -8,11 +8,11 @@ from PIL import Image
 from torch import Generator
 
 from composition.adapters import Adapters
-from composition.backbones import samplers
+from composition.backbones import schedulers
 from composition.backbones.base import Backbone
+from composition.loop import Prediction, Step, sample
 from composition.request import Request
 from composition.run import Run
-from composition.sampler import Prediction, Step, sample
 
 SIDES = (128, 112, 96, 80, 64, 48)  # pixels
 MAX_BYTES = 40_000
@@ -22,7 +22,7 @@ MAX_BYTES = 40_000
 def draw(backbone: Backbone, adapters: Adapters, request: Request) -> list[Image.Image]:
     """The request's pictures, in one batch, with the adapters it names as they stand; training goes on unchanged."""
     request = request.settled(*backbone.usual)
-    scheduler = samplers.make(request.sampler, backbone.scheduler, request.steps)
+    scheduler = schedulers.make(request.sampler, backbone.scheduler, request.steps)
     run = Run(backbone, adapters, request, scheduler, generators=[Generator().manual_seed(s) for s in request.seeds])
 
     def predict(step: Step) -> Prediction:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composition.adapters.stack import Stack
+from composition.loras.writer import Factors
 from composition.request import Refused
-from composition.stack import Stack
-from composition.training.lorafile import Factors
 from composition.training.plan import Concept, Plan
 
 

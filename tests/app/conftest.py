@@ -13,7 +13,7 @@ import typer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from app import cli
+from app.cli import program as cli
 from composition import Lora, Receipt, Request, Result
 from tests import toys
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from app.answer import report
 from app.jobs import Job, Jobs
 from app.preview import GAP, Preview
+from app.ui.job_view import report
 from composition import Cancelled, Engine, Lora, Refused, Request, Result
 
 PATIENCE = 60  # seconds until a test gives up
@@ -242,10 +242,10 @@ def test_the_page_pins_a_measured_order_and_tells_who_led_when(tmp_path):
         wait(job)
         assert job.state == "done", job.error
         order = job.result.request.options["order"].split(",")
-        assert sorted(order) == ["moon", "raccoon"] and "order by measured change" in job.said
-        told = report(job.result, job.path, job.said)
+        assert sorted(order) == ["moon", "raccoon"] and "order by measured change" in job.result.notes["order"]
+        told = report(job.result, job.path)
         timeline = told.partition('<pre class="timeline"')[2].partition("</pre>")[0].splitlines()
-        assert {line.split()[0] for line in timeline[1:]} == {"phase", *order} and job.said in told
+        assert {line.split()[0] for line in timeline[1:]} == {"phase", *order} and job.result.notes["order"] in told
         plain = jobs.submit(Request("a fox", method="merge", steps=1))
         wait(plain)
-        assert "<pre" not in report(plain.result, plain.path, plain.said) and not plain.said
+        assert "<pre" not in report(plain.result, plain.path) and "order" not in plain.result.notes

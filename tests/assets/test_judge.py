@@ -14,7 +14,7 @@ from assets.recipe.loras import FLUX, TOLD, asked, stem
 from assets.recipe.measure import paint
 from assets.recipe.objects import OBJECTS, article
 from assets.recipe.places import PLACES
-from retrieval.scores import Judge
+from retrieval.judge import Judge
 
 open_clip = pytest.importorskip("open_clip")
 

@@ -24,9 +24,9 @@ import torch
 
 from composition import Lora, Request
 from composition.adapters import Adapters
+from composition.loop import Step
 from composition.methods import clora, clora_fast
 from composition.run import Run
-from composition.sampler import Step
 from tests.bench.cmlora import lora, sd15
 
 WORDS = ("fox", "owl", "cat", "dog", "hen", "pig", "cow", "rat")

@@ -25,10 +25,10 @@ import composition
 from composition import Lora, Request
 from composition.adapters import Adapters
 from composition.backbones.unet import UNetBackbone
-from composition.cache import FeatureCache
+from composition.hooks.cache.unet import FeatureCache
+from composition.loop import Step
 from composition.methods import cmlora
 from composition.run import Run
-from composition.sampler import Step
 
 RANK = 16
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -79,7 +79,7 @@ def cost(fulls: list[int], count: int, share: float) -> float:
 
 def sd15(device: str) -> tuple[UNet2DConditionModel, UNetBackbone]:
     """Stable Diffusion 1.5's UNet with random weights."""
-    config = Path(composition.__file__).parent / "backbones/configs/sd15/unet/config.json"
+    config = Path(composition.__file__).parent / "backbones/loading/configs/sd15/unet/config.json"
     torch.manual_seed(0)
     with torch.device(device):
         unet = UNet2DConditionModel.from_config(json.loads(config.read_text())).eval().requires_grad_(False)

@@ -21,8 +21,8 @@ from diffusers import FluxTransformer2DModel
 from composition import Lora, Request
 from composition.adapters import Adapters
 from composition.backbones.flux import FluxBackbone
+from composition.loop import Conditioning, Step
 from composition.run import Run
-from composition.sampler import Conditioning, Step
 from tests.bench.clora import WORDS, Resident
 from tests.bench.cmlora import ATTENTION, lora
 

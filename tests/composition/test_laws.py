@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from composition import Lora, methods
-from composition.stack import Gates, Stack
+from composition.adapters.stack import Gates, Stack
 from tests import reference
 from tests.composition import laws
 from tests.composition.conftest import FAMILIES
@@ -46,12 +46,12 @@ def test_twins(family, engines, lora_files):
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "live"])
 def test_merge_is_the_stock_pipeline(family, sampler, fold, engines, lora_files):
     """Merge of two LoRAs against load_lora_weights + set_adapters + the stock call, two pictures."""
-    from composition.backbones import samplers
+    from composition.backbones import schedulers
 
     engine, loras = engines[family], laws.loras_of(lora_files[family])[:2]
     pipe = FAMILIES[family](dtype=torch.float64)
     reference.load(pipe, lora_files[family][:2], [lora.weight for lora in loras])
-    pipe.scheduler = samplers.make(sampler, pipe.scheduler)
+    pipe.scheduler = schedulers.make(sampler, pipe.scheduler)
     asked = laws.request("merge", *loras, count=2, sampler=sampler, negative="an owl")
     generators = [torch.Generator().manual_seed(seed) for seed in asked.seeds]
     expected = reference.stock(pipe, asked.prompt, asked.negative, asked.steps, asked.guidance, generators)

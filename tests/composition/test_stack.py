@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from composition.files import Factors
-from composition.stack import Gates, Stack
+from composition.adapters.stack import Gates, Stack
+from composition.loras.reader import Factors
 
 RANKS = (2, 5, 3)
 LAYERS = {

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from composition.backbones import clip_words
-from retrieval.scores import OUTER, Judge, Threshold, clip_score, sides
+from composition.backbones.loading import clip_tokenizer
+from retrieval.judge import OUTER, Judge, Threshold, clip_score, sides
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
@@ -69,7 +69,7 @@ def folders(tmp_path_factory):
     hf.load_state_dict(state(model), strict=True)
     hf.save_pretrained(root / "hf")
     picture = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD)
-    CLIPProcessor(picture, clip_words.tokenizer()).save_pretrained(root / "hf")
+    CLIPProcessor(picture, clip_tokenizer.tokenizer()).save_pretrained(root / "hf")
     return root
 
 
@@ -108,7 +108,7 @@ def test_it_agrees_with_torchmetrics(folders, judge):
 
 
 def test_on_pictures_that_need_no_resizing_it_agrees_to_the_fourth_digit(folders, judge):
-    hf, words = CLIPModel.from_pretrained(folders / "hf"), clip_words.tokenizer()
+    hf, words = CLIPModel.from_pretrained(folders / "hf"), clip_tokenizer.tokenizer()
     exact = pictures(4, 32, 32)
     pixels = torch.stack([(torch.from_numpy(np.asarray(one).copy()).permute(2, 0, 1) / 255 - torch.tensor(MEAN)[:, None, None])
                           / torch.tensor(STD)[:, None, None] for one in exact])

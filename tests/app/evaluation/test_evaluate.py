@@ -14,9 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from app import record
-from composition import Refused
-from retrieval.scores import Judge
+from composition import Refused, record
+from retrieval.judge import Judge
 from tests.app.evaluation.conftest import rows
 
 TIMES = ("seconds",)

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from app.evaluation import testbed
-from app.evaluation.ways import interleaved, numbers
+from app.evaluation.variants import interleaved, numbers
 from composition import Refused, Request
 
 

@@ -1,0 +1,355 @@
+"""The command line: medley demo, generate, compare, evaluate, profile, train, ui, pull, loras, inspect, methods, doctor.
+
+torch and diffusers are imported inside commands only, so that `medley --help` answers at once. Errors are one line on
+stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.exceptions import Abort, Exit, TyperException
+
+from app import engines, options, remarks, settings, workbench
+from app.cli import evaluate, flags, session, tables, train
+from app.errors import sentence
+from app.terminal import printable
+from composition import Cancelled, Lora, Receipt, Refused, Request, __version__, record
+from composition.backbones.loading import catalog
+
+out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+app = typer.Typer(help="Medley composes several LoRAs into one picture.", no_args_is_help=True, add_completion=False)
+app.add_typer(train.sub, name="train")
+
+DEMO = Request(prompt="a raccoon and a fox on the moon, neon lights",
+               loras=[Lora("raccoon", weight=0.8), Lora("moon", weight=0.7), Lora("neon", weight=0.5)], seed=2)
+
+# The flags that generate and compare share. None: not given, so that what --from has is kept.
+Prompt = Annotated[str | None, typer.Argument(help="What to draw. Trigger words are not added unless --triggers is given.")]
+Loras = Annotated[list[str] | None, typer.Option(
+    "--lora", metavar="NAME[:WEIGHT]", help="A LoRA by name or path, with its weight (1). Repeat for more. JSON with the "
+    "fields of a Lora works too.")]
+Option = Annotated[list[str] | None, typer.Option(
+    "--option", metavar="KEY=VALUE", help="An option of the method. Repeat for more.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="A bundled name, a diffusers folder, a .safetensors "
+                                           "checkpoint, or a hub id (pocket).")]
+Sampler = Annotated[str | None, typer.Option(help="Sampler by name (the model's own).")]
+Negative = Annotated[str | None, typer.Option(help="What to avoid.")]
+Seed = Annotated[int | None, typer.Option(help="The seed; without one, one is drawn and printed.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps (what is usual for the model).")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale (what is usual for the model); 1 or less is off.")]
+TrueGuidance = Annotated[float | None, typer.Option(help="For models guidance was distilled into, as FLUX.1-dev: over 1, guidance "
+                                                    "against the negative prompt besides.")]
+Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels (the model's own).")]
+Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for the pictures.")]
+Triggers = Annotated[bool, typer.Option("--triggers", help="Add a trigger word of every LoRA that has none in the prompt.")]
+Partial = Annotated[bool | None, typer.Option("--allow-partial", help="Use LoRAs of which not every tensor fits.")]
+From = Annotated[Path | None, typer.Option("--from", metavar="PICTURE.png", help="Start from the request in this picture.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (the best there is).")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 (what suits the device).")]
+Offload = Annotated[str, typer.Option("--offload", "--cpu-offload", help="auto, none, model, sequential or group.")]
+Quantise = Annotated[str | None, typer.Option("--quantize", "--quantise", metavar="KIND", help="Large models in little memory: nf4 or "
+                                              "8bit (bitsandbytes, CUDA), int8 or fp8 (torchao).")]
+Denoiser = Annotated[str | None, typer.Option(metavar="FILE", help="A .gguf or .safetensors file of FLUX's or SD3's transformer alone, in "
+                                              "place of the model's own.")]
+Folders = Annotated[list[Path] | None, typer.Option("--lora-dir", help="A folder in which LoRAs are found by name.")]
+Masks = Annotated[bool, typer.Option("--masks", help="Also save where each concept is, for the methods that place them.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PICTURES = Path("pictures")
+
+
+def _place(
+    device: str | None, dtype: str | None, offload: str, folders: list[Path] | None, quantise: str | None = None,
+    denoiser: str | None = None,
+) -> engines.Place:
+    return engines.Place(device, dtype, offload, engines.folders(folders or []), quantise, denoiser)
+
+
+def _start(picture: Path | None, model: str | None) -> record.Record | None:
+    """The record that --from names, its remarks said. Raises Refused when it does not tell which model to use."""
+    if picture is None:
+        engines.prepare(model or "pocket")
+        return None
+    found = record.read(picture)
+    for remark in found.remarks:
+        err.print(Text(f"{picture}: {remark}", style="yellow"))
+    if not found.ours and not model:
+        raise Refused(f"{picture} was made by another tool, with its model {found.model or '(not named)'!r}: say with --model "
+                      "which one to use here")
+    engines.prepare(model or found.request.model)
+    return found
+
+
+@app.command()
+def demo(out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None) -> None:
+    """Compose three bundled LoRAs in three ways, beside the picture of the prompt alone. Needs no network."""
+    record.ready(out_dir)
+    _compare(DEMO, {"merge": {}, "switch": {}, "composite": {}}, out_dir, "demo", engines.Place(device, dtype), drawn=False)
+
+
+@app.command()
+def generate(
+    context: typer.Context, prompt: Prompt = None, lora: Loras = None,
+    method: Annotated[str | None, typer.Option(help="How the LoRAs are composed (merge); see `medley methods`.")] = None,
+    option: Option = None, model: Model = None, sampler: Sampler = None, negative: Negative = None, seed: Seed = None,
+    steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
+    count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
+    out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
+    device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantise: Quantise = None, denoiser: Denoiser = None,
+    lora_dir: Folders = None, masks: Masks = False, json: Json = False,
+) -> None:
+    """Make pictures from a prompt and LoRAs."""
+    record.ready(out_dir)
+    place, found = _place(device, dtype, offload, lora_dir, quantise, denoiser), _start(picture, model)
+    request, drawn = flags.request(context.params, found.request if found else None)
+    say = err if json else out
+    with engines.open_engine(request.model, place) as engine:
+        request = _triggered(request, engine, say) if triggers else request
+        request, order = engine.settle(request)
+        if order:
+            say.print(Text(printable(order), style="dim"))
+        made, drawn_places = [], []
+        with workbench.bench(engine, request.length * request.count, err) as at:
+            for path, result in session.pictures(at, request, out_dir):
+                made.append((path, result))
+                if masks:
+                    drawn_places.append(session.places(path, result))
+                if found and len(made) == 1:
+                    for line in session.reproduction(found, dict(zip(request.names, result.receipts, strict=True))):
+                        err.print(Text(line, style="yellow"))
+    if json:
+        print(tables.generated(request, made, drawn))
+        return
+    tables.result(out, replace(made[0][1], request=request), drawn)
+    for line in remarks.timeline(made[0][1].notes):
+        out.print(Text(line))
+    for path, result in made:
+        out.print(Text(f"{path}  seed {result.request.seed}, {sum(result.seconds.values()):.1f} s"))
+    for sheet in filter(None, drawn_places):
+        out.print(Text(f"{sheet}  where each LoRA acts"))
+    if masks and (names := remarks.everywhere(made[0][1].notes)):
+        out.print(Text(f"on everywhere: {', '.join(names)}"))
+    if masks and not any(drawn_places) and not made[0][1].notes.get("no regions"):
+        out.print(Text(f"no masks: method {request.method} places nothing here; clora, clora-fast and regions do", style="yellow"))
+
+
+@app.command()
+def compare(
+    context: typer.Context, prompt: Prompt = None, lora: Loras = None,
+    methods: Annotated[str | None, typer.Option(help="Which, as merge,composite (all).")] = None,
+    option: Option = None, model: Model = None, sampler: Sampler = None, negative: Negative = None, seed: Seed = None,
+    steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
+    out_dir: Out = PICTURES, triggers: Triggers = False,
+    allow_partial: Partial = None, picture: From = None, device: Device = None, dtype: Dtype = None,
+    offload: Offload = "auto", quantise: Quantise = None, denoiser: Denoiser = None, lora_dir: Folders = None,
+) -> None:
+    """The same seed and LoRAs by every method, and without any LoRA, side by side."""
+    record.ready(out_dir)
+    place, found = _place(device, dtype, offload, lora_dir, quantise, denoiser), _start(picture, model)
+    from composition import methods as known
+
+    names = [name.strip() for name in methods.split(",")] if methods else sorted(known.all(), key=lambda name: name != "merge")
+    ways = options.options_of_each(option or [], [known.find(name).name for name in names])
+    request, drawn = flags.request(context.params | {"option": None}, found.request if found else None)
+    if request.method in ways:
+        ways[request.method] = {**request.options, **ways[request.method]}
+    _compare(request, ways, out_dir, "compare", place, drawn=drawn, triggers=triggers)
+
+
+def _compare(
+    request: Request, ways: dict[str, dict[str, Any]], folder: Path, prefix: str, place: engines.Place, *, drawn: bool,
+    triggers: bool = False,
+) -> None:
+    with engines.open_engine(request.model, place) as engine:
+        request = (_triggered(request, engine, out) if triggers else request).settled(*engine.backbone.usual)
+        with workbench.bench(engine, request.length * (1 + len(ways)), err) as at:
+            tiles, sheet = session.compare(at, request, ways, folder, prefix)
+    out.print(Text(f"{request.prompt}  seed {request.seed}"))
+    tables.result(out, next(tile.result for tile in tiles[1:] if tile.result), drawn)
+    tables.tiles(out, tiles, sheet)
+
+
+def _triggered(request: Request, engine: Any, say: Console) -> Request:
+    request, added = flags.with_triggers(request, engine.inspect)
+    if added:
+        say.print(Text(f"prompt with trigger words: {request.prompt}"))
+    return request
+
+
+app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
+
+
+@app.command()
+def profile(
+    lora: Annotated[list[str], typer.Argument(metavar="LORA...", help="LoRAs by name or path.")],
+    prompt: Annotated[str, typer.Option(help="What to draw (each LoRA's first trigger word); such a profile is shown, not kept.")] = "",
+    steps: Annotated[int, typer.Option(min=4, max=1000, help="Denoising steps.")] = 50,
+    seeds: Annotated[int, typer.Option(min=1, max=64, help="Pictures with and without each LoRA.")] = 4,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what is kept already.")] = False,
+    model: Model = None, out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None, offload: Offload = "auto",
+    lora_dir: Folders = None, json: Json = False,
+) -> None:
+    """Measure how a LoRA moves high and low frequencies while it draws: the order that cmlora and switch-a use."""
+    record.ready(out_dir)
+    engines.prepare(model or "pocket")
+    from dataclasses import asdict
+
+    from app.cli import profile as profiling
+    from app.drawing.profile_plot import plot
+
+    with engines.open_engine(model or "pocket", _place(device, dtype, offload, lora_dir)) as engine:
+        for source in lora:
+            engine.find(source)
+        with workbench.bench(engine, 2 * steps * seeds * len(lora), err) as at:
+            found = profiling.measure(at, lora, prompt=prompt, steps=steps, seeds=seeds, again=again)
+    measured = [one for one, _ in found]
+    names, low = profiling.described(measured)
+    path = record.publish(plot(measured), out_dir, f"profile-{record.free(out_dir, 'profile-'):04d}")
+    if json:
+        print(tables.as_json({"order": names, "low": low, "plot": str(path), "profiles": [asdict(one) for one in measured]}))
+        return
+    tables.profiles(out, found, names, low)
+    out.print(Text(f"plot: {path}"))
+
+
+@app.command()
+def ui(
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The port (the first free one from 7860).")] = None,
+    model: Model = None, device: Device = None, dtype: Dtype = None, offload: Offload = "auto", lora_dir: Folders = None,
+    out_dir: Out = PICTURES, browse: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+) -> None:
+    """The page: make pictures in a browser, on this machine alone."""
+    record.ready(out_dir)
+    engines.prepare(model or "pocket")
+    from app.ui import serve
+
+    number, place = serve.port(port), _place(device, dtype, offload, lora_dir)
+    with engines.open_engine(model or "pocket", place) as engine:
+        serve.serve(engine, out_dir, number, lambda address: out.print(Text(f"{address}  (Ctrl-C stops)")), browse=browse)
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A hub id as org/name, or a short name: " + ", ".join(catalog.KNOWN) + ".")],
+) -> None:
+    """Fetch a model from the Hugging Face hub; shows its licence, and asks for your token where that must be accepted."""
+    from app.cli import pull as pulling
+
+    pulling.pull(name, out, pulling.asker())
+
+
+@app.command()
+def loras(model: Model = None, lora_dir: Folders = None, json: Json = False) -> None:
+    """The LoRAs that can be named: bundled with the model, in your folder, in --lora-dir."""
+    engines.prepare(model or "pocket")
+    from composition.loras import library, reader
+
+    found: list[tuple[Path, Receipt | None, str]] = []
+    for path in library.files(model or "pocket", engines.folders(lora_dir or [])):
+        try:
+            found.append((path, reader.inspect(path), ""))
+        except Refused as error:
+            found.append((path, None, str(error)))
+    if json:
+        print(tables.as_json([{"name": path.stem, "path": str(path), "bytes": path.stat().st_size, "error": trouble,
+                             **({"category": one.category, "triggers": list(one.triggers), "ranks": sorted(one.ranks),
+                                 "family": one.family, "sha256": one.sha256} if one else {})}
+                            for path, one, trouble in found]))
+    else:
+        tables.loras(out, found, settings.lora_folder())
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(help="A LoRA file, or a name that `medley loras` shows.")], model: Model = None,
+    lora_dir: Folders = None, json: Json = False,
+) -> None:
+    """The receipt of a LoRA file: what it is, and with --model what of it that model applies."""
+    engines.prepare(model or "pocket")
+    from composition.loras import library, reader
+
+    folders = engines.folders(lora_dir or [])
+    path = library.find(file, model or "pocket", folders)
+    base = model or ("pocket" if path in library.files("pocket") else "")
+    if base:
+        with engines.open_engine(base, engines.Place(folders=folders)) as engine:
+            receipt = engine.inspect(str(path))
+    else:
+        receipt = reader.inspect(path)
+    if json:
+        from dataclasses import asdict
+
+        print(tables.as_json(asdict(receipt) | {"model": base}))
+    else:
+        tables.receipt(out, receipt, base)
+
+
+@app.command()
+def methods() -> None:
+    """The ways of composing LoRAs, with their cost, paper and options."""
+    engines.prepare("pocket")
+    from composition import methods as known
+
+    tables.methods(out, known.all())
+
+
+@app.command()
+def doctor(device: Device = None, dtype: Dtype = None) -> None:
+    """Versions, device, memory, bundled models: what will run here. Exit code 1 when something that ships does not."""
+    from app.cli.doctor import examine
+
+    report = examine(engines.Place(device, dtype))
+    rows = Table.grid(padding=(0, 2))
+    for name, finding in report.lines:
+        rows.add_row(Text(name, style="dim"), Text(finding))
+    out.print(rows)
+    out.print("all of it will run" if report.healthy else "something does not run; see above")
+    if not report.healthy:
+        raise Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(f"medley {__version__}")
+        raise Exit(0)
+
+
+def run(command: Callable[[], Any]) -> int:
+    """Call it; turn what it raises into one line on stderr and an exit code. MEDLEY_DEBUG=1 shows the traceback."""
+    try:
+        code = command()
+        return code if isinstance(code, int) else 0
+    except Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, Abort, Cancelled):
+        return _fail("cancelled", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("MEDLEY_DEBUG"):
+            raise
+        words = error.format_message() if isinstance(error, TyperException) else sentence(error)
+        return _fail(words, 2) if words.strip() else 2  # no command was named: the help was printed
+
+
+def _fail(sentence: str, code: int) -> int:
+    print("medley: " + printable(" ".join(sentence.split())), file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(lambda: typer.main.get_command(app).main(prog_name="medley", standalone_mode=False)))
+
+
+if __name__ == "__main__":
+    main()

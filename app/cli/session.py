@@ -1,0 +1,93 @@
+"""From a request to pictures in a folder: open the engine quietly, run with a progress bar, stop on Ctrl-C."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.drawing.overlay import sheet as draw_places
+from app.drawing.strip import strip
+from app.workbench import Workbench
+from composition import Receipt, Refused, Request, Result, record
+
+if TYPE_CHECKING:
+    pass
+
+
+def pictures(at: Workbench, request: Request, folder: Path, stem: str = "") -> Iterator[tuple[Path, Result]]:
+    """Every picture of the request by itself, written as soon as it is made: each one's record makes it again."""
+    for index in range(request.count):
+        result = at.run(request.alone(index), request.method)
+        name = f"{stem}-{record.free(folder, f'{stem}-'):04d}" if stem else ""
+        yield at.save(result, folder, name), result
+
+
+def places(path: Path, result: Result) -> Path | None:
+    """Where each concept is, drawn, beside the picture as `<its name>-masks.png`; None where the method has no places."""
+    drawn = draw_places(result.images[0], result.notes)
+    return record.publish(drawn, path.parent, f"{path.stem}-masks") if drawn else None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One way of making the same picture: where it is, what came of it, or why it was not made."""
+
+    title: str
+    path: Path | None = None
+    result: Result | None = None
+    refused: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.result.seconds.values()) if self.result else 0.0
+
+    @property
+    def evaluations(self) -> int:
+        return round(self.result.notes.get("evaluations", 0)) if self.result else 0
+
+
+def compare(
+    at: Workbench, request: Request, ways: Mapping[str, Mapping[str, Any]], folder: Path, prefix: str
+) -> tuple[list[Tile], Path]:
+    """The request's first picture from the prompt alone and by each method (name to options): tiles, and their strip.
+
+    A method that refuses the request is left out and says why; Refused is raised when all do.
+    """
+    from composition import methods
+
+    stem = f"{prefix}-{record.free(folder, f'{prefix}-'):04d}"
+    alone = request.alone(0)
+    tiles = [_tile(at, replace(alone, loras=(), method="merge", options={}), "Prompt only", folder, f"{stem}-prompt")]
+    for name, options in ways.items():
+        way = replace(alone, method=name, options=options)
+        tiles.append(_tile(at, way, methods.find(name).title, folder, f"{stem}-{name}"))
+    refused = [tile for tile in tiles[1:] if tile.refused]
+    if len(refused) == len(ways):
+        raise Refused(refused[0].refused if refused else "no method to compare")
+    used = ", ".join(name if weight == 1 else f"{name} {weight:g}" for name, weight in request.weights.items())
+    caption = f"{request.prompt}  [{used or 'no LoRA'}]  seed {request.seed}"
+    shown = [(tile.result.images[0], tile.title, f"{tile.seconds:.1f} s, {tile.evaluations} evaluations")
+             for tile in tiles if tile.result]
+    return tiles, record.publish(strip(shown, caption), folder, f"{stem}-strip")
+
+
+def _tile(at: Workbench, request: Request, title: str, folder: Path, stem: str) -> Tile:
+    try:
+        result = at.run(request, title)
+    except Refused as error:
+        at.skip(request)
+        return Tile(title, refused=str(error))
+    return Tile(title, at.save(result, folder, stem), result)
+
+
+def reproduction(made: record.Record, receipts: Mapping[str, Receipt]) -> list[str]:
+    """How this run differs from the recorded one: LoRA files that changed, other versions of the libraries."""
+    if not made.ours:
+        return []
+    found = [f"LoRA {name} is not the file it was made with (sha256 {str(old.get('sha256'))[:12]}, now "
+             f"{receipts[name].sha256[:12]})" + ("; its tensors are the same" if old.get("tensor_sha256") ==
+                                                  receipts[name].tensor_sha256 else "; the picture will differ")
+             for name, old in made.receipts.items() if name in receipts and old.get("sha256") != receipts[name].sha256]
+    now = record.versions()
+    return found + [f"made with {name} {old}, this is {now[name]}" for name, old in made.versions.items()
+                    if now.get(name, old) != old]

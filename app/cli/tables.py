@@ -1,0 +1,172 @@
+"""What the command line prints: tables, panels and lines, for people and as JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from app import remarks
+from app.cli.session import Tile
+from app.terminal import printable
+from composition import Receipt, Request, Result
+
+if TYPE_CHECKING:
+    from composition.methods import Method
+    from composition.profiles.frequency import Profile
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2, default=str)
+
+
+def table(*columns: str, right: Sequence[str] = ()) -> Table:
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+def megabytes(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:.1f} MB"
+
+
+def loras(console: Console, found: Sequence[tuple[Path, Receipt | None, str]], folder: Path) -> None:
+    """Files with what they say of themselves, or why they could not be read; and where to put more."""
+    rows = table("name", "category", "trigger words", "rank", "size", "for", right=("rank", "size"))
+    for path, receipt, trouble in found:
+        if receipt is None:
+            rows.add_row(Text(printable(path.stem)), "", Text(printable(trouble), style="red"), "", megabytes(path), "")
+            continue
+        ranks = "/".join(str(rank) for rank in sorted(receipt.ranks))
+        rows.add_row(Text(printable(path.stem)), receipt.category, Text(printable(", ".join(receipt.triggers))), ranks, megabytes(path),
+                     _made_for(receipt))
+    if found:
+        console.print(rows)
+    else:
+        console.print("no LoRA files found")
+    console.print(Text(f"your own: put .safetensors files into {folder}, or name a folder with --lora-dir", style="dim"))
+
+
+def receipt(console: Console, of: Receipt, base: str) -> None:
+    """One receipt as a panel. base: the model it was read against, "" for none."""
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim")
+    rows.add_column(overflow="fold")
+
+    def row(name: str, value: object) -> None:
+        if value not in ("", None):
+            rows.add_row(name, Text(printable(str(value))))
+
+    row("file", of.path)
+    row("title", of.title)
+    row("category", of.category)
+    row("trigger words", ", ".join(of.triggers))
+    row("made for", _made_for(of))
+    row("layout", of.layout)
+    row("rank", _counted(of.ranks))
+    row("alpha", _counted(of.alphas))
+    row("sha256", of.sha256)
+    row("of the tensors", of.tensor_sha256)
+    if base:
+        row("on model", base)
+        row("applied", f"{of.applied} of {of.tensors} tensors, {of.coverage:.0%}")
+        for name, count in of.components.items():
+            row(f"  {name}", f"{count['tensors']} tensors in {count['modules']} modules")
+    else:
+        row("tensors", of.tensors)
+    for reason, keys in of.ignored.items() if base else ():
+        row("ignored", f"{len(keys)}: {reason}, as {keys[0]}" if keys else reason)
+    if of.no_effect:
+        row("no effect", f"{len(of.no_effect)} modules, as {of.no_effect[0]}")
+    console.print(Panel(rows, title=escape(printable(of.name)), title_align="left", expand=False))
+
+
+def _made_for(of: Receipt) -> str:
+    """The kind of base its keys and shapes tell, else the one its maker wrote into it."""
+    return of.family if of.family != "unknown" else of.metadata.get("base", "")
+
+
+def _counted(values: Mapping[Any, int]) -> str:
+    """"8" when all modules agree, else "8 (60 modules), 16 (4 modules)"."""
+    if len(values) == 1:
+        return f"{next(iter(values)):g}"
+    return ", ".join(f"{value:g} ({count} modules)" for value, count in sorted(values.items()))
+
+
+def methods(console: Console, known: Mapping[str, "Method"]) -> None:
+    """Every method with its cost, paper and options."""
+    parts = []
+    for method in known.values():
+        parts.append(Text.assemble((method.name, "bold"), f"  {method.title}. {method.about}"))
+        evaluations = "1 evaluation a step" if method.cost == "1" else f"{method.cost} evaluations a step (K LoRAs)"
+        paper = f"; https://arxiv.org/abs/{method.paper}" if method.paper else ""
+        parts.append(Text(f"    {evaluations}{paper}", style="dim"))
+        for item in fields(method.options):
+            parts.append(Text(f"    --option {item.name}={_default(item)}  {item.metadata.get('help', '')}{_range(item)}"))
+    console.print(Group(*parts))
+
+
+def _default(item: Any) -> object:
+    value = item.default if item.default is not MISSING else item.default_factory() if item.default_factory is not MISSING else ""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _range(item: Any) -> str:
+    low, high = item.metadata.get("ge"), item.metadata.get("le")
+    return f" ({low} to {high})" if low is not None and high is not None else ""
+
+
+def result(console: Console, of: Result, drawn: bool) -> None:
+    """What was applied, what the user should know, how long it took."""
+    request = of.request
+    if drawn:
+        console.print(Text(f"seed {request.seed} (drawn; give --seed {request.seed} to make this again)"))
+    for one in of.receipts:
+        console.print(Text(printable(one.line())))
+    for line in remarks.remarks(of.notes):
+        console.print(Text(printable(line), style="yellow"))
+
+
+def profiles(console: Console, found: Sequence[tuple["Profile", bool]], names: Sequence[str], low: Sequence[str]) -> None:
+    """Frequency profiles by falling change, which of them lead late, and which were measured now."""
+    rows = table("LoRA", "change", "level", "H early", "H late", "frequency", "", right=("change", "level", "H early", "H late"))
+    by_name = {one.name: (one, fresh) for one, fresh in found}
+    for name in names:
+        one, fresh = by_name[name]
+        early, late = (one.high[min(len(one.high) - 1, int(share * len(one.high)))] for share in (0.2, 0.8))
+        rows.add_row(Text(printable(name)), f"{one.change:+.4f}", f"{one.level:+.4f}", f"{early:.3f}", f"{late:.3f}", "low" if name in low else "high",
+                     Text("measured now" if fresh else "kept", style="dim"))
+    console.print(rows)
+    console.print(Text("over the first 60 % of the steps and over what the base does: change, how far the LoRA moves H, the share of high "
+                       "frequencies, in a tenth of the steps; level, how much higher H is with it. Sorted by change.", style="dim"))
+
+
+def tiles(console: Console, made: Sequence[Tile], sheet: Path) -> None:
+    """A table of the ways a picture was made, and where the strip is."""
+    rows = table("picture", "seconds", "evaluations", "file", right=("seconds", "evaluations"))
+    for tile in made:
+        if tile.path is None:
+            rows.add_row(tile.title, "", "", Text(f"not made: {printable(tile.refused)}", style="yellow"))
+        else:
+            alike = " (no LoRA has a region: the same as Merge)" if tile.result and tile.result.notes.get("no regions") else ""
+            rows.add_row(tile.title, f"{tile.seconds:.1f}", str(tile.evaluations), Text(tile.path.name + alike))
+    console.print(rows)
+    console.print(Text(f"side by side: {sheet}"))
+
+
+def generated(request: Request, made: Sequence[tuple[Path, Result]], seed_drawn: bool) -> str:
+    """`generate --json`: the request and, per picture, its file, seed, seconds and notes; receipts once."""
+    return as_json({
+        "request": json.loads(request.json()),
+        "seed_drawn": seed_drawn,
+        "pictures": [{"file": str(path), "seed": result.request.seed, "seconds": dict(result.seconds),
+                      "notes": dict(result.notes)} for path, result in made],
+        "receipts": [asdict(one) for one in made[0][1].receipts] if made else [],
+    })

@@ -1,0 +1,237 @@
+"""One training from the opened model to the receipt: what it will do, progress, previews, a stop that can be resumed."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from app import engines, settings, workbench
+from app.drawing.strip import strip
+from app.terminal import printable
+from composition import Lora, Request, __version__
+
+if TYPE_CHECKING:
+    from composition import Engine
+    from composition.training.plan import Concept, Plan
+
+PREVIEWS = 6  # by default, the base's own picture included
+LAST = 50  # steps whose losses are averaged for show
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One concept: the folder of its pictures, the word it is learned under, and what its file will say."""
+
+    images: Path
+    trigger: str
+    name: str
+    category: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asked for; None: as is usual for the model."""
+
+    model: str
+    folder: Path
+    steps: int | None = None
+    rank: int | None = None
+    rate: float | None = None
+    batch: int | None = None
+    targets: tuple[str, ...] | None = None
+    seed: int = 0
+    flip: bool = True
+    preview_every: int | None = None
+    preview_prompts: tuple[str, ...] = ()
+    checkpointing: bool | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+
+def learn(lessons: Sequence[Lesson], wishes: Wishes, out: Console, err: Console) -> bool:
+    """Train and write every LoRA; False when Ctrl-C stopped it, which is said, with how to go on.
+
+    Raises Refused, before the model is opened where that is possible, for what cannot be learned from.
+    """
+    engines.prepare(wishes.model)
+    from composition.training import defaults, pictures
+    from composition.training.concept import train
+    from composition.training.state import reached
+
+    folders = [pictures.read(one.images, one.trigger, one.category) for one in lessons]
+    for one, folder in zip(lessons, folders, strict=True):
+        told = f"{len(folder)} captions" if folder.captions else "no captions, so plain prompts"
+        out.print(Text(f"{one.trigger}: {len(folder)} pictures, {told}" + (f"; {folder.said}" if folder.said else "")))
+    checkpoint = wishes.folder / f"{'+'.join(one.name for one in lessons)[:120]}.training"
+    place = engines.Place(wishes.device, defaults.dtype_for(wishes.device, wishes.dtype), "none")
+    with engines.open_engine(wishes.model, place) as engine:
+        usual = defaults.usual(engine.backbone)
+        plan = _plan(wishes, usual, defaults.halves(engine.device, engine.dtype) and wishes.dtype != "float32")
+        _say(plan, engine, out)
+        begun = reached(checkpoint) if checkpoint.is_file() else 0
+        wishes.folder.mkdir(parents=True, exist_ok=True)
+        concepts = [_concept(one, folder, engine, plan, usual.count(len(folder)), wishes)
+                    for one, folder in zip(lessons, folders, strict=True)]
+        shown = _Previews(lessons, wishes, engine, plan)
+        if begun:
+            out.print(Text(f"going on from step {begun} of {plan.steps} ({checkpoint})"))
+        else:
+            shown.base()
+        with workbench.stoppable() as stop, _Bar(plan.steps, begun, err) as bar:
+
+            def on_step(step: int, losses: dict[str, float]) -> None:
+                bar.show(step, losses)
+                shown.at(step)
+
+            files = train(
+                engine.backbone, engine.adapters, concepts, plan, wishes.folder, checkpoint=checkpoint, on_step=on_step,
+                stop=stop.is_set, describe=shown.describe,
+                checkpointing=usual.checkpointing if wishes.checkpointing is None else wishes.checkpointing)  # fmt: skip
+        if not files:
+            err.print(Text(f"medley: stopped at step {bar.step} of {plan.steps}; the same command goes on from there "
+                           f"(to begin again, delete {checkpoint})"))  # fmt: skip
+            return False
+        checkpoint.unlink(missing_ok=True)
+        _report(lessons, files, shown, engine, wishes, out)
+        return True
+
+
+def _plan(wishes: Wishes, usual: Any, half: bool) -> "Plan":
+    from composition.training.plan import Plan
+
+    asked = {name: getattr(wishes, name) for name in ("steps", "rank", "rate", "batch", "targets")}
+    chosen = {name: getattr(usual, name) if value is None else value for name, value in asked.items()}
+    return Plan(**chosen, noise=usual.noise, keep=usual.keep, empty=0.0, half=half, seed=wishes.seed)
+
+
+def _say(plan: "Plan", engine: "Engine", out: Console) -> None:
+    """What will be done, before it is."""
+    half = ", products in bfloat16" if plan.half else ""
+    out.print(Text(f"model {engine.name} on {engine.device}{half}"))
+    out.print(Text(f"{plan.steps} steps of {plan.batch} pictures of each, rank {plan.rank}, rate {plan.rate:g}, layers "
+                   f"{', '.join(plan.targets)}, seed {plan.seed}"))  # fmt: skip
+
+
+def _concept(lesson: Lesson, folder: Any, engine: "Engine", plan: "Plan", views: int, wishes: Wishes) -> "Concept":
+    from composition.training import captions, header, pictures
+    from composition.training.concept import latents_of
+    from composition.training.plan import Concept
+
+    size = engine.backbone.size(Request(prompt=""))
+    pixels, prompts = pictures.views(
+        folder, lesson.trigger, lesson.category, size, views, flip=wishes.flip, seed=f"{plan.seed}/{lesson.name}")
+    told = header.header(
+        engine.backbone, engine.name, plan, title=lesson.title, category=lesson.category, trigger=lesson.trigger,
+        pictures=len(folder), size=size, software=f"medley {__version__}")
+    return Concept(
+        lesson.name, latents_of(engine.backbone, pixels, part=8), prompts, told,
+        origin=f"{told['base']} {size} {views} {wishes.flip} {folder.origin}", others=captions.others())
+
+
+class _Previews:
+    """A strip of pictures of every concept, every so many steps, with the same seeds: NAME-previews/STEP.png."""
+
+    def __init__(self, lessons: Sequence[Lesson], wishes: Wishes, engine: "Engine", plan: "Plan") -> None:
+        self.lessons, self.wishes, self.engine, self.plan = lessons, wishes, engine, plan
+        usual = max(1, plan.steps // (PREVIEWS - 1))
+        self.every = usual if wishes.preview_every is None else wishes.preview_every
+
+    def folder(self, lesson: Lesson) -> Path:
+        return self.wishes.folder / f"{lesson.name}-previews"
+
+    def base(self) -> None:
+        """What the base makes of the prompts by itself."""
+        if self.every:
+            for lesson in self.lessons:
+                self._save(lesson, 0, lambda request: list(self.engine.run(request).images), [])
+
+    def at(self, step: int) -> None:
+        if self.every and (step % self.every == 0 or step == self.plan.steps):
+            for lesson in self.lessons:
+                self._save(lesson, step, self._draw, [Lora(lesson.name)])
+
+    def describe(self, name: str) -> Mapping[str, str]:
+        """The small picture for the header of a finished LoRA."""
+        from composition.training.previews import thumbnail
+
+        lesson = next(one for one in self.lessons if one.name == name)
+        request = Request(prompt=self.prompts(lesson)[0], loras=[Lora(name)], seed=self.plan.seed)
+        return {"preview": thumbnail(self._draw(request)[0])}
+
+    def prompts(self, lesson: Lesson) -> tuple[str, ...]:
+        from composition.training import captions
+
+        return self.wishes.preview_prompts or captions.examples(lesson.trigger, lesson.category)
+
+    def _draw(self, request: Request) -> list[Image.Image]:
+        from composition.training.previews import draw
+
+        return draw(self.engine.backbone, self.engine.adapters, request)
+
+    def _save(
+        self, lesson: Lesson, step: int, draw: Callable[[Request], list[Image.Image]], loras: Sequence[Lora]
+    ) -> None:
+        tiles = []
+        for prompt in self.prompts(lesson):
+            request = Request(prompt=prompt, loras=loras, seed=self.plan.seed, count=2)
+            tiles += [(picture, prompt, f"seed {seed}") for picture, seed in zip(draw(request), request.seeds, strict=True)]
+        folder = self.folder(lesson)
+        folder.mkdir(parents=True, exist_ok=True)
+        caption = f"{lesson.name}: step {step} of {self.plan.steps}" if step else f"{lesson.name}: the base before training"
+        strip(tiles, caption).save(folder / f"{step:05d}.png")
+
+
+@dataclass
+class _Bar:
+    """Step, smoothed loss and time left: a bar on a terminal, a line now and then elsewhere."""
+
+    steps: int
+    step: int
+    console: Console
+    losses: list[float] = field(default_factory=list)
+
+    def __enter__(self) -> "_Bar":
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                   TimeRemainingColumn())  # fmt: skip
+        self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.task = self.progress.add_task("learning", total=self.steps, completed=self.step)
+        self.progress.start()
+        self.begun, self.first = time.monotonic(), self.step
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, step: int, losses: Mapping[str, float]) -> None:
+        self.step = step
+        self.losses = [*self.losses[-LAST + 1 :], sum(losses.values()) / len(losses)]
+        loss = sum(self.losses) / len(self.losses)
+        self.progress.update(self.task, completed=step, description=f"loss {loss:.4f}")
+        if not self.console.is_terminal and (step % max(1, self.steps // 10) == 0 or step == self.steps):
+            left = (time.monotonic() - self.begun) / (step - self.first) * (self.steps - step)
+            self.console.print(Text(f"step {step} of {self.steps}, loss {loss:.4f}, {_span(left)} left"))
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _report(
+    lessons: Sequence[Lesson], files: Mapping[str, Path], shown: _Previews, engine: "Engine", wishes: Wishes, out: Console
+) -> None:
+    """The receipt of every LoRA, and the command that uses it."""
+    for lesson in lessons:
+        out.print(Text(printable(engine.inspect(str(files[lesson.name])).line())))
+        if shown.every:
+            out.print(Text(f"previews: {shown.folder(lesson)}"))
+        where = "" if wishes.folder == settings.lora_folder() else f' --lora-dir "{wishes.folder}"'
+        model = "" if wishes.model == "pocket" else f" --model {wishes.model}"
+        out.print(Text(f'{files[lesson.name]}\nuse it: medley generate "{shown.prompts(lesson)[-1]}" --lora {lesson.name}'
+                       f"{where}{model}"))  # fmt: skip

@@ -1,0 +1,99 @@
+"""Small charts as SVG: a metric against the number of LoRAs, or by method, with its intervals."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from app.drawing.palette import GREY, PALETTE
+
+ALL = "all"  # the part of a summary that is of every size
+WIDE, HIGH = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 30
+
+
+def colours(ways: Sequence[str]) -> dict[str, str]:
+    """A way's colour; `X@equal` has that of `X`."""
+    plain = [way for way in ways if way != "none" and "@" not in way]
+    table = {way: PALETTE[index % len(PALETTE)] for index, way in enumerate(plain)}
+    return {way: GREY if way == "none" else table.get(way.partition("@")[0], PALETTE[-1]) for way in ways}
+
+
+def lines(parts: Mapping[str, Any], ways: Sequence[str], titles: Mapping[str, str], metric: Any) -> str:
+    """Score against number of LoRAs, a line a way, whiskers for its 95 % interval. parts: size or "all" to what was found."""
+    sizes = sorted(int(name) for name in parts if name != ALL)
+    points = {way: [(size, parts[str(size)]["means"][way]) for size in sizes if way in parts[str(size)]["means"]] for way in ways}
+    scale = _Scale([one for rows in points.values() for _, one in rows], metric)
+    step = (WIDE - LEFT - RIGHT) / max(1, len(sizes))
+    place = {size: LEFT + step * (index + 0.5) for index, size in enumerate(sizes)}
+    drawn = [*scale.axis(), *(_text(place[size], HIGH - 10, f"{size} LoRAs" if size == sizes[0] else str(size), "middle") for size in sizes)]
+    table = colours(ways)
+    for index, (way, rows) in enumerate(points.items()):
+        shift = (index - (len(ways) - 1) / 2) * min(7.0, step * 0.6 / len(ways))
+        dash = ' stroke-dasharray="4 3"' if "@" in way else ""
+        spots = [(place[size] + shift, one) for size, one in rows]
+        if len(spots) > 1:
+            path = " ".join(f"{x:.1f},{scale(one['mean']):.1f}" for x, one in spots)
+            drawn.append(f'<polyline points="{path}" fill="none" stroke="{table[way]}" stroke-width="1.5"{dash}/>')
+        drawn += [_mark(x, one, scale, table[way], f"{titles[way]}, {size} LoRAs", metric) for (x, one), (size, _) in zip(spots, rows, strict=True)]
+    return _svg(drawn, f"{metric.title} against the number of LoRAs")
+
+
+def bars(part: Mapping[str, Any], ways: Sequence[str], titles: Mapping[str, str], metric: Any) -> str:
+    """The same for pictures of one size: a mark a way."""
+    known = [way for way in ways if way in part["means"]]
+    scale, table = _Scale([part["means"][way] for way in known], metric), colours(ways)
+    step = (WIDE - LEFT - RIGHT) / max(1, len(known))
+    drawn = scale.axis()
+    for index, way in enumerate(known):
+        x = LEFT + step * (index + 0.5)
+        drawn.append(_mark(x, part["means"][way], scale, table[way], titles[way], metric))
+        drawn.append(_text(x, HIGH - 10, titles[way].replace(", equal evaluations", " =")[:13], "middle"))
+    return _svg(drawn, f"{metric.title} by method")
+
+
+class _Scale:
+    """Score to height, with room above and below; shares stay in 0..1."""
+
+    def __init__(self, found: Sequence[Mapping[str, Any]], metric: Any) -> None:
+        self.metric = metric
+        ends = [end for one in found for end in (one["low"], one["mean"], one["high"]) if end is not None] or [0.0, 1.0]
+        room = 0.08 * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 0.5
+        self.low, self.high = min(ends) - room, max(ends) + room
+        if metric.share or min(ends) >= 0:
+            self.low = max(0.0, self.low)
+        if metric.share:
+            self.high = min(1.0, self.high) if self.low < 1.0 else 1.05
+
+    def __call__(self, value: float) -> float:
+        return HIGH - BOTTOM - (value - self.low) / (self.high - self.low) * (HIGH - BOTTOM - TOP)
+
+    def axis(self) -> list[str]:
+        drawn = []
+        for index in range(5):
+            value = self.low + (self.high - self.low) * index / 4
+            y = self(value)
+            label = f"{100 * value:.0f} %" if self.metric.share else f"{value:.3g}"
+            drawn.append(f'<line x1="{LEFT}" x2="{WIDE - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
+            drawn.append(_text(LEFT - 6, y + 4, label, "end"))
+        return drawn
+
+
+def _mark(x: float, one: Mapping[str, Any], scale: _Scale, colour: str, title: str, metric: Any) -> str:
+    whisker = ""
+    if one["low"] is not None:
+        top, bottom = scale(one["high"]), scale(one["low"])
+        whisker = (f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" stroke="{colour}" stroke-width="1.5"/>'
+                   + "".join(f'<line x1="{x - 3:.1f}" x2="{x + 3:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}"/>' for y in (top, bottom)))  # fmt: skip
+    factor, unit = (100, " %") if metric.share else (1, "")
+    ends = "" if one["low"] is None else f" ({factor * one['low']:.{metric.digits}f} to {factor * one['high']:.{metric.digits}f})"
+    label = f"{title}: {factor * one['mean']:.{metric.digits}f}{unit}{ends}"
+    return (f'<g>{whisker}<circle cx="{x:.1f}" cy="{scale(one["mean"]):.1f}" r="3.5" fill="{colour}"/>'
+            f"<title>{escape(label)}</title></g>")  # fmt: skip
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(drawn: Sequence[str], label: str) -> str:
+    return (f'<svg viewBox="0 0 {WIDE} {HIGH}" role="img" aria-label="{escape(label, quote=True)}">{"".join(drawn)}</svg>')  # fmt: skip

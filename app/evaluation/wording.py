@@ -1,0 +1,91 @@
+"""What the report says in words: the judge's worth, what was tuned, what was left out, the settings."""
+
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from app.evaluation.cases import Problem
+from app.evaluation.scoring import FEW, Scorer, formula
+from app.evaluation.variants import EQUAL, NONE, title
+from composition import record
+from retrieval.judge import CONFUSION
+
+LEAST = 6  # groups from which a permutation test can reach p <= 0.05
+
+
+def judge(scorer: Scorer, texts: Mapping[str, bool], phrases: Collection[str]) -> dict[str, Any]:
+    """Name, formula, texts cut, where thresholds come from, and its own mistakes where its folder tells
+    them of a phrase that was asked."""
+    own = scorer.judge.thresholds
+    known = sorted(set(scorer.thresholds))
+    if scorer.settled:
+        least = min(scorer.settled.values())
+        presence = (f"Presence: thresholds of {len(scorer.settled)} phrases were set on this evaluation's own pictures of cases "
+                    f"without them (at least {least}), at 5 % false positives; how many true pictures they find is not known.")  # fmt: skip
+    elif known:
+        presence = "Presence: a score above the judge's own threshold for the phrase, set on fresh renders at 5 % false positives."
+    else:
+        presence = (f"Presence is not known: this judge has no thresholds, and fewer than {FEW} pictures without each concept are "
+                    "here to set them on.")  # fmt: skip
+    table = scorer.judge.folder / CONFUSION if scorer.judge.folder else None
+    confusion = json.loads(table.read_text("utf-8")) if table and table.is_file() else None
+    if confusion and not set(confusion["phrases"]) & set(phrases):
+        confusion = None
+    recall = {phrase: row.recall for phrase, row in own.items()}
+    if confusion:  # recall among other things, as in the pictures scored, not of things alone
+        recall |= {phrase: confusion["rows"][place][place] for place, phrase in enumerate(confusion["phrases"])}
+    return {
+        "name": scorer.judge.name, "formula": formula(scorer.scale), "scale": scorer.scale, "texts": len(texts),
+        "cut": sum(texts.values()), "presence": presence, "recall": recall, "confusion": confusion,
+    }  # fmt: skip
+
+
+def remarks(
+    tuned: Sequence[Mapping[str, Any]], ways: Sequence[str], second: Sequence[Mapping[str, Any]] | None, groups: int, judge: str
+) -> list[str]:
+    """Sentences under the table of scores."""
+    lines = []
+    if groups < LEAST and len(ways) > 1:
+        lines.append(f"Only {groups} groups: with fewer than {LEAST} no test can tell two ways apart, and intervals mean little.")
+    if judge.startswith("pocket"):
+        lines.append("Pocket's judge knows Pocket's world and the names of some 700 emoji, at 64 px; what lies beyond them scores near nothing.")
+    for name in dict.fromkeys(one["method"] for one in tuned):
+        found = [one for one in tuned if one["method"] == name]
+        told = ", ".join(f"{one['factor']:g} for {one['size']} LoRAs" for one in found)
+        lines.append(f"{title(name)}: the factor on every weight was tuned on {sum(one['pictures'] for one in found)} pictures of other "
+                     f"noise: {told} (of {', '.join(found[0]['tried'])}).")  # fmt: skip
+    if any(way.endswith(EQUAL) for way in ways):
+        lines.append("Equal evaluations: as many steps as cost what one evaluation in each plain step costs.")
+    if NONE in ways:
+        lines.append("Prompt only: the same prompt and noise without any LoRA.")
+    for one in second or ():
+        lines.append(f"Second opinion: {title(one['first'])} against {title(one['second'])}: {one['first_wins']} to {one['second_wins']}, "
+                     f"{one['ties']} ties; the order decided {100 * one['order_decided']:.0f} % (counted as ties).")  # fmt: skip
+    return lines
+
+
+def grouped(problems: Sequence[Problem]) -> list[str]:
+    """Problems as sentences, the same trouble of many pictures once, those of lines first and in their order."""
+    lines = [str(problem) for problem in sorted((one for one in problems if one.line), key=lambda one: one.line)]
+    whys = Counter(problem.why for problem in problems if not problem.line)
+    for why, times in whys.items():
+        where = next(problem.where for problem in problems if problem.why == why and not problem.line)
+        lines.append(f"{where}: {why}" if times == 1 else f"{where} and {times - 1} more: {why}")
+    return lines
+
+
+def settings(wishes: Any) -> str:
+    """Everything that makes it again, as JSON."""
+    scoring = {"judge": wishes.judge, "scale": wishes.scale, "resamples": wishes.resamples, "seed": wishes.seed, "versions": record.versions()}
+    if wishes.manifest is not None:
+        told = {"manifest": str(wishes.manifest), "methods": list(wishes.methods), "limit": wishes.limit, "references": wishes.references}
+        return json.dumps({**told, **scoring}, indent=1)
+    like = json.loads(wishes.like.json())
+    kept = {key: like[key] for key in ("model", "negative", "sampler", "steps", "guidance", "size")}
+    return json.dumps({
+        "testbed": wishes.testbed, "methods": list(wishes.methods),
+        "options": {name: dict(given) for name, given in wishes.options.items() if given}, "sizes": list(wishes.sizes),
+        "sets": "all" if wishes.sets is None else wishes.sets, "of": wishes.of, "boxes": wishes.boxes, "seeds": wishes.seeds, "limit": wishes.limit, "weight": wishes.weight,
+        "prefix": wishes.prefix, "tune": list(wishes.tune), "references": wishes.references, **kept, **scoring,
+    }, indent=1)  # fmt: skip

@@ -1,0 +1,43 @@
+"""What a picture's notes tell its maker, as sentences and lines: for the command line and the page alike."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from app.terminal import printable
+
+
+def remarks(notes: Mapping[str, Any]) -> list[str]:
+    """The notes that ask for the user's attention, as sentences."""
+    lines = [str(notes["order"])] if notes.get("order") else []
+    missing = notes.get("missing triggers")
+    if isinstance(missing, Mapping):
+        lines += [f"the prompt has none of {name}'s trigger words ({', '.join(words)}); --triggers adds one"
+                  for name, words in missing.items()]
+    if cut := notes.get("prompt cut"):
+        lines.append(f"the model does not see the end of the prompt: {cut!r}")
+    if why := notes.get("negative prompt not read"):
+        lines.append(f"the negative prompt was not read: {why}")
+    if names := notes.get("acts everywhere in part"):
+        lines.append(f"{', '.join(map(str, names))}: layers without a place (time embeddings) act on the whole picture")
+    if notes.get("no regions"):
+        lines.append("no LoRA has a region, so method regions is the same as merge: give them as in "
+                     '--lora \'{"source": "owl", "region": [0, 0, 0.5, 1]}\' (left, top, right, bottom, in fractions of the picture)')
+    unread = notes.get("not read by this method")
+    if isinstance(unread, Mapping):
+        lines += [f"{name}: {what} are not read by method {notes.get('method')}" for name, what in unread.items()]
+    return lines
+
+
+def everywhere(notes: Mapping[str, Any]) -> list[str]:
+    """The LoRAs that a method of places left without one: styles, places, and those without a region."""
+    told = [notes[method] for method in ("clora", "regions") if isinstance(notes.get(method), Mapping)]
+    return [printable(str(name)) for one in told for name in one.get("everywhere", ())]
+
+
+def timeline(notes: Mapping[str, Any]) -> list[str]:
+    """Who led when, a letter a step, for the methods that tell it."""
+    if "cmlora" in notes:
+        from composition.methods import cmlora
+
+        return ["# leads, + asked in full, . from the cache; e early, l late", *cmlora.timeline(dict(notes))]
+    return []

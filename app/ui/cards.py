@@ -1,0 +1,113 @@
+"""Cards: what the page shows of each LoRA file, from the words and the picture in its header. All of it is untrusted."""
+
+import base64
+import binascii
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, get_args
+
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from composition.loras import metadata
+from composition.request import Category
+
+PREVIEW = "preview"  # metadata key: a PNG in base64
+MAX_LETTERS = 2_000_000  # of that text
+MAX_SIDE = 2048  # pixels of the picture in it
+SIDE = 128  # pixels of the picture shown
+_ORDER = {category: place for place, category in enumerate([*get_args(Category)[1:], ""])}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One LoRA. key: its name on the page, unique. source: what a request calls it. preview: a data URL, or "".
+
+    trouble: why the file cannot be used, "" when its header could be read.
+    """
+
+    key: str
+    source: str
+    title: str
+    category: str = ""
+    triggers: tuple[str, ...] = ()
+    preview: str = ""
+    trouble: str = ""
+
+    def shown(self) -> dict[str, Any]:
+        """What the page gets: no path of this machine."""
+        return {"key": self.key, "title": self.title, "category": self.category, "triggers": list(self.triggers),
+                "preview": self.preview, "trouble": self.trouble}
+
+
+def cards(files: Iterable[Path]) -> dict[str, Card]:
+    """Every file's card by key, in the order of the categories, then of the titles. A header is read once per change."""
+    paths = list(dict.fromkeys(files))
+    stems = [path.stem for path in paths]
+    found: dict[str, Card] = {}
+    for path in paths:
+        alone = stems.count(path.stem) == 1
+        key = path.stem if alone else f"{path.stem} ({path.parent.name})"
+        while key in found:
+            key += "'"
+        title, category, triggers, preview, trouble = _read(path, _stamp(path))
+        found[key] = Card(key, path.stem if alone else str(path), title or key, category, triggers, preview, trouble)
+    return dict(sorted(found.items(), key=lambda pair: (_ORDER[pair[1].category], pair[1].title.lower(), pair[0])))
+
+
+def lacking(prompt: str, chosen: Iterable[Card]) -> list[Card]:
+    """The cards of which the prompt has no trigger word, as the engine counts them."""
+    return [card for card in chosen
+            if card.triggers and not any(word.lower() in prompt.lower() for word in card.triggers)]
+
+
+def with_words(prompt: str, words: Sequence[str]) -> str:
+    """The prompt with these words at its end, those it has already left out."""
+    for word in words:
+        if word.lower() not in prompt.lower():
+            prompt = f"{prompt.rstrip().rstrip(',')}, {word}" if prompt.strip() else word
+    return prompt
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size
+
+
+@lru_cache(maxsize=4096)
+def _read(path: Path, stamp: tuple[int, int]) -> tuple[str, str, tuple[str, ...], str, str]:
+    """(title, category, triggers, preview, trouble) of a file in the state that `stamp` stands for."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            said = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        return "", "", (), "", f"cannot be read: {' '.join(str(error).split())[:200]}"
+    return metadata.title(said), metadata.category(said), metadata.triggers(said), _picture(said.get(PREVIEW, "")), ""
+
+
+def _picture(text: str) -> str:
+    """The picture in a header as a small PNG of our own in a data URL; "" when there is none that can be trusted."""
+    if not text or len(text) > MAX_LETTERS:
+        return ""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
+            if max(image.size) > MAX_SIDE:
+                return ""
+            small = image.convert("RGB")
+    except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""
+    small.thumbnail((SIDE, SIDE))
+    return data_url(small)
+
+
+def data_url(image: Image.Image) -> str:
+    """The pixels alone, as a PNG in a data URL."""
+    file = io.BytesIO()
+    Image.frombytes(image.mode, image.size, image.tobytes()).save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

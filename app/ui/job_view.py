@@ -1,0 +1,103 @@
+"""A job as the page shows it: where it stands, its picture, its receipt. Every word of a file or a user is escaped."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+from PIL import Image
+
+from app import remarks
+from app.drawing import overlay
+from app.jobs import Job
+from app.ui.cards import Card, data_url
+from composition import Result
+
+CRISP = 256  # pixels: a picture whose longer side is not over this is enlarged without blur
+
+
+def empty(words: str = "Your picture appears here.") -> str:
+    return f'<div class="stage empty"><span>{escape(words)}</span></div>'
+
+
+def refusal(words: str) -> str:
+    return f'<p class="status error" role="alert">{escape(words[:1].upper() + words[1:])}</p>'
+
+
+def status(job: Job, before: int) -> str:
+    """One line on where a job stands, with a bar while it runs."""
+    if job.state == "failed":
+        return refusal(job.error)
+    words = {
+        "waiting": f"Waiting: {before} before this one." if before else "Next.",
+        "running": _running(job),
+        "cancelled": "Cancelled.",
+        "done": f"Done in {job.seconds:.1f} s.",
+    }[job.state]
+    bar = ""
+    if job.state == "running":
+        bar = f'<progress aria-label="steps done" max="{max(job.steps, 1)}" value="{job.step}"></progress>'
+    return f'<div class="status {job.state}" role="status"><span>{escape(words)}</span>{bar}</div>'
+
+
+def _running(job: Job) -> str:
+    if job.stop.is_set():
+        return "Stopping before the next evaluation."
+    return f"Step {job.step} of {job.steps}, {job.seconds:.0f} s" if job.steps else "Preparing."
+
+
+def stage(job: Job) -> str:
+    """The picture: the file itself when it is done, a preview while it is made, else nothing."""
+    if job.result is not None and job.path is not None:
+        return _picture(link(job.path), job.result.images[0].size, job.request.prompt or "picture without a prompt", "final")
+    if job.state in ("waiting", "running"):
+        if job.preview is not None:
+            return preview(job.preview)
+        return empty("In line." if job.state == "waiting" else "A first sight of it comes soon.")
+    return empty("Cancelled: nothing was kept." if job.state == "cancelled" else "No picture was made.")
+
+
+def preview(image: Image.Image) -> str:
+    return _picture(data_url(image.convert("RGB")), image.size, "preview of the picture in the making", "preview")
+
+
+def _picture(source: str, size: tuple[int, int], about: str, kind: str) -> str:
+    crisp = " crisp" if max(size) <= CRISP else ""
+    return (f'<div class="stage"><img id="picture" class="{kind}{crisp}" src="{escape(source)}" alt="{escape(about)}" '
+            f'width="{size[0]}" height="{size[1]}"></div>')
+
+
+def link(path: Path) -> str:
+    """Where the page finds a file of the folder of pictures."""
+    return "/gradio_api/file=" + quote(path.absolute().as_posix())
+
+
+def report(result: Result, path: Path) -> str:
+    """What the picture is made of: facts, one receipt per LoRA, what the user should know, who led when, where
+    each concept is, where the file is."""
+    request, image = result.request, result.images[0]
+    facts = {
+        "Seed": str(request.seed), "Method": request.method, "Steps": str(request.steps),
+        "Evaluations": f"{result.notes.get('evaluations', 0):.1f}".removesuffix(".0"), "Seconds": f"{sum(result.seconds.values()):.1f}",
+        "Size": f"{image.width} x {image.height}",
+    }
+    pairs = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    receipts = "".join(f"<li>{escape(one.line())}</li>" for one in result.receipts)
+    notes = {name: value for name, value in result.notes.items() if name != "missing triggers"}  # `hint` says those
+    remarked = "".join(f'<li class="remark">{escape(line)}</li>' for line in remarks.remarks(notes))
+    lines = remarks.timeline(result.notes)
+    timeline = f'<pre class="timeline" aria-label="who led when">{escape(chr(10).join(lines))}</pre>' if lines else ""
+    tiles = "".join(f'<figure><img src="{data_url(tile)}" alt="{escape(f"{name}: {what}")}"><figcaption>{escape(name)}<br>{escape(what)}'
+                    f'</figcaption></figure>' for tile, name, what in overlay.drawn(image, result.notes))
+    masks = f'<div class="places" aria-label="where each concept is">{tiles}</div>' if tiles else ""
+    return (f'<div class="report"><dl>{pairs}</dl><ul class="receipts" aria-label="receipts">{receipts}{remarked}</ul>{timeline}{masks}'
+            f'<p class="file"><a id="download" href="{escape(link(path))}" download="{escape(path.name)}">Download</a> '
+            f'<span>{escape(str(path.absolute()))}</span></p></div>')
+
+
+def hint(lacking: Sequence[Card]) -> str:
+    """Which LoRAs have no trigger word in the prompt, "" when all have."""
+    if not lacking:
+        return ""
+    each = ", ".join(f"{card.title} ({' or '.join(card.triggers[:3])})" for card in lacking)
+    return f'<p class="hint">the prompt has no trigger word of {escape(each)}.</p>'

@@ -1,0 +1,98 @@
+"""An open engine at work for one command or evaluation: a progress bar over all its runs, and Ctrl-C that stops between steps."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from composition import Cancelled, Request, Result, record
+
+if TYPE_CHECKING:
+    from composition import Engine
+
+
+@contextmanager
+def stoppable() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that the run stops between two evaluations; a second one ends at once."""
+    event = threading.Event()
+
+    def stop(*_: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Workbench:
+    """An open engine at work for one command: one progress bar over all its runs, one event to stop them."""
+
+    def __init__(self, engine: "Engine", progress: Progress, cancel: threading.Event, steps: int) -> None:
+        self.engine = engine
+        self._progress, self._cancel = progress, cancel
+        self._task = progress.add_task("", total=steps)
+        self._done = 0.0
+
+    def run(self, request: Request, title: str) -> Result:
+        """Make one picture; `title` stands before the bar. Raises Cancelled after Ctrl-C."""
+        self._progress.update(self._task, description=title)
+        begun = self._done
+        result = self.engine.run(
+            request, cancel=self._cancel, on_step=lambda event: self._show(begun + request.length * event.index / event.count))
+        self._show(begun + request.length)
+        if self._cancel.is_set():  # Ctrl-C after the last evaluation
+            raise Cancelled("cancelled")
+        return result
+
+    def save(self, result: Result, folder: Path, stem: str = "") -> Path:
+        from composition.backbones import schedulers
+
+        own = schedulers.title(result.request.sampler, self.engine.backbone.scheduler)
+        return record.save(result, folder, stem, sampler=own)
+
+    def skip(self, request: Request) -> None:
+        self._show(self._done + request.length)
+
+    @property
+    def done(self) -> float:
+        """Steps shown as done."""
+        return self._done
+
+    @property
+    def cancel(self) -> threading.Event:
+        """What Ctrl-C sets."""
+        return self._cancel
+
+    def show(self, done: float, title: str) -> None:
+        """So many of all steps are done; `title` stands before the bar."""
+        self._progress.update(self._task, description=title)
+        self._show(done)
+
+    def advance(self, steps: float, title: str) -> None:
+        """So many more steps are done, or need not be."""
+        self.show(self._done + steps, title)
+
+    def _show(self, done: float) -> None:
+        self._done = max(self._done, done)
+        self._progress.update(self._task, completed=self._done)
+
+
+@contextmanager
+def bench(engine: "Engine", steps: int, console: Console) -> Iterator[Workbench]:
+    """The engine with a progress bar over `steps` steps on `console`, and Ctrl-C caught, for one group of runs."""
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with stoppable() as cancel, engine.group(), bar as progress:
+        yield Workbench(engine, progress, cancel, steps)

@@ -1,0 +1,173 @@
+"""What a key of a LoRA file says: which part of which layer, in the dialects people write.
+
+    diffusers         unet.<path>.lora_A.weight, .lora_A.<adapter>.weight, .lora.down.weight,
+                      .lora_linear_layer.down.weight, any of them below base_model.model.
+    processors        <path>.attn1.processor.to_q_lora.down.weight (first diffusers attention processors)
+    kohya             lora_unet_<path with underscores>.lora_down.weight, lora_te_, lora_te1_, lora_te2_, .alpha
+    kohya-sgm         the same with the names of the original code: lora_unet_input_blocks_1_1_...
+    comfyui           diffusion_model.input_blocks.1.1...
+    bfl               double_blocks.0.img_attn.qkv... or the same below diffusion_model., FLUX's and SD3's own names
+    xlabs             double_blocks.0.processor.qkv_lora1.down.weight
+    onetrainer        lora_transformer_<path with underscores>.lora_down.weight
+    first-generation  unet:12:down, text_encoder:3:up: layers by number only
+
+Nothing here knows a base: `keymap` finds the layer a module name means. Tensors that change what a pair of factors
+means (DoRA's scale, Tucker's core, a bias) block their whole module: half of an update is another update.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from composition.loras.fused import TRANSFORMER
+
+DORA = "DoRA is not supported yet"
+TUCKER = "Tucker factors (lora_mid) are not supported yet"
+LOHA = "LoHa is not supported yet"
+LOKR = "LoKr is not supported yet"
+OFT = "OFT is not supported"
+BIAS = "a LoRA with a bias is not supported"
+FULL = "full weights (diff, norm, bias) are not supported"
+TOKEN = "learned tokens (textual inversion) are not supported yet"
+TWICE = "written twice for the same layer"
+PART = "a part of a LoRA that is not known"
+UNKNOWN = "not a LoRA tensor that is known"
+
+
+class Key(NamedTuple):
+    """One raw key. role: down, up, alpha; "whole" blocks its module and "beside" only itself, both for `reason`."""
+
+    component: str
+    module: str
+    role: str
+    layout: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Module:
+    """All keys of one module. keys: role to raw key. blocked: why none of them can be applied, or "".
+
+    module is the name without its prefix and without the words of the layout: dotted, with underscores for kohya's,
+    or "#12" in first-generation files. component is "" when the name does not tell it.
+    """
+
+    component: str
+    module: str
+    layout: str
+    keys: Mapping[str, str]
+    blocked: str = ""
+    blocking: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (*self.keys.values(), *self.blocking)
+
+
+_ROLES = tuple((re.compile(pattern), role, reason) for pattern, role, reason in (
+    (r"(?:\.lora_A(?:\.[^.]+)?|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight$", "down", ""),
+    (r"(?:\.lora_B(?:\.[^.]+)?|\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)\.weight$", "up", ""),
+    (r"(?:[._]lora|\.lora_linear_layer)?\.alpha$", "alpha", ""),
+    (r"(?:\.dora_scale|[._]lora_magnitude_vector(?:\.[^.]+){0,2})$", "whole", DORA),
+    (r"\.lora_mid\.weight$", "whole", TUCKER),
+    (r"\.hada_\w+$", "whole", LOHA),
+    (r"\.lokr_\w+$", "whole", LOKR),
+    (r"\.oft_\w+(?:\.weight)?$", "whole", OFT),
+    (r"\.lora_[AB](?:\.[^.]+)?\.bias$|\.lora_(?:down|up)\.bias$", "whole", BIAS),
+    (r"\.(?:diff|diff_b|set_weight|w_norm|b_norm|bias)$", "beside", FULL),
+    (r"\.lora_\w+(?:\.[^.]+){0,2}$|\.scalar$", "whole", PART),
+    (r"\.weight$", "beside", FULL),
+))
+_TOKENS = re.compile(r"<.*>$|bundle_emb\.|(?:emb_params|clip_[lg])$")
+_NUMBERED = re.compile(r"(unet|text_encoder):(\d{1,5}):(up|down)$")
+_PREFIXES = (
+    ("lora_unet_", "unet", "kohya"),
+    ("lora_te1_", "text_encoder", "kohya"),
+    ("lora_te2_", "text_encoder_2", "kohya"),
+    ("lora_te3_", "text_encoder_3", "kohya"),
+    ("lora_te_", "text_encoder", "kohya"),
+    ("lora_transformer_", "transformer", "onetrainer"),
+    ("unet.", "unet", "diffusers"),
+    ("text_encoder.", "text_encoder", "diffusers"),
+    ("text_encoder_2.", "text_encoder_2", "diffusers"),
+    ("text_encoder_3.", "text_encoder_3", "diffusers"),
+    ("transformer.", "transformer", "diffusers"),
+    ("diffusion_model.", "unet", "comfyui"),
+    ("text_encoders.clip_l.transformer.", "text_encoder", "comfyui"),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2", "comfyui"),
+    ("text_encoders.t5xxl.transformer.", "text_encoder_3", "comfyui"),
+)
+_BARE = (
+    (re.compile(r"(?:down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)(?:\.|$)"), "unet"),
+    (re.compile(r"(?:text_model|encoder\.layers)\."), "text_encoder"),
+)
+_SGM = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb)_\d|out_2$")
+_PEFT = "base_model.model."
+_XLABS = re.compile(r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight$")
+_OURS = re.compile(r"(?:single_)?transformer_blocks\.|time_text_embed|norm_out|proj_out|pos_embed")  # diffusers' own names
+_SIDES = {"1": "img_attn", "2": "txt_attn"}
+
+
+def understand(key: str) -> Key:
+    """What one raw key says. A key that says nothing known has role "beside" and its reason."""
+    if numbered := _NUMBERED.match(key):
+        return Key(numbered[1], f"#{int(numbered[2])}", numbered[3], "first-generation")
+    if _TOKENS.match(key):
+        return Key("", key, "beside", "", TOKEN)
+    if found := _XLABS.match(key):
+        kind, block, what, side, role = found.groups()
+        inner = f"{_SIDES[side]}.{what}" if side else {"qkv": "qkv", "proj": "linear2"}[what]
+        return Key("transformer", f"{kind}_blocks.{block}.{inner}", role, "xlabs")
+    for pattern, role, reason in _ROLES:
+        if found := pattern.search(key):
+            component, module, layout = _locate(key[: found.start()])
+            return Key(component, module, role, layout, reason)
+    return Key("", key, "beside", "", UNKNOWN)
+
+
+def _locate(name: str) -> tuple[str, str, str]:
+    """(component, module, layout) of a key without its role."""
+    name = name.removeprefix(_PEFT)
+    prefix, component, layout = next((row for row in _PREFIXES if name.startswith(row[0])), ("", "", "diffusers"))
+    name = name.removeprefix(prefix).removeprefix(_PEFT)
+    if not prefix:
+        component = next((component for pattern, component in _BARE if pattern.match(name)), "")
+    if component in ("unet", "") and TRANSFORMER.match(name):
+        component = "transformer"
+        layout = layout if layout == "kohya" or _OURS.match(name) else "bfl"
+    if layout in ("kohya", "onetrainer"):
+        return component, name, "kohya-sgm" if component == "unet" and _SGM.match(name) else layout
+    if ".processor." in name:
+        layout, name = "processors", name.replace(".processor.", ".")
+    name = re.sub(r"\.to_out$", ".to_out.0", name)
+    if component.startswith("text_encoder"):
+        name = re.sub(r"\.self_attn\.to_(q|k|v|out)(?:\.0)?$", r".self_attn.\1_proj", name)
+    return component, name, layout
+
+
+def modules(keys: Iterable[str]) -> tuple[list[Module], dict[str, list[str]]]:
+    """The keys of a file by module, and reason to those left out one by one. Every key is in exactly one place."""
+    roles: dict[tuple[str, str], dict[str, str]] = {}
+    blocking: dict[tuple[str, str], dict[str, str]] = {}
+    layouts: dict[tuple[str, str], str] = {}
+    ignored: dict[str, list[str]] = {}
+    for raw in sorted(keys):
+        key = understand(raw)
+        place = (key.component, key.module)
+        if key.role == "beside":
+            ignored.setdefault(key.reason, []).append(raw)
+            continue
+        layouts.setdefault(place, key.layout)
+        if key.role == "whole":
+            blocking.setdefault(place, {})[raw] = key.reason
+        elif key.role in roles.setdefault(place, {}):
+            blocking.setdefault(place, {})[raw] = TWICE
+        else:
+            roles[place][key.role] = raw
+    made = []
+    for place, layout in layouts.items():
+        blocked = blocking.get(place, {})
+        reason = next(iter(blocked.values()), "")
+        made.append(Module(*place, layout, roles.get(place, {}), reason, tuple(blocked)))
+    return made, ignored

@@ -1,0 +1,148 @@
+"""The layers of a base, by every name a LoRA file may give them.
+
+The map is computed from the base's own `named_modules()`, never from a table of one model's names, so it holds for any
+depth: every nn.Linear and nn.Conv2d by its path with underscores (kohya's way), the UNet's also by the names of the
+original code (input_blocks, middle_block, output_blocks: "SGM" names), the text encoders' with and without "text_model"
+(transformers 5.6 dropped it), and, for first-generation files, by number.
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from composition.loras import fused
+from composition.loras.fused import Part
+
+Layer = nn.Linear | nn.Conv2d
+
+# Parts of a residual block and single layers: path in diffusers -> name in the original code.
+_RESIDUAL = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_SINGLE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+
+
+def layers(module: nn.Module) -> dict[str, Layer]:
+    """Path to layer, for every Linear and Conv2d that a LoRA can act on (a grouped convolution is not one)."""
+    return {
+        path: layer
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    }
+
+
+def shape(layer: Layer) -> tuple[int, ...]:
+    """(out, in) of a linear, (out, in, height, width) of a convolution: as declared, also when quantised."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.out_channels, layer.in_channels, *layer.kernel_size
+
+
+def flat(name: str) -> str:
+    """A module name with underscores, the one spelling that all layouts share."""
+    return name.replace(".", "_")
+
+
+def parts(component: str, module: nn.Module) -> dict[str, tuple[Part, ...]]:
+    """Flat name to the layers it stands for: one as a rule, several where the original code of a transformer has them in one."""
+    authored = fused.names(module) if component == "transformer" else {}
+    return {flat(name): found for name, found in authored.items()} | {name: (Part(path),) for name, path in names(component, module).items()}
+
+
+def names(component: str, module: nn.Module) -> dict[str, str]:
+    """Flat name to path, for every layer of one component ("unet", "text_encoder", ...) of a base."""
+    paths = list(layers(module))
+    if component.startswith("text_encoder"):
+        short = {path.removeprefix("text_model."): path for path in paths}
+        return {flat(prefix + name): path for prefix in ("", "text_model.") for name, path in short.items()}
+    blocks = dict(_original_blocks(module))
+    found = {flat(path): path for path in paths}
+    for path in paths:
+        if original := _original(path, blocks):
+            found.setdefault(flat(original), path)
+    return found
+
+
+def numbered(component: str, module: nn.Module, count: int) -> dict[str, str]:
+    """"#0", "#1", ... to path, for a first-generation file with `count` layers; {} when no order has that many.
+
+    Such files number the linears of the attentions and of the gated feed-forwards as the models of their day listed
+    them: down blocks, up blocks, middle; in each transformer block attn1, feed-forward, attn2. The text encoder's
+    attentions list k, v, q, out.
+    """
+    known = layers(module)
+    if component.startswith("text_encoder"):
+        parts = ("k_proj", "v_proj", "q_proj", "out_proj")
+        attentions = [path.removesuffix(".k_proj") for path in known if path.endswith("self_attn.k_proj")]
+        paths = [f"{attention}.{part}" for attention in attentions for part in parts]
+    else:
+        order = ("down_blocks", "up_blocks", "mid_block")
+        ends = ("to_q", "to_k", "to_v", "to_out.0")
+        blocks = [path.removesuffix(".attn1.to_q") for path in known if path.endswith(".attn1.to_q")]
+        blocks.sort(key=lambda path: order.index(path.split(".")[0]) if path.split(".")[0] in order else len(order))
+        gated = ("ff.net.0.proj",) if count == 9 * len(blocks) else ()
+        parts = (*(f"attn1.{end}" for end in ends), *gated, *(f"attn2.{end}" for end in ends))
+        paths = [f"{block}.{part}" for block in blocks for part in parts]
+    if len(paths) != count or not all(path in known for path in paths):
+        return {}
+    return {f"#{index}": path for index, path in enumerate(paths)}
+
+
+def _original(path: str, blocks: dict[str, str]) -> str:
+    """The original code's name of a layer, or "": its block's name, then the same tail (renamed in residual blocks)."""
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        if block := blocks.get(".".join(parts[:cut])):
+            tail = ".".join(parts[cut:])
+            return f"{block}.{_RESIDUAL.get(tail, tail)}" if tail else block
+    return ""
+
+
+def _original_blocks(unet: nn.Module) -> Iterator[tuple[str, str]]:
+    """(path, original name) of the UNet's building blocks, counted as the original code lists them.
+
+    Input blocks: the first convolution, then every residual block with the attention behind it, then the downsampler
+    of each level. Output blocks: every residual block with its attention, the last of a level with the upsampler too.
+    """
+    yield from _SINGLE.items()
+    index = 0
+    for level, block in enumerate(getattr(unet, "down_blocks", ())):
+        for part, found in _pairs(block):
+            index += 1
+            for at, path in enumerate(found):
+                yield f"down_blocks.{level}.{path}.{part}", f"input_blocks.{index}.{at}"
+        if getattr(block, "downsamplers", None):
+            index += 1
+            yield f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{index}.0.op"
+    index = 0
+    for level, block in enumerate(getattr(unet, "up_blocks", ())):
+        found = ()
+        for part, found in _pairs(block):
+            for at, path in enumerate(found):
+                yield f"up_blocks.{level}.{path}.{part}", f"output_blocks.{index}.{at}"
+            index += 1
+        if getattr(block, "upsamplers", None):
+            yield f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{index - 1}.{len(found)}.conv"
+    middle = getattr(unet, "mid_block", None)
+    residuals, attentions = len(getattr(middle, "resnets", ())), len(getattr(middle, "attentions", ()))
+    order = [("resnets", 0)]
+    for part in range(1, residuals):
+        order += [("attentions", part - 1)] * (part <= attentions) + [("resnets", part)]
+    yield from ((f"mid_block.{path}.{part}", f"middle_block.{at}") for at, (path, part) in enumerate(order))
+
+
+def _pairs(block: nn.Module) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(index, which lists have it) for each residual block of a level: ("resnets",) or ("resnets", "attentions")."""
+    attentions = len(getattr(block, "attentions", ()))
+    for part in range(len(getattr(block, "resnets", ()))):
+        yield part, ("resnets", "attentions") if part < attentions else ("resnets",)

@@ -1,0 +1,49 @@
+"""Measurements of LoRAs, kept as files by the LoRA's tensors and the model: the user's own first, then the bundled ones."""
+
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from composition import bundled
+from composition.profiles.frequency import Profile
+
+
+@dataclass(frozen=True)
+class ProfileStore:
+    """folder: where profiles are written and looked for first; None: the bundled ones alone, and nothing can be written."""
+
+    folder: Path | None = None
+
+    def frequency(self, tensor_sha256: str, model: str) -> Profile | None:
+        """The frequency profile of these tensors on this model; None when it was never measured. Raises Refused for a damaged file."""
+        for folder in self._folders(model):
+            file = folder / _file_name(tensor_sha256, model)
+            if file.is_file():
+                profile = Profile.read(file.read_bytes())
+                if profile.tensor_sha256 == tensor_sha256:
+                    return profile
+        return None
+
+    def keep(self, profile: Profile) -> Path:
+        """Write it, whole or not at all, and return its file. Raises ValueError for a store without a folder."""
+        if self.folder is None:
+            raise ValueError("this store has no folder to write to")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file, part = self.folder / _file_name(profile.tensor_sha256, profile.model), self.folder / f".{secrets.token_hex(6)}.tmp"
+        try:
+            part.write_text(profile.json() + "\n", "utf-8")
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
+        return file
+
+    def _folders(self, model: str) -> Sequence[Path]:
+        own = [self.folder] if self.folder is not None else []
+        return [*own, bundled.path(bundled.BUNDLES[model].profiles)] if model in bundled.BUNDLES else own
+
+
+def _file_name(tensor_sha256: str, model: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(model).name)}-{tensor_sha256[:20]}.json"

@@ -1,0 +1,107 @@
+"""`medley profile` and what follows from it: kept by the tensors, drawn, pinned into the request, told in the output."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from composition import record
+from composition.profiles.frequency import Profile
+from composition.profiles.store import ProfileStore
+
+
+@pytest.fixture
+def measured(medley, toy):
+    """`medley profile` of the toy's LoRAs, four steps."""
+
+    def call(*more, names=("fox", "owl", "ink")):
+        return medley("profile", *names, "--model", toy.model, "--lora-dir", toy.loras, "--steps", 4, "--seeds", 1, *more)
+
+    return call
+
+
+def test_it_measures_once_prints_numbers_and_draws_a_plot(measured, tmp_path):
+    first = measured()
+    assert first.code == 0, first.err
+    assert first.out.count("measured now") == 3 and "profile-0000.png" in first.out
+    assert len(list((tmp_path / "home/profiles").glob("*.json"))) == 3
+    again = measured()
+    assert again.out.count("kept") == 3 and "measured now" not in again.out
+    assert measured("--again").out.count("measured now") == 3
+    assert measured("--prompt", "a tree").out.count("measured now") == 3
+    plot = Image.open(tmp_path / "pictures/profile-0000.png")
+    assert plot.width > 600 and len(plot.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_json(measured):
+    said = measured("--json").json
+    assert set(said["order"]) == {"fox", "owl", "ink"} and len(said["profiles"]) == 3
+    values = {one["name"]: one["change"] for one in said["profiles"]}
+    assert said["order"] == sorted(values, key=lambda name: -values[name])
+
+
+def test_cmlora_takes_the_measured_order_and_the_record_has_it(measured, medley, toy, tmp_path):
+    generate = ("generate", "fox and owl", "--model", toy.model, "--lora-dir", toy.loras, "--lora", "fox", "--lora", "owl",
+                "--lora", "ink", "--method", "cmlora", "--steps", 6, "--seed", 1)  # fmt: skip
+    before = medley(*generate)
+    assert before.code == 0, before.err
+    assert "order by category: fox, owl, ink are not profiled" in before.out and f"medley profile fox owl ink --model {toy.model}" in before.out
+    order = measured("--json").json["order"]
+    after = medley(*generate)
+    assert f"order by measured change of frequency: {', '.join(order)}" in after.out
+    made = record.read(tmp_path / "pictures/0001.png").request
+    assert made.options["order"] == ",".join(order)
+    assert medley("generate", "--from", "pictures/0001.png", "--lora-dir", toy.loras, "--out", "again").code == 0
+    assert Path("again/0000.png").read_bytes() == Path("pictures/0001.png").read_bytes()
+    pinned = medley(*generate, "--option", f"order={order[2]}")
+    assert "measured" not in pinned.out
+    assert record.read(tmp_path / "pictures/0002.png").request.options == {"order": order[2]}
+
+
+def test_who_led_when_is_told(medley, toy):
+    said = medley("generate", "fox and owl", "--model", toy.model, "--lora-dir", toy.loras, "--lora", "fox", "--lora", "owl",
+                  "--method", "cmlora", "--steps", 8, "--seed", 1)
+    lines = {line.split()[0]: line.split()[1] for line in said.out.splitlines() if line[:5] in ("phase", "fox  ", "owl  ")}
+    assert set(lines["phase"]) == {"e"} and len(lines["phase"]) == len(lines["fox"]) >= 8 and lines["fox"][0] == "#" and set(lines["fox"] + lines["owl"]) <= set("#+.")
+
+
+def test_an_order_that_was_asked_for_and_not_measured_is_refused(medley, toy):
+    said = medley("generate", "x", "--model", toy.model, "--lora-dir", toy.loras, "--lora", "fox", "--lora", "owl", "--method", "cmlora",
+                  "--option", "order=level", "--steps", 2)
+    assert said.code == 2 and "not profiled" in said.err and "medley profile fox" in said.err
+
+
+def test_bad_input(measured):
+    assert "did you mean 'fox'" in measured(names=("foxx",)).err
+    assert measured(names=("fox", "fox")).code == 2
+
+
+def test_a_profile_of_other_tensors_is_not_taken(tmp_path):
+    profiles = ProfileStore(tmp_path)
+    one = Profile("fox", "a" * 64, "pocket", "fox", 4, 1, (0.1,) * 4, (0.2,) * 4, 0.5)
+    profiles.keep(one)
+    assert profiles.frequency("a" * 64, "pocket") == one
+    assert profiles.frequency("b" * 64, "pocket") is None and profiles.frequency("a" * 64, "other") is None
+    assert profiles.frequency("a" * 20 + "b" * 44, "pocket") is None  # the same first letters
+
+
+@pytest.mark.parametrize("model", ["pocket", "pocket-flux"])
+def test_every_bundled_lora_is_profiled(model):
+    from composition.loras import library, reader
+
+    profiles = ProfileStore()
+    for path in library.files(model):
+        found = profiles.frequency(reader.inspect(path).tensor_sha256, model)
+        assert found is not None and len(found.high) == found.steps == 50, path.stem
+
+
+def test_ways_of_an_evaluation_carry_their_options(medley, toy, tmp_path):
+    (tmp_path / "m.json").write_text(json.dumps({"character": [{"id": "fox", "trigger": ["foxword"]}], "style": [{"id": "ink", "trigger": ["ink"]}]}))
+    said = medley("evaluate", "--testbed", "m.json", "--model", toy.model, "--lora-dir", toy.loras, "--steps", 2, "--loras", "2", "--seeds", 1,
+                  "--methods", "cmlora,cmlora:cache=false:decay=false", "--tune", "none", "--references", 0, "--no-equal", "--report", "r")
+    assert said.code == 0, said.err
+    rows = [json.loads(line) for line in (tmp_path / "r/scores.jsonl").read_text().splitlines()]
+    assert {row["way"]: row["request"]["options"] for row in rows} == {
+        "none": {}, "cmlora": {}, "cmlora:cache=false:decay=false": {"cache": False, "decay": False}}
+    assert "CMLoRA cache=false decay=false" in (tmp_path / "r/index.html").read_text()
