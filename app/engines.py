@@ -19,14 +19,14 @@ SMALL = 30e6  # parameters under which a denoiser on a processor runs in one thr
 
 
 @dataclass(frozen=True)
-class Place:
+class EngineOptions:
     """Where and how the engine runs: the flags that are no part of a request."""
 
     device: str | None = None
     dtype: str | None = None
     offload: str = "auto"
     folders: tuple[Path, ...] = ()
-    quantise: str | None = None
+    quantize: str | None = None
     denoiser: str | None = None
 
 
@@ -56,7 +56,7 @@ def prepare(model: str, *, judge: str = "pocket") -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def open_engine(model: str, place: Place) -> "Engine":
+def open_engine(model: str, place: EngineOptions) -> "Engine":
     prepare(model)
     import torch
 
@@ -64,7 +64,7 @@ def open_engine(model: str, place: Place) -> "Engine":
     from composition.profiles.store import ProfileStore
 
     engine = Engine.open(model, device=place.device, dtype=place.dtype, offload=place.offload, folders=place.folders,
-                         quantise=place.quantise, denoiser=place.denoiser, profiles=ProfileStore(settings.home() / "profiles"))
+                         quantize=place.quantize, denoiser=place.denoiser, profiles=ProfileStore(settings.home() / "profiles"))
     if engine.device.type == "cpu" and sum(part.numel() for part in engine.backbone.denoiser.parameters()) < SMALL:
         torch.set_num_threads(1)  # its layers are over before a second thread is awake: measured 1.6 times faster
     return engine

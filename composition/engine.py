@@ -64,7 +64,7 @@ class Engine:
     @classmethod
     def open(
         cls, model: str = "pocket", *, device: str | None = None, dtype: str | None = None, offload: str = "auto",
-        folders: Sequence[Path] = (), together: int = 1, fold: bool = True, quantise: str | None = None,
+        folders: Sequence[Path] = (), together: int = 1, fold: bool = True, quantize: str | None = None,
         denoiser: str | None = None, profiles: ProfileStore | None = None, resolve: Callable[[str], Path] | None = None,
     ) -> "Engine":
         """Open a bundled name, a diffusers folder, a single .safetensors checkpoint, or a hub id.
@@ -72,12 +72,12 @@ class Engine:
         device and dtype None: the best of this machine. offload: "auto" (by free memory), "none", "model",
         "sequential", "group". folders: where LoRAs are looked up by name besides the bundled ones. together: how many
         pictures share a batch (1: a picture never depends on its neighbours). fold: allow writing constant weights
-        into the base. quantise: "nf4", "8bit", "int8" or "fp8", for large models in little memory. denoiser: a .gguf or
+        into the base. quantize: "nf4", "8bit", "int8" or "fp8", for large models in little memory. denoiser: a .gguf or
         .safetensors file of FLUX's or SD3's transformer alone, in place of the model's own. profiles: where measurements of
         LoRAs are looked up (the bundled ones). resolve: a LoRA's source to its file, in place of the search in `folders`; raises
         Refused for what is not there. Raises Refused in plain words when the model cannot be opened.
         """
-        backbone = backbones.open(model, device=device, dtype=dtype, offload=offload, quantise=quantise, denoiser=denoiser)
+        backbone = backbones.open(model, device=device, dtype=dtype, offload=offload, quantize=quantize, denoiser=denoiser)
         return cls(backbone, model, folders=folders, together=together, fold=fold, profiles=profiles, resolve=resolve)
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class Engine:
         Model, steps and guidance are this model's own; the methods that order LoRAs by frequency get the measured order where every
         LoRA has a profile (options order and low). A settled request settles to itself.
         """
-        request = replace(request, model=self.name).settled(*self.backbone.usual)
+        request = replace(request, model=self.name).settled(*self.backbone.defaults)
         options = methods.find(request.method).options.__dataclass_fields__
         if not measured_order.concerns(request, options):
             return request, ""
@@ -243,15 +243,15 @@ class Engine:
                 missing[name] = list(triggers)
         if missing:
             notes["missing triggers"] = missing
-        if cut := self.backbone.cut(request.prompt):
+        if cut := self.backbone.truncated(request.prompt):
             notes["prompt cut"] = cut
         if request.negative and self.backbone.scale(request) <= 1.0:
-            distilled = self.backbone.told(request) is not None
+            distilled = self.backbone.embedded_guidance(request) is not None
             notes["negative prompt not read"] = ("guidance was distilled into this model: set true_guidance over 1" if distilled
                                                  else "guidance is off")
-        placing = methods.find(request.method).placing
+        regional = methods.find(request.method).regional
         unread = [name for name, lora in zip(request.names, request.loras, strict=True)
-                  if not placing and (lora.binds is not None or lora.region is not None)]
+                  if not regional and (lora.binds is not None or lora.region is not None)]
         if unread:
             notes["not read by this method"] = {name: "binds and region" for name in unread}
         return notes

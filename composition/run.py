@@ -16,7 +16,7 @@ from composition.guidance import guide
 from composition.hooks.attention import Enough, watch
 from composition.hooks.cache import Cache
 from composition.hooks.costs import layer_costs
-from composition.hooks.regional import joined, placed
+from composition.hooks.regional import joined, regional
 from composition.loop import Conditioning, Step
 from composition.request import Cancelled, Request
 
@@ -83,7 +83,7 @@ class Run:
             finally:
                 self.adapters.use_text({})
         values = {value: self.encodings[key] for value, key in keys.items()}
-        if (told := self.backbone.told(self.request)) is not None:
+        if (told := self.backbone.embedded_guidance(self.request)) is not None:
             values["guidance"] = torch.full((2 if guided else 1, 1), told, device=self.backbone.device)
         return Conditioning(values)
 
@@ -107,14 +107,14 @@ class Run:
         return self._evaluate(step, cond, 1)
 
     def denoise_each(
-        self, step: Step, conds: Mapping[str, Conditioning] | None = None, company: float = 0.0
+        self, step: Step, conds: Mapping[str, Conditioning] | None = None, others_weight: float = 0.0
     ) -> Float[Tensor, "K R B *S"]:
         """One prediction per live LoRA, each with that LoRA alone, in one batch of rows or a loop as the request says.
 
         With none live, one prediction of the base (K = 1). conds: a conditioning per LoRA instead of the request's
-        prompt read with that LoRA. company: the share of their weights at which the other LoRAs are on beside it.
+        prompt read with that LoRA. others_weight: the share of their weights at which the other LoRAs are on beside it.
         """
-        uses = self._uses(self.live(step), company) or {"": {}}
+        uses = self._uses(self.live(step), others_weight) or {"": {}}
         return self._each(step, list(uses), list(uses.values()), conds or {})
 
     def denoise_passes(
@@ -132,7 +132,7 @@ class Run:
 
         The denoiser stops after the last of them. Differentiable in step.latents where gradients are on.
         """
-        level = self.backbone.cross_attention()[layers[0]]
+        level = self.backbone.prompt_attention()[layers[0]]
         share = self._until(tuple(layers), step)
         found = []
         for use, cond in passes:
@@ -148,7 +148,7 @@ class Run:
         self, step: Step, passes: Sequence[Pass], layers: Sequence[str], rows: Literal["all", "positive"] = "positive",
     ) -> tuple[Float[Tensor, "N R B *S"], Float[Tensor, "N _R B L h w"]]:
         """`denoise_passes` and what `attend` sees, in the same evaluations. rows: of the maps; the predictions have all."""
-        level, values, found = self.backbone.cross_attention()[layers[0]], [], []
+        level, values, found = self.backbone.prompt_attention()[layers[0]], [], []
         kinds, pictures = passes[0][1].rows, step.latents.shape[0]
 
         def positive(count: int) -> list[int]:
@@ -161,7 +161,7 @@ class Run:
                 found.append(maps.read().unflatten(0, (len(part), -1, pictures)))
         return torch.cat(values), torch.cat(found)
 
-    def denoise_placed(
+    def denoise_regional(
         self, step: Step, passes: Sequence[Pass], shares: Float[Tensor, "B N h w"]
     ) -> Float[Tensor, "R B *S"]:
         """One evaluation in which each pass, with its LoRAs and prompt, has its share of every place (shares sum to 1 over N)."""
@@ -169,7 +169,7 @@ class Run:
         if step.index == 0 and (names := self.adapters.placeless()):
             self.notes["acts everywhere in part"] = list(names)
         weights = {name: weight for use, _ in passes for name, weight in use.items()}
-        with placed(self.backbone, self.adapters, weights, [set(use) for use, _ in passes], shares, rows=conds[0].rows,
+        with regional(self.backbone, self.adapters, weights, [set(use) for use, _ in passes], shares, rows=conds[0].rows,
                     size=grid(step, 0), tokens=conds[0].values["text"].shape[2]):
             return self._evaluate(step, joined(conds, shares), 1)
 
@@ -179,14 +179,14 @@ class Run:
         return scale(step.latents, step.t) if scale else step.latents
 
     def denoise_cached(
-        self, step: Step, cache: Cache, full: Collection[str], company: float = 0.0
+        self, step: Step, cache: Cache, full: Collection[str], others_weight: float = 0.0
     ) -> Float[Tensor, "K R B *S"]:
         """As denoise_each, but only the LoRAs in `full` pay a whole evaluation, which fills their slots; the others take
         what is deep in the network from theirs. Each of the two kinds is one batch of rows, or a loop as the request says.
 
         Evaluations are counted in whole ones: a cached one counts by its multiply-adds, attention products left out.
         """
-        live, parts = self._uses(self.live(step), company), {}
+        live, parts = self._uses(self.live(step), others_weight), {}
         fresh, aged = [name for name in live if name in full], [name for name in live if name not in full]
         for names, opened in ((fresh, cache.full), (aged, cache.cached)):
             for group in [names] if self._batched(step) and names else [[name] for name in names]:
@@ -196,9 +196,9 @@ class Run:
         return torch.stack([parts[name] for name in live])
 
     @staticmethod
-    def _uses(live: Mapping[str, float], company: float) -> dict[str, dict[str, float]]:
+    def _uses(live: Mapping[str, float], others_weight: float) -> dict[str, dict[str, float]]:
         """By LoRA, the weights of all in the pass that asks it."""
-        return {name: {other: w if other == name else company * w for other, w in live.items() if other == name or company}
+        return {name: {other: w if other == name else others_weight * w for other, w in live.items() if other == name or others_weight}
                 for name in live}
 
     def _batched(self, step: Step) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 from app import settings
-from app.engines import Place, open_engine, prepare
+from app.engines import EngineOptions, open_engine, prepare
 from composition import Lora, Refused, Request, __version__
 
 _PACKAGES = (
@@ -29,7 +29,7 @@ class Report:
         self.healthy = False
 
 
-def examine(place: Place) -> Report:
+def examine(place: EngineOptions) -> Report:
     """Versions, devices and memory; every bundled model is opened and makes one step with each of its LoRAs."""
     report = Report()
     report.say("medley", f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
@@ -65,7 +65,7 @@ def _devices(report: Report) -> None:
     report.say("cpu", f"{os.cpu_count()} cores{memory}")
 
 
-def _models(report: Report, place: Place) -> None:
+def _models(report: Report, place: EngineOptions) -> None:
     from composition import methods
     from composition.bundled import BUNDLES
 

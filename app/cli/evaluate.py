@@ -17,7 +17,7 @@ from composition import Refused, Request, record
 from composition.bundled import BUNDLES
 
 if TYPE_CHECKING:
-    from app.evaluation.run import Outcome, Wishes
+    from app.evaluation.run import EvaluationConfig, Outcome
 
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 METHODS, REPORT = "merge,switch,composite", Path("evaluation")
@@ -78,16 +78,16 @@ def evaluate(
     model = model or (testbed if testbed and testbed in BUNDLES else "pocket")
     engines.prepare(model, judge=judge)
     bars = [_bar(text) for text in fail_below or []]
-    wishes = _wishes(
+    config = _config(
         manifest=manifest, testbed=testbed or "", methods=methods, sizes=loras, sets=sets, option=option or [], tune=tune, scale=scale,
         like=Request(prompt="", model=model, negative=negative, steps=steps, guidance=guidance, sampler=sampler,
                      size=options.size(size) if size else None),
         folder=report, of=of, boxes=boxes, seeds=seeds, limit=limit, weight=weight, prefix=prefix, equal=equal, references=references, judge=judge,
-        resamples=resamples, seed=seed, place=engines.Place(device, dtype, offload, engines.folders(lora_dir or [])),
+        resamples=resamples, seed=seed, place=engines.EngineOptions(device, dtype, offload, engines.folders(lora_dir or [])),
         endpoint=_endpoint(mllm, mllm_model), pairs=mllm_pairs)  # fmt: skip
     from app.evaluation.run import Evaluation, below
 
-    outcome = Evaluation(wishes, err).run()
+    outcome = Evaluation(config, err).run()
     _say(outcome)
     missed = below(outcome, bars)
     for line in missed:
@@ -96,10 +96,10 @@ def evaluate(
         raise typer.Exit(BELOW if missed else LEFT_OUT)
 
 
-def _wishes(*, methods: str | None, sizes: str, sets: str, option: Sequence[str], tune: str, scale: str, **plain: Any) -> "Wishes":
+def _config(*, methods: str | None, sizes: str, sets: str, option: Sequence[str], tune: str, scale: str, **plain: Any) -> "EvaluationConfig":
     """The flags, checked. Raises Refused before anything is opened."""
     from app.evaluation import variants
-    from app.evaluation.run import Wishes
+    from app.evaluation.run import EvaluationConfig
     from composition.backbones import schedulers
     from retrieval.judge import SCALES
 
@@ -110,7 +110,7 @@ def _wishes(*, methods: str | None, sizes: str, sets: str, option: Sequence[str]
     if not re.fullmatch(r"all|[1-9]\d{0,5}", sets.strip()):
         raise Refused(f"--sets {sets}: a number, or all")
     schedulers.named(plain["like"].sampler)
-    return Wishes(
+    return EvaluationConfig(
         methods=tuple(read), options=read, sizes=tuple(variants.numbers(sizes, "--loras")),
         sets=None if sets.strip() == "all" else int(sets), tune=tuple(tuned), scale=scale, **plain)  # fmt: skip
 

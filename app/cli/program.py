@@ -55,7 +55,7 @@ From = Annotated[Path | None, typer.Option("--from", metavar="PICTURE.png", help
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (the best there is).")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 (what suits the device).")]
 Offload = Annotated[str, typer.Option("--offload", "--cpu-offload", help="auto, none, model, sequential or group.")]
-Quantise = Annotated[str | None, typer.Option("--quantize", "--quantise", metavar="KIND", help="Large models in little memory: nf4 or "
+Quantize = Annotated[str | None, typer.Option("--quantize", "--quantise", metavar="KIND", help="Large models in little memory: nf4 or "
                                               "8bit (bitsandbytes, CUDA), int8 or fp8 (torchao).")]
 Denoiser = Annotated[str | None, typer.Option(metavar="FILE", help="A .gguf or .safetensors file of FLUX's or SD3's transformer alone, in "
                                               "place of the model's own.")]
@@ -66,10 +66,10 @@ PICTURES = Path("pictures")
 
 
 def _place(
-    device: str | None, dtype: str | None, offload: str, folders: list[Path] | None, quantise: str | None = None,
+    device: str | None, dtype: str | None, offload: str, folders: list[Path] | None, quantize: str | None = None,
     denoiser: str | None = None,
-) -> engines.Place:
-    return engines.Place(device, dtype, offload, engines.folders(folders or []), quantise, denoiser)
+) -> engines.EngineOptions:
+    return engines.EngineOptions(device, dtype, offload, engines.folders(folders or []), quantize, denoiser)
 
 
 def _start(picture: Path | None, model: str | None) -> record.Record | None:
@@ -91,7 +91,7 @@ def _start(picture: Path | None, model: str | None) -> record.Record | None:
 def demo(out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None) -> None:
     """Compose three bundled LoRAs in three ways, beside the picture of the prompt alone. Needs no network."""
     record.ready(out_dir)
-    _compare(DEMO, {"merge": {}, "switch": {}, "composite": {}}, out_dir, "demo", engines.Place(device, dtype), drawn=False)
+    _compare(DEMO, {"merge": {}, "switch": {}, "composite": {}}, out_dir, "demo", engines.EngineOptions(device, dtype), drawn=False)
 
 
 @app.command()
@@ -102,12 +102,12 @@ def generate(
     steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
     out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
-    device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantise: Quantise = None, denoiser: Denoiser = None,
+    device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None,
     lora_dir: Folders = None, masks: Masks = False, json: Json = False,
 ) -> None:
     """Make pictures from a prompt and LoRAs."""
     record.ready(out_dir)
-    place, found = _place(device, dtype, offload, lora_dir, quantise, denoiser), _start(picture, model)
+    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model)
     request, drawn = flags.request(context.params, found.request if found else None)
     say = err if json else out
     with engines.open_engine(request.model, place) as engine:
@@ -148,11 +148,11 @@ def compare(
     steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     out_dir: Out = PICTURES, triggers: Triggers = False,
     allow_partial: Partial = None, picture: From = None, device: Device = None, dtype: Dtype = None,
-    offload: Offload = "auto", quantise: Quantise = None, denoiser: Denoiser = None, lora_dir: Folders = None,
+    offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None, lora_dir: Folders = None,
 ) -> None:
     """The same seed and LoRAs by every method, and without any LoRA, side by side."""
     record.ready(out_dir)
-    place, found = _place(device, dtype, offload, lora_dir, quantise, denoiser), _start(picture, model)
+    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model)
     from composition import methods as known
 
     names = [name.strip() for name in methods.split(",")] if methods else sorted(known.all(), key=lambda name: name != "merge")
@@ -164,11 +164,11 @@ def compare(
 
 
 def _compare(
-    request: Request, ways: dict[str, dict[str, Any]], folder: Path, prefix: str, place: engines.Place, *, drawn: bool,
+    request: Request, ways: dict[str, dict[str, Any]], folder: Path, prefix: str, place: engines.EngineOptions, *, drawn: bool,
     triggers: bool = False,
 ) -> None:
     with engines.open_engine(request.model, place) as engine:
-        request = (_triggered(request, engine, out) if triggers else request).settled(*engine.backbone.usual)
+        request = (_triggered(request, engine, out) if triggers else request).settled(*engine.backbone.defaults)
         with workbench.bench(engine, request.length * (1 + len(ways)), err) as at:
             tiles, sheet = session.compare(at, request, ways, folder, prefix)
     out.print(Text(f"{request.prompt}  seed {request.seed}"))
@@ -279,7 +279,7 @@ def inspect(
     path = library.find(file, model or "pocket", folders)
     base = model or ("pocket" if path in library.files("pocket") else "")
     if base:
-        with engines.open_engine(base, engines.Place(folders=folders)) as engine:
+        with engines.open_engine(base, engines.EngineOptions(folders=folders)) as engine:
             receipt = engine.inspect(str(path))
     else:
         receipt = reader.inspect(path)
@@ -305,7 +305,7 @@ def doctor(device: Device = None, dtype: Dtype = None) -> None:
     """Versions, device, memory, bundled models: what will run here. Exit code 1 when something that ships does not."""
     from app.cli.doctor import examine
 
-    report = examine(engines.Place(device, dtype))
+    report = examine(engines.EngineOptions(device, dtype))
     rows = Table.grid(padding=(0, 2))
     for name, finding in report.lines:
         rows.add_row(Text(name, style="dim"), Text(finding))

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from app import engines, settings
-from app.cli.trainer import Lesson, Wishes, learn
+from app.cli.trainer import Lesson, TrainConfig, learn
 from composition import Refused, record
 from composition.request import Category
 from composition.training import captions
@@ -63,11 +63,11 @@ def concept(
         raise Refused("--seed and --preview-every cannot be negative")
     engines.prepare(model)
     free(lessons, folder, model)
-    wishes = Wishes(
+    config = TrainConfig(
         model=model, folder=folder, steps=steps, rank=rank, rate=rate, batch=batch, seed=seed, flip=flip, device=device,
         targets=tuple(part.strip().replace("-", "_") for part in targets.split(",")) if targets is not None else None,
         preview_every=preview_every, preview_prompts=tuple(preview_prompt or ()), checkpointing=checkpointing, dtype=dtype)  # fmt: skip
-    if not learn(lessons, wishes, out, err):
+    if not learn(lessons, config, out, err):
         raise typer.Exit(130)
 
 

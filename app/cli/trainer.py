@@ -36,7 +36,7 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class TrainConfig:
     """What the user asked for; None: as is usual for the model."""
 
     model: str
@@ -55,12 +55,12 @@ class Wishes:
     dtype: str | None = None
 
 
-def learn(lessons: Sequence[Lesson], wishes: Wishes, out: Console, err: Console) -> bool:
+def learn(lessons: Sequence[Lesson], config: TrainConfig, out: Console, err: Console) -> bool:
     """Train and write every LoRA; False when Ctrl-C stopped it, which is said, with how to go on.
 
     Raises Refused, before the model is opened where that is possible, for what cannot be learned from.
     """
-    engines.prepare(wishes.model)
+    engines.prepare(config.model)
     from composition.training import defaults, pictures
     from composition.training.concept import train
     from composition.training.state import reached
@@ -69,17 +69,17 @@ def learn(lessons: Sequence[Lesson], wishes: Wishes, out: Console, err: Console)
     for one, folder in zip(lessons, folders, strict=True):
         told = f"{len(folder)} captions" if folder.captions else "no captions, so plain prompts"
         out.print(Text(f"{one.trigger}: {len(folder)} pictures, {told}" + (f"; {folder.said}" if folder.said else "")))
-    checkpoint = wishes.folder / f"{'+'.join(one.name for one in lessons)[:120]}.training"
-    place = engines.Place(wishes.device, defaults.dtype_for(wishes.device, wishes.dtype), "none")
-    with engines.open_engine(wishes.model, place) as engine:
-        usual = defaults.usual(engine.backbone)
-        plan = _plan(wishes, usual, defaults.halves(engine.device, engine.dtype) and wishes.dtype != "float32")
+    checkpoint = config.folder / f"{'+'.join(one.name for one in lessons)[:120]}.training"
+    place = engines.EngineOptions(config.device, defaults.dtype_for(config.device, config.dtype), "none")
+    with engines.open_engine(config.model, place) as engine:
+        usual = defaults.of(engine.backbone)
+        plan = _plan(config, usual, defaults.halves(engine.device, engine.dtype) and config.dtype != "float32")
         _say(plan, engine, out)
         begun = reached(checkpoint) if checkpoint.is_file() else 0
-        wishes.folder.mkdir(parents=True, exist_ok=True)
-        concepts = [_concept(one, folder, engine, plan, usual.count(len(folder)), wishes)
+        config.folder.mkdir(parents=True, exist_ok=True)
+        concepts = [_concept(one, folder, engine, plan, usual.count(len(folder)), config)
                     for one, folder in zip(lessons, folders, strict=True)]
-        shown = _Previews(lessons, wishes, engine, plan)
+        shown = _Previews(lessons, config, engine, plan)
         if begun:
             out.print(Text(f"going on from step {begun} of {plan.steps} ({checkpoint})"))
         else:
@@ -91,24 +91,24 @@ def learn(lessons: Sequence[Lesson], wishes: Wishes, out: Console, err: Console)
                 shown.at(step)
 
             files = train(
-                engine.backbone, engine.adapters, concepts, plan, wishes.folder, checkpoint=checkpoint, on_step=on_step,
+                engine.backbone, engine.adapters, concepts, plan, config.folder, checkpoint=checkpoint, on_step=on_step,
                 stop=stop.is_set, describe=shown.describe,
-                checkpointing=usual.checkpointing if wishes.checkpointing is None else wishes.checkpointing)  # fmt: skip
+                checkpointing=usual.checkpointing if config.checkpointing is None else config.checkpointing)  # fmt: skip
         if not files:
             err.print(Text(f"medley: stopped at step {bar.step} of {plan.steps}; the same command goes on from there "
                            f"(to begin again, delete {checkpoint})"))  # fmt: skip
             return False
         checkpoint.unlink(missing_ok=True)
-        _report(lessons, files, shown, engine, wishes, out)
+        _report(lessons, files, shown, engine, config, out)
         return True
 
 
-def _plan(wishes: Wishes, usual: Any, half: bool) -> "Plan":
+def _plan(config: TrainConfig, usual: Any, half: bool) -> "Plan":
     from composition.training.plan import Plan
 
-    asked = {name: getattr(wishes, name) for name in ("steps", "rank", "rate", "batch", "targets")}
+    asked = {name: getattr(config, name) for name in ("steps", "rank", "rate", "batch", "targets")}
     chosen = {name: getattr(usual, name) if value is None else value for name, value in asked.items()}
-    return Plan(**chosen, noise=usual.noise, keep=usual.keep, empty=0.0, half=half, seed=wishes.seed)
+    return Plan(**chosen, noise=usual.noise, keep=usual.keep, empty=0.0, half=half, seed=config.seed)
 
 
 def _say(plan: "Plan", engine: "Engine", out: Console) -> None:
@@ -119,32 +119,32 @@ def _say(plan: "Plan", engine: "Engine", out: Console) -> None:
                    f"{', '.join(plan.targets)}, seed {plan.seed}"))  # fmt: skip
 
 
-def _concept(lesson: Lesson, folder: Any, engine: "Engine", plan: "Plan", views: int, wishes: Wishes) -> "Concept":
+def _concept(lesson: Lesson, folder: Any, engine: "Engine", plan: "Plan", views: int, config: TrainConfig) -> "Concept":
     from composition.training import captions, header, pictures
     from composition.training.concept import latents_of
     from composition.training.plan import Concept
 
     size = engine.backbone.size(Request(prompt=""))
     pixels, prompts = pictures.views(
-        folder, lesson.trigger, lesson.category, size, views, flip=wishes.flip, seed=f"{plan.seed}/{lesson.name}")
+        folder, lesson.trigger, lesson.category, size, views, flip=config.flip, seed=f"{plan.seed}/{lesson.name}")
     told = header.header(
         engine.backbone, engine.name, plan, title=lesson.title, category=lesson.category, trigger=lesson.trigger,
         pictures=len(folder), size=size, software=f"medley {__version__}")
     return Concept(
         lesson.name, latents_of(engine.backbone, pixels, part=8), prompts, told,
-        origin=f"{told['base']} {size} {views} {wishes.flip} {folder.origin}", others=captions.others())
+        origin=f"{told['base']} {size} {views} {config.flip} {folder.origin}", others=captions.others())
 
 
 class _Previews:
     """A strip of pictures of every concept, every so many steps, with the same seeds: NAME-previews/STEP.png."""
 
-    def __init__(self, lessons: Sequence[Lesson], wishes: Wishes, engine: "Engine", plan: "Plan") -> None:
-        self.lessons, self.wishes, self.engine, self.plan = lessons, wishes, engine, plan
+    def __init__(self, lessons: Sequence[Lesson], config: TrainConfig, engine: "Engine", plan: "Plan") -> None:
+        self.lessons, self.config, self.engine, self.plan = lessons, config, engine, plan
         usual = max(1, plan.steps // (PREVIEWS - 1))
-        self.every = usual if wishes.preview_every is None else wishes.preview_every
+        self.every = usual if config.preview_every is None else config.preview_every
 
     def folder(self, lesson: Lesson) -> Path:
-        return self.wishes.folder / f"{lesson.name}-previews"
+        return self.config.folder / f"{lesson.name}-previews"
 
     def base(self) -> None:
         """What the base makes of the prompts by itself."""
@@ -168,7 +168,7 @@ class _Previews:
     def prompts(self, lesson: Lesson) -> tuple[str, ...]:
         from composition.training import captions
 
-        return self.wishes.preview_prompts or captions.examples(lesson.trigger, lesson.category)
+        return self.config.preview_prompts or captions.examples(lesson.trigger, lesson.category)
 
     def _draw(self, request: Request) -> list[Image.Image]:
         from composition.training.previews import draw
@@ -224,14 +224,14 @@ def _span(seconds: float) -> str:
 
 
 def _report(
-    lessons: Sequence[Lesson], files: Mapping[str, Path], shown: _Previews, engine: "Engine", wishes: Wishes, out: Console
+    lessons: Sequence[Lesson], files: Mapping[str, Path], shown: _Previews, engine: "Engine", config: TrainConfig, out: Console
 ) -> None:
     """The receipt of every LoRA, and the command that uses it."""
     for lesson in lessons:
         out.print(Text(printable(engine.inspect(str(files[lesson.name])).line())))
         if shown.every:
             out.print(Text(f"previews: {shown.folder(lesson)}"))
-        where = "" if wishes.folder == settings.lora_folder() else f' --lora-dir "{wishes.folder}"'
-        model = "" if wishes.model == "pocket" else f" --model {wishes.model}"
+        where = "" if config.folder == settings.lora_folder() else f' --lora-dir "{config.folder}"'
+        model = "" if config.model == "pocket" else f" --model {config.model}"
         out.print(Text(f'{files[lesson.name]}\nuse it: medley generate "{shown.prompts(lesson)[-1]}" --lora {lesson.name}'
                        f"{where}{model}"))  # fmt: skip

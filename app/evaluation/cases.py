@@ -7,7 +7,7 @@ from composition import Request
 
 
 @dataclass(frozen=True)
-class Concept:
+class ExpectedConcept:
     """One thing a picture should show.
 
     name: the LoRA's, or the phrase. phrase: what the judge is asked ("a raccoon"). category: as a Lora's. alone: a prompt for
@@ -33,7 +33,7 @@ class Case:
     group: str
     seed: int
     text: str
-    concepts: tuple[Concept, ...] = ()
+    concepts: tuple[ExpectedConcept, ...] = ()
     request: Request | None = None
     method: str = ""
     picture: Path | None = None

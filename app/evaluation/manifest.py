@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.evaluation.cases import Asked, Case, Concept, Problem
+from app.evaluation.cases import Asked, Case, ExpectedConcept, Problem
 from app.evaluation.variants import GIVEN
 from composition import Receipt, Refused, Request
 
@@ -109,7 +109,7 @@ def _inside(folder: Path, name: Any) -> Path:
     return folder / name
 
 
-def _of_loras(request: Request | None, inspect: Callable[[str], Receipt | None], *, finished: bool) -> tuple[Concept, ...]:
+def _of_loras(request: Request | None, inspect: Callable[[str], Receipt | None], *, finished: bool) -> tuple[ExpectedConcept, ...]:
     """What each LoRA of a request stands for: its first trigger word, as it or its file says.
 
     finished: the picture is there, so that a LoRA whose file is elsewhere by now costs its concept and not the picture.
@@ -126,7 +126,7 @@ def _of_loras(request: Request | None, inspect: Callable[[str], Receipt | None],
         if not triggers:
             continue
         category = lora.category or (receipt.category if receipt else "")
-        found.append(Concept(name, phrase(triggers[0], category), category, phrase(triggers[0], category)))
+        found.append(ExpectedConcept(name, phrase(triggers[0], category), category, phrase(triggers[0], category)))
     return tuple(found)
 
 
@@ -139,13 +139,13 @@ def phrase(trigger: str, category: str) -> str:
     return f"{'an' if trigger[0] in 'aeio' else 'a'} {trigger}"
 
 
-def _concepts(given: Any, folder: Path) -> tuple[Concept, ...]:
+def _concepts(given: Any, folder: Path) -> tuple[ExpectedConcept, ...]:
     if not isinstance(given, list):
         raise Refused("concepts is a list of phrases, or of objects with a phrase")
     return tuple(_concept(one, folder) for one in given)
 
 
-def _concept(given: Any, folder: Path) -> Concept:
+def _concept(given: Any, folder: Path) -> ExpectedConcept:
     row = {"phrase": given} if isinstance(given, str) else given
     if not isinstance(row, dict) or not isinstance(row.get("phrase"), str) or not row["phrase"].strip():
         raise Refused(f"a concept is a phrase or an object with a phrase, not {given!r}")
@@ -160,4 +160,4 @@ def _concept(given: Any, folder: Path) -> Concept:
     name, category = row.get("name", row["phrase"]), row.get("category", "")
     if not isinstance(name, str) or not isinstance(category, str):
         raise Refused(f"name and category of {row['phrase']!r} are texts")
-    return Concept(name, row["phrase"], category, references=tuple(folder / one for one in references))
+    return ExpectedConcept(name, row["phrase"], category, references=tuple(folder / one for one in references))

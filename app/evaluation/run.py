@@ -1,4 +1,4 @@
-"""One evaluation from the wishes to the report: cases, tuning, pictures, scores, statistics, files."""
+"""One evaluation from the config to the report: cases, tuning, pictures, scores, statistics, files."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from app import engines
 from app.evaluation import manifest, mllm, report, statistics, testbed
-from app.evaluation.cases import Asked, Case, Concept, Problem
+from app.evaluation.cases import Asked, Case, ExpectedConcept, Problem
 from app.evaluation.generate import Made, Maker, Store
 from app.evaluation.summary import mean, per_concept, summary
 from app.evaluation.variants import GIVEN, NONE, Row, Ways, equal, interleaved, title
@@ -27,7 +27,7 @@ PILOTS = 8  # sets of each size that weights are tried on, with noise that is us
 
 
 @dataclass(frozen=True)
-class Wishes:
+class EvaluationConfig:
     """What the user asked for. testbed or manifest: one of them. sets None: all. like: settings of every picture. of: a category
     of which all LoRAs of a set are. boxes: they have regions side by side."""
 
@@ -52,7 +52,7 @@ class Wishes:
     scale: str = "100"
     resamples: int = statistics.RESAMPLES
     seed: int = 0
-    place: engines.Place = engines.Place()
+    place: engines.EngineOptions = engines.EngineOptions()
     endpoint: mllm.Endpoint | None = None
     pairs: int = 50
 
@@ -68,23 +68,23 @@ class Outcome:
 
 
 class Evaluation:
-    """One evaluation at work. Make it and call `run`; Ctrl-C raises Cancelled, and the same wishes go on from there."""
+    """One evaluation at work. Make it and call `run`; Ctrl-C raises Cancelled, and the same config go on from there."""
 
-    def __init__(self, wishes: Wishes, console: Console) -> None:
-        self.wishes, self.console = wishes, console
+    def __init__(self, config: EvaluationConfig, console: Console) -> None:
+        self.config, self.console = config, console
         self.tuned: list[dict[str, Any]] = []
         self._stack = ExitStack()
 
     def run(self) -> Outcome:
         """Make what is missing, score everything, write the report. Raises Refused when nothing at all can be done."""
-        engines.prepare(self.wishes.like.model, judge=self.wishes.judge)
+        engines.prepare(self.config.like.model, judge=self.config.judge)
         with self._stack:
             asked = self._asked()
-            cases = interleaved(asked.cases, self.wishes.limit)
+            cases = interleaved(asked.cases, self.config.limit)
             if not cases:
                 raise Refused("nothing can be evaluated: " + "; ".join(map(str, asked.problems[:3])))
             scorer = self._scorer()
-            self.wishes.folder.mkdir(parents=True, exist_ok=True)
+            self.config.folder.mkdir(parents=True, exist_ok=True)
             ways = self._ways(cases, scorer)
             made = self._made(cases, ways)
             references, trouble = self._references(cases, scorer)
@@ -96,25 +96,25 @@ class Evaluation:
             if not rows:
                 raise Refused("no picture could be made or read: " + "; ".join(map(str, problems[:3])))
             document = self._document(rows, problems, scorer)
-            return Outcome(document, rows, problems, report.write(self.wishes.folder, rows, document))
+            return Outcome(document, rows, problems, report.write(self.config.folder, rows, document))
 
     # what is asked ---------------------------------------------------------------------------------------------------
 
     def _asked(self) -> Asked:
-        if self.wishes.manifest is not None:
-            return manifest.read(self.wishes.manifest, self._inspect, self.wishes.like.model)
+        if self.config.manifest is not None:
+            return manifest.read(self.config.manifest, self._inspect, self.config.like.model)
         asked, lost = Asked(), {}
-        for size in self.wishes.sizes:
-            for one in testbed.drawn(self._table, size, self.wishes.sets, self.wishes.seed, self.wishes.of):
+        for size in self.config.sizes:
+            for one in testbed.drawn(self._table, size, self.config.sets, self.config.seed, self.config.of):
                 missing = [entry.id for entry in one if not self._there(entry.id, lost)]
                 if not missing:
-                    asked.cases += testbed.cases([one], self.wishes.seeds, self.wishes.like, weight=self.wishes.weight, prefix=self.wishes.prefix, boxes=self.wishes.boxes)
+                    asked.cases += testbed.cases([one], self.config.seeds, self.config.like, weight=self.config.weight, prefix=self.config.prefix, boxes=self.config.boxes)
         asked.problems += [Problem(f"LoRA {name}", f"{why}; every set with it is left out") for name, why in lost.items()]
         return asked
 
     @cached_property
     def _table(self) -> dict[str, list[testbed.Entry]]:
-        return testbed.read(self.wishes.testbed)
+        return testbed.read(self.config.testbed)
 
     def _there(self, name: str, lost: dict[str, str]) -> bool:
         from composition.loras import library
@@ -122,7 +122,7 @@ class Evaluation:
         if name in lost:
             return False
         try:
-            library.find(name, self.wishes.like.model, self.wishes.place.folders)
+            library.find(name, self.config.like.model, self.config.place.folders)
         except Refused as error:
             lost[name] = str(error)
             return False
@@ -131,7 +131,7 @@ class Evaluation:
     def _inspect(self, source: str) -> Receipt | None:
         from composition.loras import library, reader
 
-        return reader.inspect(library.find(source, self.wishes.like.model, self.wishes.place.folders))
+        return reader.inspect(library.find(source, self.config.like.model, self.config.place.folders))
 
     # pictures --------------------------------------------------------------------------------------------------------
 
@@ -140,9 +140,9 @@ class Evaluation:
     @cached_property
     def maker(self) -> Maker:
         """The engine, opened when the first picture is to be made."""
-        engine = self._stack.enter_context(engines.open_engine(self.wishes.like.model, self.wishes.place))
+        engine = self._stack.enter_context(engines.open_engine(self.config.like.model, self.config.place))
         self._opened = True
-        return Maker(engine, Store(self.wishes.folder), self.console)
+        return Maker(engine, Store(self.config.folder), self.console)
 
     def _make(self, rows: Sequence[Row], what: str) -> list[Made]:
         if all(row.request is None for row in rows):
@@ -151,16 +151,16 @@ class Evaluation:
 
     def _ways(self, cases: Sequence[Case], scorer: "Scorer") -> Ways:
         """The methods, with weights tuned on other sets' and other noise's pictures where that was asked."""
-        ways = Ways({name: self.wishes.options.get(name, {}) for name in self.wishes.methods}, pin=self._pin)
-        if not self.wishes.tune or self.wishes.manifest is not None:
+        ways = Ways({name: self.config.options.get(name, {}) for name in self.config.methods}, pin=self._pin)
+        if not self.config.tune or self.config.manifest is not None:
             return ways
         factors = {}
         for size in sorted({case.size for case in cases}):
-            sets = [one for one in testbed.drawn(self._table, size, PILOTS, self.wishes.seed + 1, self.wishes.of)
+            sets = [one for one in testbed.drawn(self._table, size, PILOTS, self.config.seed + 1, self.config.of)
                     if all(self._there(entry.id, {}) for entry in one)]  # fmt: skip
-            pilots = testbed.cases(sets, 1, self.wishes.like, weight=self.wishes.weight, prefix=self.wishes.prefix, pilot=True,
-                                  boxes=self.wishes.boxes)
-            for name in self.wishes.tune:
+            pilots = testbed.cases(sets, 1, self.config.like, weight=self.config.weight, prefix=self.config.prefix, pilot=True,
+                                  boxes=self.config.boxes)
+            for name in self.config.tune:
                 rows = [ways.row(case, name, factor) for factor in FACTORS for case in pilots]
                 made = self._make(rows, f"tuning {name}, {size} LoRAs")
                 factors[name, size] = self._best(name, size, made, scorer)
@@ -176,7 +176,7 @@ class Evaluation:
         scores = dict(zip(seen, scorer.score(made, seen, {}), strict=True))
         tried = {}
         for factor in FACTORS:
-            mine = [row for index, row in scores.items() if _factor(made[index], self.wishes.weight) == factor]
+            mine = [row for index, row in scores.items() if _factor(made[index], self.config.weight) == factor]
             if mine:
                 found = [row["presence"] for row in mine if row["presence"] is not None]
                 tried[factor] = (sum(found) / len(mine), sum(row["clipscore"] for row in mine) / len(mine))
@@ -199,7 +199,7 @@ class Evaluation:
         rows = [row for _, row in sorted(enumerate(rows), key=lambda pair: self._order(pair[1], pair[0]))]
         made = self._make(rows, "making")
         plain = {one.row.case.key: one.evaluations for one in made if one.row.way == NONE and one.evaluations}
-        more = [further for one in made if one.evaluations and self.wishes.equal
+        more = [further for one in made if one.evaluations and self.config.equal
                 and (further := equal(one.row, one.evaluations, plain.get(one.row.case.key, one.evaluations)))]  # fmt: skip
         made += self._make(more, "at equal evaluations") if more else []
         place = {(case.group, case.seed): index for index, case in enumerate(cases)}
@@ -207,26 +207,26 @@ class Evaluation:
 
     def _order(self, row: Row, index: int) -> tuple[Any, ...]:
         """One set's pictures together, a way's seeds in a row: LoRAs are read, and folded, once."""
-        ways = (NONE, *self.wishes.methods)
+        ways = (NONE, *self.config.methods)
         return (row.case.size, row.case.group, ways.index(row.way) if row.way in ways else len(ways), index)
 
     def _references(self, cases: Sequence[Case], scorer: "Scorer") -> tuple[dict[str, Any], list[Problem]]:
         """Vectors of pictures of each LoRA alone, or of the user's own."""
         from app.evaluation.scoring import gather
 
-        given: dict[str, Concept] = {}
+        given: dict[str, ExpectedConcept] = {}
         alone: dict[str, Row] = {}
         for case in cases:
             for concept in case.concepts:
                 if concept.references:
                     given.setdefault(concept.name, concept)
-                elif self.wishes.references and case.request and concept.alone and concept.name in case.request.names:
+                elif self.config.references and case.request and concept.alone and concept.name in case.request.names:
                     lora = case.request.loras[case.request.names.index(concept.name)]
-                    request = replace(case.request, prompt=f"{self.wishes.prefix}{concept.alone}", loras=[replace(lora, weight=1.0)],
+                    request = replace(case.request, prompt=f"{self.config.prefix}{concept.alone}", loras=[replace(lora, weight=1.0)],
                                       method="merge", options={}, count=1)  # fmt: skip
                     alone.setdefault(concept.name, Row(Case(f"reference/{concept.name}", 0, concept.alone, (concept,), request), "reference", request))
         rows = [Row(row.case, "reference", replace(row.request, seed=testbed.noise(row.case.group, number, True)))
-                for name, row in alone.items() if name not in given and row.request for number in range(self.wishes.references)]  # fmt: skip
+                for name, row in alone.items() if name not in given and row.request for number in range(self.config.references)]  # fmt: skip
         made = self._make(rows, "references") if rows else []
         return gather(made, scorer.see(made), scorer.judge, list(given.values()))
 
@@ -236,43 +236,43 @@ class Evaluation:
         from app.evaluation.scoring import Scorer
         from retrieval.judge import Judge
 
-        return Scorer(Judge.open(self.wishes.judge, self.wishes.place.device or "cpu"), self.wishes.scale)
+        return Scorer(Judge.open(self.config.judge, self.config.place.device or "cpu"), self.config.scale)
 
     def _row(self, one: Made, score: Mapping[str, Any]) -> dict[str, Any]:
         case, request = one.row.case, one.row.request or one.row.case.request
         return {"id": one.id, "way": one.row.way, "group": case.group, "number": case.seed, "size": case.size,
                 "seed": request.seed if request else None, "prompt": request.prompt if request else case.text, "text": case.text,
-                "picture": Path(os.path.relpath(one.path, self.wishes.folder)).as_posix(), **score,
+                "picture": Path(os.path.relpath(one.path, self.config.folder)).as_posix(), **score,
                 "request": json.loads(request.json()) if request else None, "line": case.line}  # fmt: skip
 
     def _second(self, rows: Sequence[Mapping[str, Any]], ways: Sequence[str], problems: list[Problem]) -> list[dict[str, Any]] | None:
         """The second opinion, where one was asked for; an endpoint's trouble is a problem, the report is written all the same."""
-        wishes = self.wishes
-        if wishes.endpoint is None:
+        config = self.config
+        if config.endpoint is None:
             return None
         try:
-            return mllm.compare(wishes.endpoint, wishes.folder, rows, ways, wishes.pairs, resamples=wishes.resamples, seed=wishes.seed)
+            return mllm.compare(config.endpoint, config.folder, rows, ways, config.pairs, resamples=config.resamples, seed=config.seed)
         except Refused as error:
             problems.append(Problem("the second opinion", f"{error}; the answers so far are kept"))
             return None
 
     def _document(self, rows: Sequence[Mapping[str, Any]], problems: list[Problem], scorer: "Scorer") -> dict[str, Any]:
-        wishes, found = self.wishes, list(dict.fromkeys(row["way"] for row in rows))
-        first = (NONE, *(way for name in wishes.methods for way in (name, f"{name}@equal")))
+        config, found = self.config, list(dict.fromkeys(row["way"] for row in rows))
+        first = (NONE, *(way for name in config.methods for way in (name, f"{name}@equal")))
         ways = [*(way for way in first if way in found), *sorted(way for way in found if way not in first)]
         texts = {row["text"]: row["cut"] for row in rows}
-        metrics = summary(rows, ways, resamples=wishes.resamples, seed=wishes.seed)
+        metrics = summary(rows, ways, resamples=config.resamples, seed=config.seed)
         second = self._second(rows, ways, problems)
         from app.evaluation import wording
 
         return {
-            "title": f"Evaluation: {wishes.testbed or wishes.manifest}", "ways": ways, "titles": {way: title(way) for way in ways},
+            "title": f"Evaluation: {config.testbed or config.manifest}", "ways": ways, "titles": {way: title(way) for way in ways},
             "pictures": len(rows), "groups": len({row["group"] for row in rows}),
-            "group_word": "set" if wishes.testbed else "prompt", "sizes": sorted({row["size"] for row in rows}),
-            "model": wishes.like.model if self._opened else "", "metrics": metrics, "concepts": per_concept(rows, ways),
-            "resamples": wishes.resamples, "resample_seed": wishes.seed, "tuned": self.tuned, "mllm": second,
+            "group_word": "set" if config.testbed else "prompt", "sizes": sorted({row["size"] for row in rows}),
+            "model": config.like.model if self._opened else "", "metrics": metrics, "concepts": per_concept(rows, ways),
+            "resamples": config.resamples, "resample_seed": config.seed, "tuned": self.tuned, "mllm": second,
             "judge": wording.judge(scorer, texts, {c["phrase"] for row in rows for c in row["concepts"]}), "remarks": wording.remarks(self.tuned, ways, second, len({row["group"] for row in rows}), scorer.judge.name),
-            "problems": wording.grouped(problems), "settings": wording.settings(wishes),
+            "problems": wording.grouped(problems), "settings": wording.settings(config),
         }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from app.evaluation.cases import Concept, Problem
+from app.evaluation.cases import ExpectedConcept, Problem
 from app.evaluation.generate import Made
 from retrieval.judge import SCALES, Judge, clip_score, sides, threshold
 
@@ -141,7 +141,7 @@ class Scorer:
         }  # fmt: skip
         return row
 
-    def _concept(self, concept: Concept, whole: Float[Tensor, " D"], references: Mapping[str, Float[Tensor, "n D"]]) -> dict[str, Any]:
+    def _concept(self, concept: ExpectedConcept, whole: Float[Tensor, " D"], references: Mapping[str, Float[Tensor, "n D"]]) -> dict[str, Any]:
         cosine = float(whole @ self.judge.read([concept.phrase])[0])
         bar = self.thresholds.get(concept.phrase)
         like = references.get(concept.name)
@@ -149,7 +149,7 @@ class Scorer:
                 "present": None if bar is None else cosine >= bar,
                 "clip_i": None if like is None or not len(like) else 100 * float((like @ whole).mean())}  # fmt: skip
 
-    def _leakage(self, concepts: Sequence[Concept], seen: Seen) -> float | None:
+    def _leakage(self, concepts: Sequence[ExpectedConcept], seen: Seen) -> float | None:
         """1 when of two things one stands on both sides of the picture and the other is nowhere; None without two."""
         things = _things(concepts)
         if seen.sides is None or len(things) < 2 or any(thing.phrase not in self.thresholds for thing in things):
@@ -162,11 +162,11 @@ class Scorer:
         return float(leaked)
 
 
-def _things(concepts: Sequence[Concept]) -> list[Concept]:
+def _things(concepts: Sequence[ExpectedConcept]) -> list[ExpectedConcept]:
     return [concept for concept in concepts if concept.category in THINGS]
 
 
-def gather(made: Sequence[Made], seen: Mapping[int, Seen], judge: Judge, given: Sequence[Concept]) -> tuple[
+def gather(made: Sequence[Made], seen: Mapping[int, Seen], judge: Judge, given: Sequence[ExpectedConcept]) -> tuple[
     dict[str, Float[Tensor, "n D"]], list[Problem]
 ]:  # fmt: skip
     """Vectors of reference pictures by concept: those made by the LoRA alone, or the user's own where there are any."""

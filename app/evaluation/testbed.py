@@ -14,7 +14,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any, get_args
 
-from app.evaluation.cases import Case, Concept
+from app.evaluation.cases import Case, ExpectedConcept
 from composition import Lora, Refused, Request, bundled
 from composition.bundled import BUNDLES
 from composition.request import Category
@@ -32,7 +32,7 @@ class Entry:
     category: str
     triggers: tuple[str, ...]
     phrase: str
-    concept: Concept
+    concept: ExpectedConcept
 
     def __str__(self) -> str:
         return self.id
@@ -74,7 +74,7 @@ def _entry(row: Any, category: str, source: str, number: int) -> Entry:
         raise Refused(f"{where} ({row['id']}): name, phrase, concept and alone are texts")
     joined = ", ".join(word.strip() for word in triggers)
     kind = CATEGORIES.get(category, category)
-    concept = Concept(row["id"], texts["concept"] or joined, kind, texts["alone"] or joined)
+    concept = ExpectedConcept(row["id"], texts["concept"] or joined, kind, texts["alone"] or joined)
     return Entry(row["id"], texts["name"] or row["id"], kind, tuple(triggers), texts["phrase"], concept)
 
 

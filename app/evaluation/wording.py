@@ -75,17 +75,17 @@ def grouped(problems: Sequence[Problem]) -> list[str]:
     return lines
 
 
-def settings(wishes: Any) -> str:
+def settings(config: Any) -> str:
     """Everything that makes it again, as JSON."""
-    scoring = {"judge": wishes.judge, "scale": wishes.scale, "resamples": wishes.resamples, "seed": wishes.seed, "versions": record.versions()}
-    if wishes.manifest is not None:
-        told = {"manifest": str(wishes.manifest), "methods": list(wishes.methods), "limit": wishes.limit, "references": wishes.references}
+    scoring = {"judge": config.judge, "scale": config.scale, "resamples": config.resamples, "seed": config.seed, "versions": record.versions()}
+    if config.manifest is not None:
+        told = {"manifest": str(config.manifest), "methods": list(config.methods), "limit": config.limit, "references": config.references}
         return json.dumps({**told, **scoring}, indent=1)
-    like = json.loads(wishes.like.json())
+    like = json.loads(config.like.json())
     kept = {key: like[key] for key in ("model", "negative", "sampler", "steps", "guidance", "size")}
     return json.dumps({
-        "testbed": wishes.testbed, "methods": list(wishes.methods),
-        "options": {name: dict(given) for name, given in wishes.options.items() if given}, "sizes": list(wishes.sizes),
-        "sets": "all" if wishes.sets is None else wishes.sets, "of": wishes.of, "boxes": wishes.boxes, "seeds": wishes.seeds, "limit": wishes.limit, "weight": wishes.weight,
-        "prefix": wishes.prefix, "tune": list(wishes.tune), "references": wishes.references, **kept, **scoring,
+        "testbed": config.testbed, "methods": list(config.methods),
+        "options": {name: dict(given) for name, given in config.options.items() if given}, "sizes": list(config.sizes),
+        "sets": "all" if config.sets is None else config.sets, "of": config.of, "boxes": config.boxes, "seeds": config.seeds, "limit": config.limit, "weight": config.weight,
+        "prefix": config.prefix, "tune": list(config.tune), "references": config.references, **kept, **scoring,
     }, indent=1)  # fmt: skip

@@ -76,14 +76,14 @@ class Page:
             self._more()
 
     def _more(self) -> None:
-        usual, own = Request(prompt="").settled(*self._engine.backbone.usual), self._engine.backbone.size(Request(prompt=""))
+        usual, own = Request(prompt="").settled(*self._engine.backbone.defaults), self._engine.backbone.size(Request(prompt=""))
         self.negative = gr.Textbox(label="Negative prompt", lines=2, elem_id="negative", max_length=20_000)
         with gr.Row():
             self.steps = gr.Number(usual.steps, label="Steps", precision=0, min_width=120, elem_id="steps")
             self.guidance = gr.Number(usual.guidance, label="Guidance", step=0.5, min_width=120, elem_id="guidance")
             self.true_guidance = gr.Number(
                 usual.true_guidance, label="True guidance", info="Over 1, against the negative prompt.", step=0.5, min_width=120,
-                elem_id="true-guidance", visible=self._engine.backbone.told(usual) is not None)
+                elem_id="true-guidance", visible=self._engine.backbone.embedded_guidance(usual) is not None)
             self.sampler = gr.Dropdown(samplers(), value=usual.sampler, label="Sampler", min_width=160, elem_id="sampler")
         self.size = gr.Textbox(label="Size", placeholder=f"{own[0]}x{own[1]}, the model's own", elem_id="size")
 

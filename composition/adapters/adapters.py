@@ -42,7 +42,7 @@ class Adapters:
 
     components: "unet", "text_encoder", ... to the modules LoRAs may touch; the first is the denoiser, the others are
     text encoders, whose rows are prompts and whose gates are their own. block: layer path of the denoiser to its block;
-    axis: to what its tokens are (for `placed`).
+    axis: to what its tokens are (for `regional`).
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Adapters:
         return component in self._text_live[self._names.index(name)]
 
     def placeless(self) -> tuple[str, ...]:
-        """The adapters that change layers of the denoiser whose rows have no place, as time embeddings: `placed` cannot bound them."""
+        """The adapters that change layers of the denoiser whose rows have no place, as time embeddings: `regional` cannot bound them."""
         stacks = [stack for path, module in self._layers[self._denoiser].items()
                   if (stack := _attached(module)) is not None and getattr(self._axis(path), "kind", "") == "none"]
         return tuple(name for k, name in enumerate(self._names) if any(stack.touches(k) for stack in stacks))
@@ -204,7 +204,7 @@ class Adapters:
             yield
 
     @contextmanager
-    def placed(
+    def regional(
         self, weights: Mapping[str, float], places: Mapping[Any, Float[Tensor, "rows K *place"]]
     ) -> Iterator[None]:
         """Token by token: adapter k (in the order of `names`) at its weight times places[axis of the layer][row, k, token].
@@ -216,7 +216,7 @@ class Adapters:
         with self._borrowed() as gates:
             if gates is not None:
                 gates.use(self._vector(weights))
-                gates.places, gates.ready, gates.mode = places, {}, "placed" if gates.mode != "off" else "off"
+                gates.places, gates.ready, gates.mode = places, {}, "regional" if gates.mode != "off" else "off"
             yield
 
     @contextmanager
@@ -249,7 +249,7 @@ class Adapters:
 
     @property
     def foldable(self) -> bool:
-        """True when the denoiser's weights are plain floating tensors that may be written: not quantised, not offloaded."""
+        """True when the denoiser's weights are plain floating tensors that may be written: not quantized, not offloaded."""
         touched = [m for m in self._layers[self._denoiser].values() if _attached(m) is not None]
         plain = all(type(module) in (nn.Linear, nn.Conv2d) and type(module.weight) is nn.Parameter and not hasattr(module, "_hf_hook")
                     for module in touched)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Mode = Literal["off", "one", "dense", "rows", "placed", "combined"]
+Mode = Literal["off", "one", "dense", "rows", "regional", "combined"]
 # (base output, each adapter's gated output) -> the layer's output
 Combine = Callable[[Float[Tensor, "rows *out"], Float[Tensor, "K rows *out"]], Float[Tensor, "rows *out"]]
 
@@ -179,11 +179,11 @@ class Stack:
             down, up = self._factors(y, "flat")
             gate = gates.dense[:, self.block].to(y).index_select(1, self.owner)
             return apply(module, x, y, down, up, gate)
-        if gates.mode == "placed":
+        if gates.mode == "regional":
             self._check(x, gates.places[self.axis].shape[0])
             down, up = self._factors(y, "flat")
             gate = self._place(y, isinstance(module, nn.Conv2d))
-            return (_conv_placed if isinstance(module, nn.Conv2d) else _linear_placed)(module, x, y, down, up, gate)
+            return (_conv_regional if isinstance(module, nn.Conv2d) else _linear_regional)(module, x, y, down, up, gate)
         assert gates.combine is not None
         still = torch.zeros_like(y)
         each = [self._slice(apply, module, x, still.clone(), k) if self.touches(k) else still for k in range(gates.count)]
@@ -228,14 +228,14 @@ def _linear(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, g
     return _add(y.view(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), up).view(y.shape)
 
 
-def _linear_placed(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+def _linear_regional(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
     """Token by token; gate (rows, tokens, p), or (rows, p) for a layer whose rows have no place."""
     if x.ndim == gate.ndim and x.shape[1:-1] != gate.shape[1:-1]:
         raise RuntimeError(f"a layer got {x.shape[1]} tokens while its mask has {gate.shape[1]}")
     return _add(y.view(-1, y.shape[-1]), (F.linear(x.to(down.dtype), down) * gate).view(-1, down.shape[0]), up).view(y.shape)
 
 
-def _conv_placed(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+def _conv_regional(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
     """Place by place of the output's grid; gate (rows, p, h, w)."""
     assert isinstance(module, nn.Conv2d)
     if y.shape[-2:] != gate.shape[-2:]:

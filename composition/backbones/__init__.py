@@ -7,18 +7,19 @@ from composition.backbones.base import Backbone
 
 
 def open(
-    source: str, *, device: str | None = None, dtype: str | None = None, offload: str = "auto", quantise: str | None = None,
+    source: str, *, device: str | None = None, dtype: str | None = None, offload: str = "auto", quantize: str | None = None,
     denoiser: str | None = None,
 ) -> Backbone:
-    """Find, load and place a model; composition.backbones.opening, .quantised and .placement say what may be refused."""
+    """Find, load and place a model; `loading.open`, `.quantize` and `.placement` say what may be refused."""
     from composition.backbones.loading import open as opening
-    from composition.backbones.loading import placement, quantize
+    from composition.backbones.loading import placement
+    from composition.backbones.loading import quantize as quantization
 
     where = opening.find(source)
     family = opening.family(where)
     plan = placement.choose(device, dtype, offload, family=family)
-    quantize.check(quantise, plan.device)
-    pipeline = opening.load(where, plan.dtype, quantise=quantise, denoiser=Path(denoiser).expanduser() if denoiser else None)
+    quantization.check(quantize, plan.device)
+    pipeline = opening.load(where, plan.dtype, quantize=quantize, denoiser=Path(denoiser).expanduser() if denoiser else None)
     return of(pipeline, family, placement.place(pipeline, plan))
 
 

@@ -25,7 +25,7 @@ class Axis(NamedTuple):
 Joint = Literal["", "text", "image"]
 
 
-class Usual(NamedTuple):
+class Defaults(NamedTuple):
     """What a request gets that does not say: steps, and guidance (a request's own field of that name)."""
 
     steps: int
@@ -72,13 +72,13 @@ class Backbone(Protocol):
         ...
 
     @property
-    def usual(self) -> Usual: ...
+    def defaults(self) -> Defaults: ...
 
     def scale(self, request: Request) -> float:
         """The scale of classifier-free guidance over rows; at 1 or less there is no negative row."""
         ...
 
-    def told(self, request: Request) -> float | None:
+    def embedded_guidance(self, request: Request) -> float | None:
         """The guidance that a distilled model reads as a number, for the value "guidance" of a conditioning; None for others."""
         ...
 
@@ -86,7 +86,7 @@ class Backbone(Protocol):
         """(R, B, ...) tensors: R = 2 with negatives, 1 without. wanted: which of `reads`, all unless told."""
         ...
 
-    def cut(self, prompt: str) -> str:
+    def truncated(self, prompt: str) -> str:
         """The end of the prompt that the text encoder cannot see, "" when it sees all."""
         ...
 
@@ -113,11 +113,11 @@ class Backbone(Protocol):
         """The characters of the prompt that each token the model sees stands for; (0, 0) for one that stands for none."""
         ...
 
-    def cross_attention(self) -> Mapping[str, int]:
+    def prompt_attention(self) -> Mapping[str, int]:
         """The attention modules that read the prompt, in the order in which they run, and the level of the grid the picture has there."""
         ...
 
-    def watched(self) -> tuple[str, ...]:
+    def localizing_layers(self) -> tuple[str, ...]:
         """Those that tell best where a word is: of the coarsest grid (16 x 16 at 512 pixels for Stable Diffusion 1.x), for
         SDXL the third to sixth of each in the first up block, for transformers the last quarter of those with a text of their own."""
         ...

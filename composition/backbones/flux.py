@@ -15,7 +15,7 @@ from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
 from composition.backbones import vae
-from composition.backbones.base import Axis, Joint, Usual
+from composition.backbones.base import Axis, Defaults, Joint
 from composition.backbones.pipeline import Stock
 from composition.loop import Conditioning
 from composition.request import Refused, Request
@@ -46,13 +46,13 @@ class FluxBackbone(Stock):
         return not self.distilled and not self.scheduler.config.get("use_dynamic_shifting")
 
     @property
-    def usual(self) -> Usual:
-        return Usual(4, 1.0) if self.fast else Usual(28, 3.5) if self.distilled else Usual(25, 4.5)
+    def defaults(self) -> Defaults:
+        return Defaults(4, 1.0) if self.fast else Defaults(28, 3.5) if self.distilled else Defaults(25, 4.5)
 
     def scale(self, request: Request) -> float:
         return request.true_guidance if self.distilled else request.guidance or 1.0
 
-    def told(self, request: Request) -> float | None:
+    def embedded_guidance(self, request: Request) -> float | None:
         return request.guidance if self.distilled else None
 
     @property
@@ -81,7 +81,7 @@ class FluxBackbone(Stock):
             prompt=prompts, prompt_2=None, device=where, num_images_per_prompt=1, max_sequence_length=self.longest)
         return {name: value for name, value in {"text": text, "pooled": pooled}.items() if name in wanted}
 
-    def cut(self, prompt: str) -> str:
+    def truncated(self, prompt: str) -> str:
         tokenizer, room = self.pipeline.tokenizer_2, self.longest - 1
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[room:]) if len(ids) > room else ""
@@ -128,14 +128,14 @@ class FluxBackbone(Stock):
             return Axis("text")
         return Axis("both" if layer.startswith("single_transformer_blocks") else "grid", 1)
 
-    def cross_attention(self) -> Mapping[str, int]:
+    def prompt_attention(self) -> Mapping[str, int]:
         double, single = len(self.denoiser.transformer_blocks), len(self.denoiser.single_transformer_blocks)
         names = [*(f"transformer_blocks.{i}.attn" for i in range(double)), *(f"single_transformer_blocks.{i}.attn" for i in range(single))]
         return dict.fromkeys(names, 1)
 
-    def watched(self) -> tuple[str, ...]:
+    def localizing_layers(self) -> tuple[str, ...]:
         double = len(self.denoiser.transformer_blocks)
-        return tuple(list(self.cross_attention())[int(TELLING * double) : double])
+        return tuple(list(self.prompt_attention())[int(TELLING * double) : double])
 
     def block(self, layer: str) -> str:
         found = re.match(r"(single_)?transformer_blocks\.(\d+)", layer)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
 from composition.backbones import vae
-from composition.backbones.base import Axis, Joint, Usual
+from composition.backbones.base import Axis, Defaults, Joint
 from composition.backbones.flux import TELLING, shift
 from composition.backbones.pipeline import Stock
 from composition.loop import Conditioning
@@ -32,13 +32,13 @@ class SD3Backbone(Stock):
         "text": ("text_encoder", "text_encoder_2", "text_encoder_3"), "pooled": ("text_encoder", "text_encoder_2")}
 
     @property
-    def usual(self) -> Usual:
-        return Usual(28, 4.5 if self.denoiser.config.qk_norm else 7.0)  # 3.5, 3
+    def defaults(self) -> Defaults:
+        return Defaults(28, 4.5 if self.denoiser.config.qk_norm else 7.0)  # 3.5, 3
 
     def scale(self, request: Request) -> float:
         return request.guidance or 1.0
 
-    def told(self, request: Request) -> float | None:
+    def embedded_guidance(self, request: Request) -> float | None:
         return None
 
     def size(self, request: Request) -> tuple[int, int]:
@@ -63,7 +63,7 @@ class SD3Backbone(Stock):
         pairs = {"text": (negative, text), "pooled": (negative_pooled, pooled)}
         return Conditioning({name: torch.stack(pairs[name] if guided else pairs[name][1:]) for name in wanted})
 
-    def cut(self, prompt: str) -> str:
+    def truncated(self, prompt: str) -> str:
         tokenizer, room = self._longest()
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[room:]) if len(ids) > room else ""
@@ -114,11 +114,11 @@ class SD3Backbone(Stock):
             return Axis("none")
         return Axis("text") if _TEXT.search(layer) else Axis("grid", 1)
 
-    def cross_attention(self) -> Mapping[str, int]:
+    def prompt_attention(self) -> Mapping[str, int]:
         return {f"transformer_blocks.{i}.attn": 1 for i in range(len(self.denoiser.transformer_blocks))}
 
-    def watched(self) -> tuple[str, ...]:
-        names = list(self.cross_attention())[:-1] or list(self.cross_attention())  # the last block no longer writes to the text
+    def localizing_layers(self) -> tuple[str, ...]:
+        names = list(self.prompt_attention())[:-1] or list(self.prompt_attention())  # the last block no longer writes to the text
         return tuple(names[int(TELLING * len(names)) :])
 
     def block(self, layer: str) -> str:

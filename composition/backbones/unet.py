@@ -10,7 +10,7 @@ from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
 from composition.backbones import vae
-from composition.backbones.base import Axis, Joint, Usual
+from composition.backbones.base import Axis, Defaults, Joint
 from composition.backbones.loading.placement import Placement
 from composition.backbones.pipeline import Stock
 from composition.loop import Conditioning
@@ -44,13 +44,13 @@ class UNetBackbone(Stock):
         return {"text": both, "pooled": both[1:]} if self.family == "sdxl" else {"text": both[:1]}
 
     @property
-    def usual(self) -> Usual:
-        return Usual(25, 5.0)
+    def defaults(self) -> Defaults:
+        return Defaults(25, 5.0)
 
     def scale(self, request: Request) -> float:
         return request.guidance or 1.0
 
-    def told(self, request: Request) -> float | None:
+    def embedded_guidance(self, request: Request) -> float | None:
         return None
 
     def encode(
@@ -69,7 +69,7 @@ class UNetBackbone(Stock):
             pairs = {"text": (negative, positive)}
         return Conditioning({name: torch.stack(pair if guided else pair[1:]) for name, pair in pairs.items() if name in wanted})
 
-    def cut(self, prompt: str) -> str:
+    def truncated(self, prompt: str) -> str:
         tokenizer = self.pipeline.tokenizer
         room = tokenizer.model_max_length - 2
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
@@ -129,13 +129,13 @@ class UNetBackbone(Stock):
             return Axis("grid", max(depth - int(rest) - ("upsamplers" in layer), 0))
         return Axis("grid", depth if kind == "mid" else 0)
 
-    def cross_attention(self) -> Mapping[str, int]:
+    def prompt_attention(self) -> Mapping[str, int]:
         names = [name for name, _ in self.denoiser.named_modules() if name.endswith(".attn2")]
         order = ("down", "mid", "up")
         return {name: self.axis(f"{name}.to_q").level for name in sorted(names, key=lambda name: order.index(name.partition("_")[0]))}
 
-    def watched(self) -> tuple[str, ...]:
-        layers = self.cross_attention()
+    def localizing_layers(self) -> tuple[str, ...]:
+        layers = self.prompt_attention()
         sided = {name: level for name, level in layers.items() if not name.startswith("mid")} or layers
         coarse = [name for name, level in sided.items() if level == max(sided.values(), default=0)]
         inner = [name for name in coarse if self.family == "sdxl" and re.match(r"up_blocks\.0\..*transformer_blocks\.[2-5]\.", name)]

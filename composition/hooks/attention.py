@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 Attend = Callable[..., Tensor]
 # (layer's name, the fused kernel, query, key, value, the call's other arguments) -> the layer's output
-Led = Callable[[str, Attend, Tensor, Tensor, Tensor, Mapping[str, Any]], Tensor]
+AttentionOverride = Callable[[str, Attend, Tensor, Tensor, Tensor, Mapping[str, Any]], Tensor]
 
 
 class Enough(Exception):
@@ -29,7 +29,7 @@ class _Seam(TorchFunctionMode):
     It is entered by the layer's pre-hook and left by its hook, so that no other layer pays for it.
     """
 
-    def __init__(self, led: Led) -> None:
+    def __init__(self, led: AttentionOverride) -> None:
         super().__init__()
         self.led = led
         self.inside = ""
@@ -55,7 +55,7 @@ def _named(rest: Sequence[Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def edit(module: nn.Module, layers: Sequence[str], led: Led) -> Iterator[None]:
+def edit(module: nn.Module, layers: Sequence[str], led: AttentionOverride) -> Iterator[None]:
     """While it lasts, these layers' attention is what `led` answers. Raises RuntimeError at its end when one never ran.
 
     layers: names of attention modules inside `module`.

@@ -127,6 +127,6 @@ def _covered(low: float, high: float, count: int) -> Float[Tensor, " count"]:
     return ((edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(min=0) * count).float()
 
 
-def told(maps: Float[Tensor, "h w"]) -> Sequence[Sequence[int]]:
+def as_bytes(maps: Float[Tensor, "h w"]) -> Sequence[Sequence[int]]:
     """A map or mask as rows of whole numbers 0 to 255, for notes."""
     return (maps.detach().float().clamp(0, 1) * 255).round().int().tolist()

@@ -31,7 +31,7 @@ def joined(conds: Sequence[Conditioning], shares: Float[Tensor, "B N h w"]) -> C
 
 
 @contextmanager
-def placed(
+def regional(
     backbone: Backbone, adapters: Adapters, weights: Mapping[str, float], segments: Sequence[Collection[str]],
     shares: Float[Tensor, "B N h w"], *, rows: int, size: tuple[int, int], tokens: int,
 ) -> Iterator[None]:
@@ -40,7 +40,7 @@ def placed(
     segments: names of the LoRAs that are on in each; shares: theirs, summing to 1 over N, on any grid. rows: R guidance rows;
     size: (H, W) of the latents; tokens: of one segment. Raises RuntimeError when the model's attention cannot be led.
     """
-    layers = backbone.cross_attention()
+    layers = backbone.prompt_attention()
     names = adapters.names
     on = shares.new_tensor([[float(name in segment) for name in names] for segment in segments])  # (N, K)
     levels = range(max(layers.values(), default=0) + 8)
@@ -56,13 +56,13 @@ def placed(
             both = (places[Axis("text")], places[Axis("grid", level)].flatten(2))
             places[Axis("both", level)] = torch.cat(both if backbone.joint == "text" else both[::-1], 2)
     led = (_together if backbone.joint else _apart)(backbone, grids, rows, tokens)
-    with adapters.placed(weights, places), attention.edit(backbone.denoiser, tuple(layers), led):
+    with adapters.regional(weights, places), attention.edit(backbone.denoiser, tuple(layers), led):
         yield
 
 
-def _apart(backbone: Backbone, grids: Mapping[int, Float[Tensor, "B N h w"]], rows: int, tokens: int) -> attention.Led:
+def _apart(backbone: Backbone, grids: Mapping[int, Float[Tensor, "B N h w"]], rows: int, tokens: int) -> attention.AttentionOverride:
     """Cross-attention: to each segment apart, the answers blended by its share of the place."""
-    layers = backbone.cross_attention()
+    layers = backbone.prompt_attention()
 
     def led(name: str, attend: attention.Attend, query: Tensor, key: Tensor, value: Tensor, rest: Mapping) -> Tensor:
         share = grids[layers[name]].flatten(2).repeat(rows, 1, 1).to(query.dtype)  # (rows, N, places)
@@ -74,11 +74,11 @@ def _apart(backbone: Backbone, grids: Mapping[int, Float[Tensor, "B N h w"]], ro
     return led
 
 
-def _together(backbone: Backbone, grids: Mapping[int, Float[Tensor, "B N h w"]], rows: int, tokens: int) -> attention.Led:
+def _together(backbone: Backbone, grids: Mapping[int, Float[Tensor, "B N h w"]], rows: int, tokens: int) -> attention.AttentionOverride:
     """Joint attention: a place sees the whole picture and of each segment's words so much as its share; words see their own
     segment's and, by the same shares, the picture. Shares of 0 and 1 give each place what it would have with its segment alone.
     """
-    layers, kept = backbone.cross_attention(), {}
+    layers, kept = backbone.prompt_attention(), {}
 
     def bias(level: int, like: Tensor) -> Float[Tensor, "rows 1 L L"]:
         share = grids[level].flatten(2).repeat(rows, 1, 1).to(like.dtype)  # (rows, N, places)

@@ -78,7 +78,7 @@ def names(transformer: nn.Module) -> dict[str, tuple[Part, ...]]:
         if all(path in layers for path in paths):
             ends = [0]
             for path in paths:
-                layer = layers[path]  # as declared: a quantised weight has another shape
+                layer = layers[path]  # as declared: a quantized weight has another shape
                 ends.append(ends[-1] + (layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels))
             found[name] = tuple(Part(path, a, b) for path, a, b in zip(paths, ends, ends[1:], strict=False))
     turned = {"final_layer.adaLN_modulation.1": "norm_out.linear"}

@@ -42,7 +42,7 @@ def layers(module: nn.Module) -> dict[str, Layer]:
 
 
 def shape(layer: Layer) -> tuple[int, ...]:
-    """(out, in) of a linear, (out, in, height, width) of a convolution: as declared, also when quantised."""
+    """(out, in) of a linear, (out, in, height, width) of a convolution: as declared, also when quantized."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
     return layer.out_channels, layer.in_channels, *layer.kernel_size

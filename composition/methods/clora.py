@@ -69,7 +69,7 @@ class Options:
 
 
 @method(title="CLoRA", about="Every concept keeps its own place, found by its attention.", paper="2403.19776",
-        cost="K + 1 (early about twice that; not so with SD 3 and FLUX)", single=False, placing=True)
+        cost="K + 1 (early about twice that; not so with SD 3 and FLUX)", single=False, regional=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     with frozen([run.backbone.denoiser]):
@@ -82,7 +82,7 @@ class _Course:
     def __init__(self, run: Run, options: Options) -> None:
         self.run, self.options = run, options
         self.scene = taken_apart(run)
-        self.layers = run.backbone.watched()
+        self.layers = run.backbone.localizing_layers()
         self.positions = positions(run, self.scene)
         until, refine, rounds = (JOINT_UNTIL, JOINT_REFINE, JOINT_ROUNDS) if run.backbone.joint else (UNTIL, REFINE, ROUNDS)
         self.until = until if options.until is None else options.until
@@ -229,7 +229,7 @@ def passes_of(run: Run, scene: prompts.Scene, live: Mapping[str, float], concept
 def positions(run: Run, scene: prompts.Scene) -> list[list[list[int]]]:
     """[concept][prompt] the positions of the tokens of the concept's words. Raises Refused where they are cut off."""
     offsets = [run.backbone.offsets(text) for text in scene.prompts]
-    cut = [bool(run.backbone.cut(text)) for text in scene.prompts]
+    cut = [bool(run.backbone.truncated(text)) for text in scene.prompts]
     return [[list(prompts.tokens(text, span, offsets[p], cut=cut[p])) for p, (text, span) in enumerate(zip(scene.prompts, spans, strict=True))]
             for spans in scene.spans]
 
@@ -266,7 +266,7 @@ def placed_by_change(
     region contends inside it alone, and in one that replaces its mask against nobody. strength: each concept's change from 0 to 1.
     Both lie on the grid of the watched layers.
     """
-    size = grid(step, run.backbone.cross_attention()[run.backbone.watched()[0]])
+    size = grid(step, run.backbone.prompt_attention()[run.backbone.localizing_layers()[0]])
     change = masks.changes(values, size)
     smooth = BREADTH * min(size) if options.smooth is None else options.smooth
     change = masks.blurred(change, smooth) if smooth else change
@@ -323,4 +323,4 @@ def bounded(found: Float[Tensor, "B K h w"], names: Sequence[str], run: Run, *, 
 
 def tell(run: Run, names: Sequence[str], strength: Float[Tensor, "B K h w"], places: Float[Tensor, "B K h w"]) -> None:
     """Each concept's map and mask of the first picture, into the notes."""
-    run.notes["masks"] = {name: {"map": masks.told(strength[0, k]), "mask": masks.told(places[0, k])} for k, name in enumerate(names)}
+    run.notes["masks"] = {name: {"map": masks.as_bytes(strength[0, k]), "mask": masks.as_bytes(places[0, k])} for k, name in enumerate(names)}

@@ -44,10 +44,10 @@ class Options:
 
 
 @method(title="CLoRA fast", about="Every concept keeps its own place, in about one evaluation a step.", paper="2403.19776",
-        cost="about 1.1 (SD 3 and FLUX: 1 + 3 K / steps)", single=False, placing=True)
+        cost="about 1.1 (SD 3 and FLUX: 1 + 3 K / steps)", single=False, regional=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
-    scene, layers = clora.taken_apart(run), run.backbone.watched()
+    scene, layers = clora.taken_apart(run), run.backbone.localizing_layers()
     positions = clora.positions(run, scene)
     ask = options.ask if options.ask != "auto" else "change" if run.backbone.joint else "base"
     run.notes["clora"] = {"prompts": list(scene.prompts), "everywhere": list(scene.everywhere), "maps": ask}
@@ -69,7 +69,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
                 kept[concepts], strength = clora.placed_by(seen(step, passes, concepts), options, names, run)
             clora.tell(run, names, strength, kept[concepts])
         shared = clora.shared_places(step, kept[concepts], options.soft)
-        rows = run.denoise_placed(step, passes, shared) if values is None else clora.fused(values, shared)
+        rows = run.denoise_regional(step, passes, shared) if values is None else clora.fused(values, shared)
         return Prediction(run.guide(rows), step.latents)
 
     def reading(step: Step) -> bool:

@@ -34,7 +34,7 @@ class Options:
     decay: bool = field(default=True, metadata={"help": "Let the leader's extra weight decay."})
     cache: bool = field(default=True, metadata={"help": "Ask those that do not lead from a cache; without, in full."})
     max_age: int = field(default=6, metadata={"ge": 0, "le": 1000, "help": "Steps after which a slot is refreshed; 0: at every one."})
-    company: float = field(default=0.0, metadata={"ge": 0.0, "le": 1.0, "help":
+    others_weight: float = field(default=0.0, metadata={"ge": 0.0, "le": 1.0, "help":
         "Share of its weight that every other LoRA keeps in the pass that asks one; 0, as the paper has it: it is alone."})
     online: bool = field(default=False, metadata={"help": "End the early phase by the latent's own frequency, not at the boundary."})
     threshold: float = field(default=0.4, metadata={"ge": 0.0, "le": 1.0, "help": "The frequency that ends it, when online."})
@@ -80,9 +80,9 @@ class _Course:
             self._pass_on(high or low, low if high else ())
         full = self._full(live, passed, changed)
         if self.cache is None:
-            parts = self.run.denoise_each(step, company=self.options.company)
+            parts = self.run.denoise_each(step, others_weight=self.options.others_weight)
         else:
-            parts = self.run.denoise_cached(step, self.cache, full, self.options.company)
+            parts = self.run.denoise_cached(step, self.cache, full, self.options.others_weight)
         self.ages = {name: 0 if name in full else self.ages.get(name, 0) + 1 for name in live}
         self._tell(live, full, h)
         weight = parts.new_tensor([self.weights[name] for name in live]).view(-1, *[1] * (parts.ndim - 1))

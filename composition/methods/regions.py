@@ -24,7 +24,7 @@ class Options:
         "Share of the steps before which every LoRA acts everywhere."})
 
 
-@method(title="Regions", about="Every LoRA that has a region acts there alone; the others act everywhere.", placing=True)
+@method(title="Regions", about="Every LoRA that has a region acts there alone; the others act everywhere.", regional=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     loras = dict(zip(run.names, run.request.loras, strict=True))
@@ -49,8 +49,8 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
         places = torch.stack([masks.region(bounded[name], size) for name in here]).to(step.latents)[None]
         if options.soft:
             places = masks.blurred(places, options.soft)
-        run.notes["masks"] = {name: {"mask": masks.told(places[0, k])} for k, name in enumerate(here)}
+        run.notes["masks"] = {name: {"mask": masks.as_bytes(places[0, k])} for k, name in enumerate(here)}
         shared = masks.shares(places).expand(step.latents.shape[0], -1, -1, -1)
-        return Prediction(run.guide(run.denoise_placed(step, passes, shared)), step.latents)
+        return Prediction(run.guide(run.denoise_regional(step, passes, shared)), step.latents)
 
     yield predict

@@ -1,7 +1,7 @@
 """Concept LoRAs: learn one or many new concepts on any backbone, from pictures with prompts (arXiv 2106.09685).
 
 Many concepts train in one batch of rows, each row with its own adapter; the loss is a sum over adapters and gradients
-are clipped adapter by adapter, so a concept trained in company is the one trained alone. Every random number of a step
+are clipped adapter by adapter, so a concept trained in others_weight is the one trained alone. Every random number of a step
 follows from (seed, concept, step): a run that was stopped and resumed is the run that was not.
 """
 

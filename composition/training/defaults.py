@@ -10,7 +10,7 @@ SMALL = 100_000_000  # parameters of a denoiser that learns within minutes on a 
 
 
 @dataclass(frozen=True)
-class Usual:
+class TrainingDefaults:
     """rank .. keep: as in Plan. views: how many of each picture, `most` in all. checkpointing: of gradients."""
 
     rank: int
@@ -29,13 +29,13 @@ class Usual:
         return max(pictures, min(self.views * pictures, self.most))
 
 
-def usual(backbone: Backbone) -> Usual:
+def of(backbone: Backbone) -> TrainingDefaults:
     """For this model."""
     if sum(p.numel() for p in backbone.denoiser.parameters()) < SMALL:
-        return Usual(8, 2e-3, 250, 16, ("attention", "feed_forward", "convolution"), (0.0, 1.1), 0.15, 64, 640, False)
+        return TrainingDefaults(8, 2e-3, 250, 16, ("attention", "feed_forward", "convolution"), (0.0, 1.1), 0.15, 64, 640, False)
     if backbone.family in ("sdxl", "sd3", "flux"):
-        return Usual(16, 1e-4, 1000, 1, ("attention", "feed_forward"), None, 0.2, 8, 200, True)
-    return Usual(16, 1e-4, 1000, 2, ("attention", "feed_forward"), None, 0.2, 16, 400, False)
+        return TrainingDefaults(16, 1e-4, 1000, 1, ("attention", "feed_forward"), None, 0.2, 8, 200, True)
+    return TrainingDefaults(16, 1e-4, 1000, 2, ("attention", "feed_forward"), None, 0.2, 16, 400, False)
 
 
 def halves(device: torch.device, base: torch.dtype) -> bool:

@@ -21,7 +21,7 @@ MAX_BYTES = 40_000
 @torch.no_grad()
 def draw(backbone: Backbone, adapters: Adapters, request: Request) -> list[Image.Image]:
     """The request's pictures, in one batch, with the adapters it names as they stand; training goes on unchanged."""
-    request = request.settled(*backbone.usual)
+    request = request.settled(*backbone.defaults)
     scheduler = schedulers.make(request.sampler, backbone.scheduler, request.steps)
     run = Run(backbone, adapters, request, scheduler, generators=[Generator().manual_seed(s) for s in request.seeds])
 

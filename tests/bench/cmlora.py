@@ -54,7 +54,7 @@ class Empty(Run):
     def live(self, step):
         return dict.fromkeys(self.names, 1.0)
 
-    def denoise_cached(self, step, cache, full, company):
+    def denoise_cached(self, step, cache, full, others_weight):
         cache.filled |= set(full)
         return torch.zeros(len(self.names), 1, 1, 4, 8, 8)
 

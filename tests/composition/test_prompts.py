@@ -81,7 +81,7 @@ def test_token_positions(family, engines):
 def test_words_in_the_part_that_was_cut_are_refused(family, engines):
     backbone = engines[family].backbone
     text = "fox " * 90 + "owl"
-    assert backbone.cut(text)
+    assert backbone.truncated(text)
     offsets = backbone.offsets(text)
     assert len(offsets) == 77
     with pytest.raises(Refused, match="end of the prompt"):

@@ -1,4 +1,4 @@
-"""Concept LoRAs: they learn, a resumed run is the uninterrupted one, company changes nothing, stock diffusers agrees."""
+"""Concept LoRAs: they learn, a resumed run is the uninterrupted one, others_weight changes nothing, stock diffusers agrees."""
 
 import base64
 import io
@@ -91,11 +91,11 @@ def test_trained_in_company_equals_trained_alone(tmp_path, double, make, extra):
     plan = Plan(rank=2, steps=4, batch=2, warm=2, **extra)
     both = [concept("fox", 1), concept("owl", 2)]
     learn(both, plan, tmp_path, make, checkpoint=tmp_path / "both.pt", save_every=4)
-    company = parts(tmp_path / "both.pt")
+    others_weight = parts(tmp_path / "both.pt")
     for k, one in enumerate(both):
         file = tmp_path / f"{one.name}.pt"
         learn([one], plan, tmp_path, make, checkpoint=file, save_every=4)
-        for index, (mine, together) in enumerate(zip(parts(file), company, strict=True)):
+        for index, (mine, together) in enumerate(zip(parts(file), others_weight, strict=True)):
             span = slice(2 * k, 2 * k + 2)
             torch.testing.assert_close(together[:, span] if index % 2 else together[span], mine, rtol=1e-9, atol=1e-12)
 
@@ -274,7 +274,7 @@ def test_thumbnail_is_small_whatever_the_picture():
 def test_defaults_by_size():
     backbone, adapters = toy()
     adapters.close()
-    usual = defaults.usual(backbone)
+    usual = defaults.of(backbone)
     assert (usual.count(1), usual.count(10_000)) == (usual.views, 10_000)
     assert defaults.halves(torch.device("cpu"), torch.bfloat16)
     assert defaults.dtype_for("cpu", None) == "float32"

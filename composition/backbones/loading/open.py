@@ -22,7 +22,8 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from composition import bundled
-from composition.backbones.loading import catalog, hub, quantize, single_file
+from composition.backbones.loading import catalog, hub, single_file
+from composition.backbones.loading import quantize as quantization
 from composition.bundled import BUNDLES
 from composition.request import Refused
 
@@ -93,24 +94,24 @@ def family(thing: "Location | DiffusionPipeline") -> Family:
 
 
 def load(
-    location: Location, dtype: torch.dtype, *, quantise: str | None = None, denoiser: Path | None = None
+    location: Location, dtype: torch.dtype, *, quantize: str | None = None, denoiser: Path | None = None
 ) -> DiffusionPipeline:
     """The model as a stock pipeline on the CPU: frozen, in `dtype` throughout, without safety checker or bars.
 
-    quantise: a kind of `quantised.KINDS`. denoiser: a file of the denoiser's weights alone, in place of the model's own.
+    quantize: a kind of `quantize.KINDS`. denoiser: a file of the denoiser's weights alone, in place of the model's own.
     Raises Refused when it cannot be had (network, token, missing or damaged weights) or is not a family known here.
     """
     with _quietly():
         if location.kind == "file":
             assert location.path is not None
-            if quantise or denoiser:
-                raise Refused(f"{location.source} is one file; quantising, or another denoiser, needs a diffusers folder or a hub id")
+            if quantize or denoiser:
+                raise Refused(f"{location.source} is one file; quantizing, or another denoiser, needs a diffusers folder or a hub id")
             pipeline = single_file.load(location.path, dtype)
         else:
             if location.path is None:
                 _of_folder(hub.index(location.source).parent, location.source)
             folder = location.path or hub.download(location.source)
-            pipeline = _from_folder(folder, location.source, dtype, quantise, denoiser)
+            pipeline = _from_folder(folder, location.source, dtype, quantize, denoiser)
     family(pipeline)
     settings: Any = (getattr(pipeline, "unet", None) or pipeline.transformer).config
     writes = settings.out_channels or settings.in_channels
@@ -120,7 +121,7 @@ def load(
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
-            if not quantize.quantised(part):
+            if not quantization.quantized(part):
                 nn.Module.to(part, dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -179,7 +180,7 @@ def _instead(folder: Path) -> str:
 
 
 def _from_folder(
-    folder: Path, source: str, dtype: torch.dtype, quantise: str | None = None, denoiser: Path | None = None
+    folder: Path, source: str, dtype: torch.dtype, quantize: str | None = None, denoiser: Path | None = None
 ) -> DiffusionPipeline:
     kind = _of_folder(folder, source)
     cls = next(getattr(diffusers, name) for name, value in FAMILIES.items() if value == kind)
@@ -190,11 +191,11 @@ def _from_folder(
     if denoiser is not None:
         if "transformer" not in index:
             raise Refused(f"{source} has no transformer to put {denoiser.name} in place of: a file of its own is for FLUX and SD3")
-        extra["transformer"] = quantize.denoiser(denoiser, getattr(diffusers, index["transformer"][1]), folder, dtype)
-    if quantise is not None:
-        parts = {name: index[name][0] for name in quantize.LARGE if name in index and name not in extra
+        extra["transformer"] = quantization.denoiser(denoiser, getattr(diffusers, index["transformer"][1]), folder, dtype)
+    if quantize is not None:
+        parts = {name: index[name][0] for name in quantization.LARGE if name in index and name not in extra
                  and (index[name][0] == "diffusers" or index[name][1] == "T5EncoderModel")}
-        extra["quantization_config"] = quantize.config(quantise, parts, dtype)
+        extra["quantization_config"] = quantization.config(quantize, parts, dtype)
     try:
         pipeline = cls.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, variant=hub.variant(names), **extra

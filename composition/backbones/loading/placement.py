@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from composition.backbones.loading import quantize
+from composition.backbones.loading import quantize as quantization
 from composition.request import Refused
 
 Offload = Literal["auto", "none", "model", "sequential", "group"]
@@ -94,9 +94,9 @@ def place(pipeline: Any, plan: Placement) -> Placement:
     "none" and "model". After a picture call `pipeline.maybe_free_model_hooks()`.
     """
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    sizes = [quantize.size(part, plan.dtype) for part in parts]
+    sizes = [quantization.size(part, plan.dtype) for part in parts]
     for part in parts:
-        if not quantize.quantised(part):
+        if not quantization.quantized(part):
             nn.Module.to(part, dtype=plan.dtype)
     plan = settle(plan, sum(sizes), max(sizes, default=0))
     carry_out: dict[str, Callable[[], Any]] = {

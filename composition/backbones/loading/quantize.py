@@ -1,4 +1,4 @@
-"""Large bases in little memory: weights quantised while they are loaded, or a denoiser's file that is quantised already (GGUF).
+"""Large bases in little memory: weights quantized while they are loaded, or a denoiser's file that is quantized already (GGUF).
 
 diffusers' and transformers' own configurations do it; LoRAs act on a layer's output and need not know. Quantised are the denoiser and
 T5, which have nearly all the weights.
@@ -86,12 +86,12 @@ def denoiser(file: Path, cls: Any, folder: Path, dtype: torch.dtype) -> nn.Modul
         raise Refused(f"{file.name} does not fit this model's denoiser ({reason}): give the file of a denoiser of the same kind") from None
 
 
-def quantised(module: nn.Module) -> bool:
+def quantized(module: nn.Module) -> bool:
     """True for a model whose weights must not be cast: they are packed."""
     return bool(getattr(module, "hf_quantizer", None) or getattr(module, "is_quantized", False))
 
 
 def size(module: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of its weights: as they are when quantised, else in this number type."""
-    packed = quantised(module)
+    """Bytes of its weights: as they are when quantized, else in this number type."""
+    packed = quantized(module)
     return sum(weight.numel() * (weight.element_size() if packed else dtype.itemsize) for weight in module.parameters())

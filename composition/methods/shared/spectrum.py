@@ -23,13 +23,13 @@ def high(latents: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
     count = torch.zeros(rings, device=latents.device).index_add(0, radius, torch.ones_like(radius, dtype=torch.float32))
     sums = amplitude.new_zeros(len(grey), rings).index_add(1, radius, amplitude.flatten(1))
     profile = sums[:, count > 0] / count[count > 0]
-    least = torch.arange(rings, device=latents.device)[count > 0] >= cut(tall, wide)
+    least = torch.arange(rings, device=latents.device)[count > 0] >= cutoff_radius(tall, wide)
     peak = profile.amax(1, keepdim=True)
     share = torch.where(peak > 0, profile / peak.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
     return share[:, least].mean(1) if bool(least.any()) else share.new_zeros(len(grey))
 
 
-def cut(tall: int, wide: int) -> int:
+def cutoff_radius(tall: int, wide: int) -> int:
     """The radius from which frequencies count as high: 0.2 of the largest, at least 1, so that some always do."""
     return max(1, int(CUT * largest(tall, wide)))
 

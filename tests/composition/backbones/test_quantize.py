@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from composition import Engine, Lora, Refused, Request
-from composition.backbones.loading import quantize
+from composition.backbones.loading import quantize as quantization
 from tests import toys
 from tests.composition import laws
 
@@ -14,7 +14,7 @@ from tests.composition import laws
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder with a toy FLUX, and a LoRA of it."""
-    root = tmp_path_factory.mktemp("quantised")
+    root = tmp_path_factory.mktemp("quantized")
     pipe = toys.flux()
     pipe.save_pretrained(root / "model")
     return root / "model", toys.lora(pipe, root / "fox.safetensors", seed=1, text=False)
@@ -44,7 +44,7 @@ def opened(kind, model, tmp_path):
     pytest.importorskip("gguf" if kind.startswith("Q") else "torchao")
     if kind.startswith("Q"):
         return Engine.open(str(model[0]), device="cpu", denoiser=str(gguf_of(model[0], tmp_path / "a.gguf", kind)))
-    return Engine.open(str(model[0]), device="cpu", quantise=kind)
+    return Engine.open(str(model[0]), device="cpu", quantize=kind)
 
 
 def asked(*loras, **changes):
@@ -56,7 +56,7 @@ def test_it_is_the_model_but_for_rounding_and_a_lora_acts_on_it(kind, model, tmp
     folder, file = model
     with Engine.open(str(folder), device="cpu") as whole, opened(kind, model, tmp_path) as packed:
         layer = packed.backbone.denoiser.transformer_blocks[0].attn.to_q
-        assert type(layer) is not torch.nn.Linear or type(layer.weight) is not torch.nn.Parameter  # it is quantised
+        assert type(layer) is not torch.nn.Linear or type(layer.weight) is not torch.nn.Parameter  # it is quantized
         assert packed.dtype == torch.float32
         plain, near = (laws.latents(engine, asked()) for engine in (whole, packed))
         assert 1e-6 < laws.apart(near, plain) < 0.5
@@ -90,7 +90,7 @@ def test_every_method_runs_on_a_quantised_base(model):
     folder, file = model
     other = toys.lora(toys.flux(), folder.parent / "owl.safetensors", seed=2, text=False)
     loras = laws.loras_of([file, other])
-    with Engine.open(str(folder), device="cpu", quantise="int8") as engine:
+    with Engine.open(str(folder), device="cpu", quantize="int8") as engine:
         for name in methods.all():
             request = Request("the fox and the owl", loras=loras, steps=2, method=name, options=laws.LIGHT.get(name, {}), seed=1)
             assert engine.run(request).images[0].size == (32, 32), name
@@ -99,16 +99,16 @@ def test_every_method_runs_on_a_quantised_base(model):
 def test_refusals_say_what_to_do(model, tmp_path, monkeypatch):
     folder, file = model
     for kind, words in (("nf4", "needs a CUDA device, this one is cpu: use int8 or fp8"), ("q3", "it is one of nf4")):
-        monkeypatch.setattr(quantize, "find_spec", lambda name: True)
+        monkeypatch.setattr(quantization, "find_spec", lambda name: True)
         with pytest.raises(Refused, match=words):
-            Engine.open(str(folder), device="cpu", quantise=kind)
-    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
+            Engine.open(str(folder), device="cpu", quantize=kind)
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     with pytest.raises(Refused, match="pip install torchao"):
-        Engine.open(str(folder), device="cpu", quantise="int8")
+        Engine.open(str(folder), device="cpu", quantize="int8")
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(Refused, match="pip install gguf"):
         Engine.open(str(folder), device="cpu", denoiser=str(tmp_path / "a.gguf"))
-    monkeypatch.setattr(quantize, "find_spec", importlib.util.find_spec)
+    monkeypatch.setattr(quantization, "find_spec", importlib.util.find_spec)
     with pytest.raises(Refused, match="no .gguf or .safetensors file"):
         Engine.open(str(folder), device="cpu", denoiser="nothing.bin")
     with pytest.raises(Refused, match="does not fit"):

@@ -30,7 +30,7 @@ def asked(**changes):
 def test_what_is_usual_is_the_models_own():
     for pipe, usual in ((toys.flux_distilled(), (28, 3.5)), (fast(torch.float32), (4, 1.0)), (toys.flux(), (25, 4.5)), (toys.sd3(), (28, 4.5))):
         made = engine(pipe)
-        assert tuple(made.backbone.usual) == usual
+        assert tuple(made.backbone.defaults) == usual
         result = made.run(Request(PROMPT, steps=2))
         assert (result.request.steps, result.request.guidance) == (2, usual[1])
     assert engine(fast(torch.float32)).run(Request(PROMPT)).request.steps == 4

@@ -9,7 +9,7 @@ from torch import nn
 from composition.adapters import _attached
 from composition.backbones.base import Axis
 from composition.hooks import attention, masks
-from composition.hooks.regional import joined, placed
+from composition.hooks.regional import joined, regional
 from tests.composition import laws
 
 SIZES = [(16, 16), (12, 20), (20, 10)]
@@ -60,8 +60,8 @@ def written_out(backbone, layers, call):
 def test_maps_are_attention_written_out_on_any_grid(opened, size):
     """7: positions row by row whatever the shape; LoRAs are in them; the prediction is untouched."""
     backbone, adapters = opened
-    layers, cond, x = backbone.watched(), encode(opened, "the fox and the owl"), latents(size, 2)
-    level = backbone.cross_attention()[layers[0]]
+    layers, cond, x = backbone.localizing_layers(), encode(opened, "the fox and the owl"), latents(size, 2)
+    level = backbone.prompt_attention()[layers[0]]
     grid = tuple(-(-side // 2**level) for side in size)
     adapters.use({"a": 1.0})
     call = lambda: backbone.denoise(x, torch.tensor(500), cond)  # noqa: E731
@@ -82,8 +82,8 @@ def test_maps_are_attention_written_out_on_any_grid(opened, size):
 
 def test_6_a_pass_that_ends_early_has_the_same_maps_and_gradient(opened):
     backbone, adapters = opened
-    layers, cond = backbone.watched(), encode(opened, "the fox").positive()
-    level, ran = backbone.cross_attention()[layers[0]], []
+    layers, cond = backbone.localizing_layers(), encode(opened, "the fox").positive()
+    level, ran = backbone.prompt_attention()[layers[0]], []
     grid = (16 // 2**level,) * 2
     handle = backbone.denoiser.conv_out.register_forward_hook(lambda *_: ran.append(1))
     adapters.use({"a": 1.0, "b": 0.5})
@@ -107,7 +107,7 @@ def test_6_a_pass_that_ends_early_has_the_same_maps_and_gradient(opened):
 def test_a_backend_that_is_not_seen_is_told(opened):
     """Coverage: a processor that does not end in scaled_dot_product_attention raises, and nothing stays behind."""
     backbone, _ = opened
-    layers, cond = backbone.watched(), encode(opened, "the fox")
+    layers, cond = backbone.localizing_layers(), encode(opened, "the fox")
     before = {name: len(module._forward_hooks) for name, module in backbone.denoiser.named_modules()}
     module = backbone.denoiser.get_submodule(layers[0])
     kept = module.processor
@@ -136,8 +136,8 @@ def test_the_coarsest_grid_with_words_is_watched():
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(json.loads(path.read_text()))
         backbone = UNetBackbone(SimpleNamespace(unet=unet, scheduler=None), family)
-        watched = backbone.watched()
-        assert len(watched) == count and {backbone.cross_attention()[name] for name in watched} == {level}
+        watched = backbone.localizing_layers()
+        assert len(watched) == count and {backbone.prompt_attention()[name] for name in watched} == {level}
     assert watched[0].startswith("up_blocks.0.attentions.0.transformer_blocks.2.")
 
 
@@ -161,7 +161,7 @@ class _Parted:
 
 
 def _reference(backbone, adapters, segments, shares, weights, call):
-    """The placed evaluation, each layer's deltas dense and added place by place, without any gate or seam of ours."""
+    """The regional evaluation, each layer's deltas dense and added place by place, without any gate or seam of ours."""
     unet, names, handles, kept = backbone.denoiser, adapters.names, [], {}
     on = torch.tensor([[float(name in segment) for name in names] for segment in segments], dtype=torch.float64)
     stacks = {path: (module, stack) for path, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
@@ -187,7 +187,7 @@ def _reference(backbone, adapters, segments, shares, weights, call):
 
     for path, (module, _) in stacks.items():
         handles.append(module.register_forward_hook(lambda m, a, o, path=path: add(m, a, o, path)))
-    for name, level in backbone.cross_attention().items():
+    for name, level in backbone.prompt_attention().items():
         module = unet.get_submodule(name)
         kept[module] = module.processor
         of = {part: [None if f"{name}.{part}" not in dense else sum((d for k, d in enumerate(dense[f"{name}.{part}"]) if d is not None and on[n, k]),
@@ -215,7 +215,7 @@ def test_placed_is_deltas_added_place_by_place(opened, size):
     shares = shares / shares.sum(0)
     x, cond = latents(size), joined(conds, shares[None])
     call = lambda: backbone.denoise(x, torch.tensor(400), cond)  # noqa: E731
-    with placed(backbone, adapters, weights, segments, shares[None], rows=2, size=size, tokens=conds[0].values["text"].shape[2]):
+    with regional(backbone, adapters, weights, segments, shares[None], rows=2, size=size, tokens=conds[0].values["text"].shape[2]):
         found = call()
     laws.same(found, _reference(backbone, adapters, segments, shares, weights, call), 1e-9)
 
@@ -231,7 +231,7 @@ def test_one_segment_everywhere_is_that_lora_alone(opened):
         expected = backbone.denoise(x, torch.tensor(300), conds[n])
         times = [path for path in adapters._layers["unet"] if backbone.axis(path) == Axis("none") and _attached(adapters._layers["unet"][path])]
         assert not times  # with a LoRA on the time embedding this law could not hold
-        with placed(backbone, adapters, {"a": 1.0, "b": 0.7, "c": 0.5}, [("c",), ("a", "c"), ("b", "c")], shares, rows=2, size=(16, 16), tokens=tokens):
+        with regional(backbone, adapters, {"a": 1.0, "b": 0.7, "c": 0.5}, [("c",), ("a", "c"), ("b", "c")], shares, rows=2, size=(16, 16), tokens=tokens):
             laws.same(backbone.denoise(x, torch.tensor(300), joined(conds, shares)), expected, 1e-11)
 
 
@@ -240,5 +240,5 @@ def test_a_mask_of_the_wrong_size_is_told(opened):
     conds = [encode(opened, "the moon"), encode(opened, "the fox")]
     shares = torch.full((1, 2, 16, 16), 0.5, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="mask|places|rows"):
-        with placed(backbone, adapters, {"a": 1.0}, [(), ("a",)], shares, rows=2, size=(12, 16), tokens=conds[0].values["text"].shape[2]):
+        with regional(backbone, adapters, {"a": 1.0}, [(), ("a",)], shares, rows=2, size=(12, 16), tokens=conds[0].values["text"].shape[2]):
             backbone.denoise(latents((16, 16)), torch.tensor(300), joined(conds, shares))

@@ -8,7 +8,7 @@ from torch import nn
 
 from composition.adapters import _attached
 from composition.hooks import attention, masks
-from composition.hooks.regional import joined, placed
+from composition.hooks.regional import joined, regional
 from tests.composition import laws
 
 SIZES = [(16, 16), (12, 20), (20, 8)]
@@ -66,7 +66,7 @@ class Written:
     """While it lasts every attention that reads the prompt is `Plain`."""
 
     def __init__(self, backbone, bias=None):
-        self.modules = {name: backbone.denoiser.get_submodule(name) for name in backbone.cross_attention()}
+        self.modules = {name: backbone.denoiser.get_submodule(name) for name in backbone.prompt_attention()}
         self.plain = {name: Plain(bias) for name in self.modules}
 
     def __enter__(self):
@@ -88,7 +88,7 @@ def sides(backbone, words, area):
 @pytest.mark.parametrize("size", SIZES)
 def test_maps_are_attention_written_out_on_any_grid(opened, size):
     backbone, adapters = opened
-    layers, cond, x = backbone.watched(), encode(opened, "the fox and the owl"), latents(size, 2)
+    layers, cond, x = backbone.localizing_layers(), encode(opened, "the fox and the owl"), latents(size, 2)
     grid, tokens = (size[0] // 2, size[1] // 2), cond.values["text"].shape[2]
     adapters.use({"a": 1.0})
     plain = backbone.denoise(x, torch.tensor(500), cond)
@@ -109,7 +109,7 @@ def test_maps_are_attention_written_out_on_any_grid(opened, size):
 
 def test_a_pass_that_ends_early_has_the_same_maps_and_gradient(opened):
     backbone, adapters = opened
-    layers, cond, ran, found = backbone.watched(), encode(opened, "the fox").positive(), [], []
+    layers, cond, ran, found = backbone.localizing_layers(), encode(opened, "the fox").positive(), [], []
     handle = backbone.denoiser.proj_out.register_forward_hook(lambda *_: ran.append(1))
     adapters.use({"a": 1.0, "b": 0.5})
     for early in (False, True):
@@ -130,19 +130,19 @@ def test_a_pass_that_ends_early_has_the_same_maps_and_gradient(opened):
 def test_a_backend_that_is_not_seen_is_told(opened):
     backbone, _ = opened
     with Written(backbone), pytest.raises(RuntimeError, match="native"):
-        with attention.watch(backbone.denoiser, backbone.watched(), grid=(8, 8), rows=range, joint=backbone.joint):
+        with attention.watch(backbone.denoiser, backbone.localizing_layers(), grid=(8, 8), rows=range, joint=backbone.joint):
             backbone.denoise(latents((16, 16)), torch.tensor(500), encode(opened, "the fox"))
 
 
 def test_a_picture_longer_than_the_sequence_is_told(opened):
     backbone, _ = opened
     with pytest.raises(RuntimeError, match="tokens"):
-        with attention.watch(backbone.denoiser, backbone.watched(), grid=(40, 40), rows=range, joint=backbone.joint):
+        with attention.watch(backbone.denoiser, backbone.localizing_layers(), grid=(40, 40), rows=range, joint=backbone.joint):
             backbone.denoise(latents((16, 16)), torch.tensor(500), encode(opened, "the fox"))
 
 
 def _reference(backbone, adapters, segments, shares, weights, tokens, call):
-    """The placed evaluation: dense deltas added token by token, a bias written out; no gate or seam of ours."""
+    """The regional evaluation: dense deltas added token by token, a bias written out; no gate or seam of ours."""
     names, handles = adapters.names, []
     on = torch.tensor([[float(name in segment) for name in names] for segment in segments], dtype=torch.float64)
     grid = masks.resized(shares[None], (shares.shape[-2] // 2, shares.shape[-1] // 2))[0].flatten(1)  # (N, places)
@@ -190,7 +190,7 @@ def test_placed_is_deltas_added_place_by_place(opened, size):
     shares = shares / shares.sum(0)
     x, cond, tokens = latents(size), joined(conds, shares[None]), conds[0].values["text"].shape[2]
     call = lambda: backbone.denoise(x, torch.tensor(400), cond)  # noqa: E731
-    with placed(backbone, adapters, weights, segments, shares[None], rows=conds[0].rows, size=size, tokens=tokens):
+    with regional(backbone, adapters, weights, segments, shares[None], rows=conds[0].rows, size=size, tokens=tokens):
         found = call()
     laws.same(found, _reference(backbone, adapters, segments, shares, weights, tokens, call), 1e-9)
 
@@ -205,7 +205,7 @@ def test_one_segment_everywhere_is_that_lora_alone(opened):
         shares[:, n] = 1
         adapters.use(use)
         expected = backbone.denoise(x, torch.tensor(300), conds[n])
-        with placed(backbone, adapters, {"a": 1.0, "b": 0.7, "c": 0.5}, [("c",), ("a", "c"), ("b", "c")], shares,
+        with regional(backbone, adapters, {"a": 1.0, "b": 0.7, "c": 0.5}, [("c",), ("a", "c"), ("b", "c")], shares,
                     rows=conds[0].rows, size=(16, 16), tokens=tokens):
             laws.same(backbone.denoise(x, torch.tensor(300), joined(conds, shares)), expected, 1e-11)
 
@@ -215,5 +215,5 @@ def test_a_mask_of_the_wrong_size_is_told(opened):
     conds = [encode(opened, "the moon"), encode(opened, "the fox")]
     shares = torch.full((1, 2, 16, 16), 0.5, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="mask|places|tokens"):
-        with placed(backbone, adapters, {"a": 1.0}, [(), ("a",)], shares, rows=conds[0].rows, size=(12, 16), tokens=conds[0].values["text"].shape[2]):
+        with regional(backbone, adapters, {"a": 1.0}, [(), ("a",)], shares, rows=conds[0].rows, size=(12, 16), tokens=conds[0].values["text"].shape[2]):
             backbone.denoise(latents((16, 16)), torch.tensor(300), joined(conds, shares))

@@ -183,7 +183,7 @@ def test_by_change_a_place_is_the_loras_that_changes_it_most(case, maps):
     def body(run, step):
         options = clora.Options(maps=maps, smooth=0.0)
         wide = step._replace(latents=step.latents.new_zeros(1, step.latents.shape[1], 8, 16))
-        level = engine.backbone.cross_attention()[engine.backbone.watched()[0]]
+        level = engine.backbone.prompt_attention()[engine.backbone.localizing_layers()[0]]
         names = list(run.names[:2])
         values = placed_values(step)
         places, strength = clora.placed_by_change(run, wide, values, options, names)

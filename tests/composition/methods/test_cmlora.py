@@ -132,8 +132,8 @@ def test_in_full_company_every_pass_is_merge(case):
     engine, loras = case
     merged = laws.latents(engine, replace(asked(loras, steps=6), method="merge", options={}))
     for options in ({"cache": False}, {"max_age": 0}, {"cache": False, "dominance": False}):
-        laws.same(laws.latents(engine, asked(loras, steps=6, company=1.0, **options)), merged)
-    laws.differ(laws.latents(engine, asked(loras, steps=6, company=0.5, cache=False)), merged)
+        laws.same(laws.latents(engine, asked(loras, steps=6, others_weight=1.0, **options)), merged)
+    laws.differ(laws.latents(engine, asked(loras, steps=6, others_weight=0.5, cache=False)), merged)
 
 
 def test_in_company_the_others_are_on_at_that_share(case):
@@ -141,7 +141,7 @@ def test_in_company_the_others_are_on_at_that_share(case):
     engine, loras = case
 
     def body(run, step, times):
-        each = run.denoise_each(step, company=0.25)
+        each = run.denoise_each(step, others_weight=0.25)
         cache = of(run.backbone.denoiser)
         with cache.attached():
             laws.same(run.denoise_cached(step, cache, run.names, 0.25), each, 1e-12)

@@ -46,9 +46,9 @@ def test_there_is_a_number_at_every_size(size):
 
 
 def test_the_cut_is_a_fifth_of_the_radius():
-    assert spectrum.largest(64, 64) == 45 and spectrum.cut(64, 64) == 9
-    assert spectrum.largest(128, 96) == 80 and spectrum.cut(128, 96) == 16
-    assert spectrum.cut(8, 8) == 1
+    assert spectrum.largest(64, 64) == 45 and spectrum.cutoff_radius(64, 64) == 9
+    assert spectrum.largest(128, 96) == 80 and spectrum.cutoff_radius(128, 96) == 16
+    assert spectrum.cutoff_radius(8, 8) == 1
 
 
 def test_half_precision_and_batches():

@@ -1,6 +1,6 @@
 """What places cost at FLUX.1's true width, random weights: time and memory of one evaluation with K LoRAs, each at its place.
 
-    python -m tests.bench.placed [--sizes 2,3] [--pixels 1024] [--tokens 512] [--double 1] [--single 2] [--rounds 2] [--device cpu] [--dtype float32]
+    python -m tests.bench.regional [--sizes 2,3] [--pixels 1024] [--tokens 512] [--double 1] [--single 2] [--rounds 2] [--device cpu] [--dtype float32]
 
 Blocks are alike, so a few of FLUX.1's 19 double and 38 single ones (twice as many single as double, as here) tell the whole's ratio. Merge is
 the same LoRAs everywhere. Places read K + 1 prompts, one after the other, under a bias on attention; both are asked in turn in the same rounds.
@@ -48,7 +48,7 @@ def memory(device):
 
 
 def measured(transformer, given, count, folder):
-    """Print Merge's and the placed evaluation's time and memory with this many LoRAs."""
+    """Print Merge's and the regional evaluation's time and memory with this many LoRAs."""
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
     backbone = FluxBackbone(SimpleNamespace(transformer=transformer, scheduler=None, _execution_device=device))
     adapters = Adapters({"transformer": transformer}, family="flux", block=backbone.block, axis=backbone.axis)
@@ -71,7 +71,7 @@ def measured(transformer, given, count, folder):
             shares[:, k, :, columns] = 1.0
         whole = dict.fromkeys(names, 1.0)
         passes = [({}, conds[0]), *(({name: 1.0}, cond) for name, cond in zip(names, conds[1:], strict=True))]
-        ways = {"merge": lambda: run.denoise(step, whole, conds[0]), "placed": lambda: run.denoise_placed(step, passes, shares)}
+        ways = {"merge": lambda: run.denoise(step, whole, conds[0]), "regional": lambda: run.denoise_regional(step, passes, shares)}
         times, peaks = {way: [] for way in ways}, {way: [] for way in ways}
         for turn in range(given.rounds + 1):
             for way, call in ways.items():
@@ -82,8 +82,8 @@ def measured(transformer, given, count, folder):
                     times[way].append(time.perf_counter() - begun)
                     peaks[way] += peak
     took, held = ({way: statistics.median(values) for way, values in table.items()} for table in (times, peaks))
-    print(f"K = {count}, {given.pixels} px, {given.tokens} tokens a prompt: placed {took['placed'] / took['merge']:.2f} of Merge's time "
-          f"({took['merge']:.2f} s for {given.double} + {given.single} blocks), peak {held['placed']:.0f} MiB against {held['merge']:.0f}", flush=True)
+    print(f"K = {count}, {given.pixels} px, {given.tokens} tokens a prompt: regional {took['regional'] / took['merge']:.2f} of Merge's time "
+          f"({took['merge']:.2f} s for {given.double} + {given.single} blocks), peak {held['regional']:.0f} MiB against {held['merge']:.0f}", flush=True)
 
 
 def main():
