@@ -66,7 +66,7 @@ def test_names_that_are_not_there_are_an_error(held, sources):
 
 
 def test_a_file_is_read_once_while_it_is_the_same(pipe, held, sources, monkeypatch, tmp_path):
-    read, honest = [], module.files.read
+    read, honest = [], module.reader.read
     monkeypatch.setattr(module.reader, "read", lambda path, *a, **k: read.append(path) or honest(path, *a, **k))
     path = sources[0][2]
     for _ in range(3):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from app import workbench
 from app.cli import session
 from composition import Cancelled, Refused, Request
 
