@@ -236,7 +236,7 @@ def _receipt(
         ignored={reason: tuple(sorted(keys)) for reason, keys in ignored.items()},
         no_effect=no_effect, ranks=dict(ranks), alphas=dict(alphas),
         title=metadata.title(raw.metadata), category=metadata.category(raw.metadata),
-        triggers=metadata.triggers(raw.metadata), metadata=dict(raw.metadata),
+        triggers=metadata.triggers(raw.metadata), metadata=dict(raw.metadata), data_sha256=raw.data_sha256,
     )
 
 

@@ -39,13 +39,14 @@ _IMPOSTORS = (
 class SafeFile:
     """tensors: name to CPU tensor as stored, every value finite. metadata: the header's own words, untrusted.
 
-    sha256 is of the whole file, tensor_sha256 of the sorted names, dtypes, shapes and bytes.
+    sha256 is of the whole file, tensor_sha256 of the sorted names, dtypes, shapes and bytes, data_sha256 of all after the header.
     """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     sha256: str
     tensor_sha256: str
+    data_sha256: str
 
 
 def load_safely(path: Path) -> SafeFile:
@@ -62,7 +63,8 @@ def load_safely(path: Path) -> SafeFile:
     for name in sorted(tensors):
         if tensors[name].dtype.is_floating_point and not torch.isfinite(tensors[name].float()).all():
             raise Refused(f"{path.name}: tensor {name!r} holds NaN or infinity: the file is broken, do not use it")
-    return SafeFile(tensors, metadata, hashlib.sha256(data).hexdigest(), _tensor_hash(header, memoryview(data)[start:]))
+    numbers = memoryview(data)[start:]
+    return SafeFile(tensors, metadata, hashlib.sha256(data).hexdigest(), _tensor_hash(header, numbers), hashlib.sha256(numbers).hexdigest())
 
 
 def _bytes(path: Path) -> bytes:

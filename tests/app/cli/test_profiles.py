@@ -50,13 +50,13 @@ def test_cmlora_takes_the_measured_order_and_the_record_has_it(measured, medley,
     order = measured("--json").json["order"]
     after = medley(*generate)
     assert f"order by measured change of frequency: {', '.join(order)}" in after.out
-    made = record.read(tmp_path / "pictures/0001.png").request
+    made = record.read(tmp_path / "pictures/0001.png")
     assert made.options["order"] == ",".join(order)
-    assert medley("generate", "--from", "pictures/0001.png", "--lora-dir", toy.loras, "--out", "again").code == 0
+    assert medley("generate", "--from", "pictures/0001.png", "--model", toy.model, "--lora-dir", toy.loras, "--out", "again").code == 0
     assert Path("again/0000.png").read_bytes() == Path("pictures/0001.png").read_bytes()
     pinned = medley(*generate, "--option", f"order={order[2]}")
     assert "measured" not in pinned.out
-    assert record.read(tmp_path / "pictures/0002.png").request.options == {"order": order[2]}
+    assert record.read(tmp_path / "pictures/0002.png").options == {"order": order[2]}
 
 
 def test_who_led_when_is_told(medley, toy):
