@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from composition.adapters import rowwise
+
 Mode = Literal["off", "one", "dense", "rows", "regional", "combined"]
 # (base output, each adapter's gated output) -> the layer's output
 Combine = Callable[[Float[Tensor, "rows *out"], Float[Tensor, "K rows *out"]], Float[Tensor, "rows *out"]]
@@ -28,11 +30,13 @@ class Gates:
 
     def __init__(self, factors: Float[Tensor, "blocks K"]) -> None:
         self.factors = factors  # what Lora.blocks says, per block
+        self._known = factors.cpu()  # the same where it can be read without waiting for the device
         self.mode: Mode = "off"
         self.only = 0
         self.rows = 1
         self.runs: tuple[int, ...] = ()
         self.plain = False  # the runs are adapters 0..K-1 in order: no gather needed
+        self.even = False  # every run's weight is 1 in every block: nothing to multiply by
         self.combine: Combine | None = None
         self.places: Mapping[Any, Float[Tensor, "rows K *place"]] = {}  # by a layer's axis
         self.ready: dict[Any, Tensor] = {}  # gates made of them, as layers need them
@@ -43,6 +47,10 @@ class Gates:
     @property
     def count(self) -> int:
         return self.factors.shape[1]
+
+    def known(self, block: int) -> Float[Tensor, "K"]:
+        """What Lora.blocks says of a block, on the CPU."""
+        return self._known[block]
 
     @property
     def dense(self) -> Float[Tensor, "rows blocks K"]:
@@ -82,31 +90,42 @@ class Gates:
         only = [(row[0] if row else 0, weight[row[0]] if row else 0.0) for row, weight in zip(live, weights, strict=True)]
         runs = _even_runs(only)
         self.runs, self.rows = tuple(k for k, _ in runs), len(weights)
-        self.plain = self.runs == tuple(range(self.count))
+        self.plain, self.even = self.runs == tuple(range(self.count)), False
         if self._index.shape[0] < len(runs):
             self._index = self._index.new_zeros(len(runs))
             self._scale = self._scale.new_zeros(len(runs), self.factors.shape[0])
         index = torch.tensor(self.runs)
         self.index.copy_(index)
         weight = torch.tensor([w for _, w in runs], dtype=self.factors.dtype)
-        self.scale.copy_(weight[:, None] * self.factors.cpu().T[index])
+        self.scale.copy_(weight[:, None] * self._known.T[index])
+        self.mode = "rows"
+
+    def in_turn(self, size: int) -> None:
+        """Adapter k alone, at weight 1, in rows k * size to (k + 1) * size: said without writing to the device.
+
+        Raises ValueError when blocks have factors, which take a buffer.
+        """
+        if not bool((self._known == 1).all()):
+            raise ValueError("adapters in turn are all at weight 1, in every block")
+        self.runs, self.rows = tuple(range(self.count)), size * self.count
+        self.plain = self.even = True
         self.mode = "rows"
 
     def _write_dense(self, weights: Sequence[Sequence[float]]) -> None:
         self.rows = len(weights)
         if self._dense.shape[0] < self.rows:
             self._dense = self._dense.new_zeros(self.rows, *self.factors.shape)
-        value = torch.tensor(weights, dtype=self.factors.dtype)[:, None, :] * self.factors.cpu()
+        value = torch.tensor(weights, dtype=self.factors.dtype)[:, None, :] * self._known
         self.dense.copy_(value)
 
     def snapshot(self) -> tuple:
         """All of its state, values copied, for `restore`."""
-        return (self.mode, self.only, self.rows, self.runs, self.plain, self.combine, self.places, self.ready,
-                self._dense.clone(), self._index.clone(), self._scale.clone())
+        return (self.mode, self.only, self.rows, self.runs, self.plain, self.even, self.combine, self.places,
+                self.ready, self._dense.clone(), self._index.clone(), self._scale.clone())
 
     def restore(self, state: tuple) -> None:
-        (self.mode, self.only, self.rows, self.runs, self.plain, self.combine, self.places, self.ready,
-         self._dense, self._index, self._scale) = state
+        (self.mode, self.only, self.rows, self.runs, self.plain, self.even, self.combine, self.places,
+         self.ready, self._dense, self._index, self._scale) = state
 
 
 def _even_runs(rows: list[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -134,7 +153,7 @@ class Stack:
 
     def delta(self, weights: Sequence[float], dtype: torch.dtype) -> Float[Tensor, "out in *kernel"]:
         """sum_k weight_k B_k A_k, computed in `dtype` on the factors' device: what a fold adds to the weight."""
-        gate = torch.tensor(weights, dtype=self.gates.factors.dtype) * self.gates.factors[self.block].cpu()
+        gate = torch.tensor(weights, dtype=self.gates.factors.dtype) * self.gates.known(self.block)
         gate = gate.to(self.down.device, dtype).index_select(0, self.owner)
         flat = (self.up.to(dtype) * gate) @ self.down.to(dtype).flatten(1)
         return flat.view(self.up.shape[0], *self.down.shape[1:])
@@ -171,8 +190,13 @@ class Stack:
         if gates.mode == "rows":
             self._check(x, gates.rows)
             down, up = self._factors(y, "padded")
-            rows = _conv_rows if isinstance(module, nn.Conv2d) else _linear_rows
-            return rows(module, x, y, down, up, gates, self.block)
+            if not gates.plain:
+                down, up = down.index_select(0, gates.index), up.index_select(0, gates.index)
+            # The buffer may be written before backward.
+            scale = None if gates.even else gates.scale[:, self.block].to(down, copy=True)
+            if isinstance(module, nn.Conv2d):
+                return rowwise.conv(module, x, y, down, up, scale)
+            return rowwise.linear(x, y, down, up, scale)
         if gates.mode == "dense":
             if gates.rows > 1:
                 self._check(x, gates.rows)
@@ -243,20 +267,6 @@ def _conv_regional(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Te
     return y + F.conv2d(_downward(module, x, down) * gate, up[..., None, None])
 
 
-def _linear_rows(
-    module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gates: Gates, block: int
-) -> Tensor:
-    """One adapter per row, equal rows as one run: two batched products over (runs, rows of a run * tokens, in)."""
-    runs = len(gates.runs)
-    if not gates.plain:
-        down, up = down.index_select(0, gates.index), up.index_select(0, gates.index)
-    h = torch.bmm(x.to(down.dtype).reshape(runs, -1, x.shape[-1]), down.transpose(1, 2))
-    h = h * gates.scale[:, block].to(h, copy=True).view(-1, 1, 1)
-    if y.is_contiguous() and not (torch.is_grad_enabled() and (h.requires_grad or y.requires_grad)):
-        return y.view(runs, -1, y.shape[-1]).baddbmm_(h, up.transpose(1, 2)).view(y.shape)
-    return y + torch.bmm(h, up.transpose(1, 2)).view(y.shape)
-
-
 def _downward(conv: nn.Conv2d, x: Tensor, down: Tensor) -> Tensor:
     return F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
@@ -265,13 +275,3 @@ def _conv(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gat
     assert isinstance(module, nn.Conv2d)
     h = _downward(module, x.to(down.dtype), down) * gate[..., None, None]
     return y + F.conv2d(h, up[..., None, None])
-
-
-def _conv_rows(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gates: Gates, block: int) -> Tensor:
-    """Run by run: a convolution has no batched form with a kernel per row that is as fast."""
-    assert isinstance(module, nn.Conv2d)
-    parts = []
-    for run, (k, part) in enumerate(zip(gates.runs, x.to(down.dtype).chunk(len(gates.runs)), strict=True)):
-        h = _downward(module, part, down[k]) * gates.scale[run, block].to(part, copy=True)
-        parts.append(F.conv2d(h, up[k, :, :, None, None]))
-    return y + torch.cat(parts)
