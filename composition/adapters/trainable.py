@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from composition.adapters.stack import Gates, Stack
+from composition.adapters.gates import Gates
+from composition.adapters.stack import Product, Stack
 from composition.loras.writer import Factors
 
 
@@ -73,19 +74,15 @@ class Trainable:
 class TrainableStack(Stack):
     """A layer's adapters in training, layer `slot` of the leaf; gates act on them as on any others."""
 
-    def __init__(self, source: Trainable, slot: int, gates: Gates, block: int, axis: Any = None) -> None:
-        self.source, self.slot, self.gates, self.block, self.axis = source, slot, gates, block, axis
+    def __init__(self, source: Trainable, slot: int, gates: Gates, block: int, axis: Any = None, path: str = "") -> None:
+        self.source, self.slot = source, slot
+        self.gates, self.block, self.axis, self.path = gates, block, axis, path
         self.spans = tuple((k * source.rank, (k + 1) * source.rank) for k in range(len(source.names)))
-        self.owner = torch.arange(len(source.names), device=source.leaf.device).repeat_interleave(source.rank)
 
-    @property
-    def down(self) -> Float[Tensor, "P in *kernel"]:
-        return self._factors(self.source.leaf, "flat")[0]
-
-    @property
-    def up(self) -> Float[Tensor, "out P"]:
-        return self._factors(self.source.leaf, "flat")[1]
-
-    def _factors(self, like: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    def product(self, like: Tensor) -> Product:
         down, up = self.source.read(self.slot, like)
-        return (down, up) if form == "padded" else (down.flatten(0, 1), up.transpose(0, 1).flatten(1))
+        return Product(down.flatten(0, 1), up.transpose(0, 1).flatten(1), self._owners(like.device))
+
+    def each(self, like: Tensor, index: Int[Tensor, "runs"] | None) -> tuple[Float[Tensor, "runs r in *kernel"], Float[Tensor, "runs out r"]]:
+        down, up = self.source.read(self.slot, like)
+        return (down, up) if index is None else (down.index_select(0, index), up.index_select(0, index))

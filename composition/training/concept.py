@@ -64,7 +64,7 @@ def train(
         raise Refused(f"concepts must have different names, not {', '.join(names)}")
     layers = choose(backbone.components, plan.targets)
     again = _recomputing(backbone.denoiser, adapters.checkpoint if checkpointing else None)
-    with _still(backbone.components), again, adapters.training(names, plan.rank, layers) as trained:
+    with _still(backbone.components), again, adapters.training(names, plan.rank, layers, backbone.device) as trained:
         state = State(trained, concepts, plan)
         if checkpoint and checkpoint.is_file():
             state.load(checkpoint)
