@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """One layer's trained factors; the update of its weight is up @ down."""
+    """One layer's factors of one adapter; the update of its weight is up @ down."""
 
     down: Float[Tensor, "r in *kernel"]
     up: Float[Tensor, "out r"]
@@ -37,8 +37,8 @@ def write(
         text = component.startswith("text_encoder")
         for path, (down, up) in layers.items():
             path = f"text_model.{path.removeprefix('text_model.')}" if text else path
-            wide = up[(..., *[None] * (down.ndim - 2))] / scale
-            tensors[f"{component}.{path}.lora_A.weight"] = down.to(dtype).contiguous()
+            wide = up[(..., *[None] * (down.ndim - 2))].cpu() / scale
+            tensors[f"{component}.{path}.lora_A.weight"] = down.to("cpu", dtype).contiguous()
             tensors[f"{component}.{path}.lora_B.weight"] = wide.to(dtype).contiguous()
         # Without the prefix a path is the ending of the module's name in every transformers.
         short = sorted(path.removeprefix("text_model.") for path in layers)
