@@ -4,8 +4,6 @@ import base64
 import csv
 import io
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from PIL import Image
 from app.drawing import charts
 from app.evaluation.scoring import METRICS
 from app.evaluation.summary import ALL
+from composition import atomic
 
 HERE = Path(__file__).parent
 THUMB = 128  # pixels of a picture's longer side in the page
@@ -27,20 +26,10 @@ FILES = ("scores.jsonl", "scores.csv", "summary.json", "index.html")
 def write(folder: Path, rows: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) -> Path:
     """All files of the report, each whole or not at all; returns the page. rows: a scored picture each, in order."""
     folder.mkdir(parents=True, exist_ok=True)
-    _put(folder / FILES[0], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _put(folder / FILES[1], table(rows))
-    _put(folder / FILES[2], json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-    return _put(folder / FILES[3], page(folder, rows, document))
-
-
-def _put(path: Path, text: str) -> Path:
-    part = path.with_name(f".{secrets.token_hex(6)}.tmp")
-    try:
-        part.write_text(text, "utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    atomic.write(folder / FILES[0], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    atomic.write(folder / FILES[1], table(rows))
+    atomic.write(folder / FILES[2], json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+    return atomic.write(folder / FILES[3], page(folder, rows, document))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

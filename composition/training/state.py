@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composition import atomic
 from composition.adapters.stack import Stack
 from composition.loras.writer import Factors
 from composition.request import Refused
@@ -63,10 +64,9 @@ class State:
     def save(self, file: Path) -> None:
         """Write the checkpoint whole or not at all."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        half = file.with_suffix(".part")
-        torch.save({"plan": repr(asdict(self.plan)), "names": self.names, "origins": self.origins, "step": self.step,
-                    "parts": [p.detach() for p in self.parts], "optimiser": self.optimiser.state_dict()}, half)  # fmt: skip
-        half.replace(file)
+        held = {"plan": repr(asdict(self.plan)), "names": self.names, "origins": self.origins, "step": self.step,
+                    "parts": [p.detach() for p in self.parts], "optimiser": self.optimiser.state_dict()}  # fmt: skip
+        atomic.write(file, lambda part: torch.save(held, part))
 
     def load(self, file: Path) -> None:
         """Go on from a checkpoint. Raises Refused when it is damaged, or of another plan, concepts or pictures."""
