@@ -70,6 +70,13 @@ def save(result: Result, folder: Path, stem: str = "", index: int = 0, sampler: 
     return path
 
 
+def relist(path: Path) -> None:
+    """Add the line of a picture of ours that its folder's manifest lacks: a kill may fall between the two."""
+    with Image.open(path) as image:
+        size = image.size
+    Log(path.parent / MANIFEST).append(_row(read(path).request, path, size))
+
+
 def ready(folder: Path) -> Path:
     """The folder, when pictures can be written there. Raises Refused before any work is done for nothing."""
     if folder.suffix.lower() == ".png" and not folder.is_dir():
