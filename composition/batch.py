@@ -6,6 +6,7 @@ failed. A picture's line is on the disk before the picture has its name, so that
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -214,7 +215,7 @@ class Identity:
         paths = [self._engine.find(lora.source) for lora in request.loras]
         paths += [Path(lora.region) for lora in request.loras if isinstance(lora.region, str)]
         paths += [Path(name) for condition in request.conditions for name in (condition.source, condition.image)]
-        digests = [self._digest(path) if path.is_file() else "" for path in paths]
+        digests = [self._digest(path) if os.path.isfile(path) else "" for path in paths]  # a mask may also be no path
         return hashlib.sha256(json.dumps([request.json(), digests, self._same], sort_keys=True).encode()).hexdigest()[:20]
 
     def _digest(self, path: Path) -> str:
