@@ -28,6 +28,7 @@ from composition.log import Log
 LOG = "mllm.jsonl"
 KEY = "MEDLEY_MLLM_KEY"
 TRIES, WAIT, TIMEOUT = 4, 2.0, 120.0
+POINTS = {"first": 1, "second": -1, "tie": 0}
 SIDE = 512  # pixels that small pictures are enlarged to
 QUESTION = (
     "Two pictures, the first and the second, were made for this prompt: {prompt!r}. Which shows better what the prompt asks "
@@ -106,7 +107,7 @@ def compare(
     +1, 0, -1 with its interval over groups.
     """
     log = Log(folder / LOG)
-    known = {(row.get("model"), row.get("first"), row.get("second")): row.get("better") for row in log.rows()}
+    known = {(row["model"], row["first"], row["second"]): row["better"] for row in log.rows() if {"model", "first", "second", "better"} <= set(row)}
     by = {(row["variant"], row["group"], row["number"]): row for row in rows}
     opinions = []
     for a, b in combinations([variant for variant in variants if variant != NONE and not variant.endswith(EQUAL)], 2):
@@ -120,7 +121,7 @@ def compare(
                 if key not in known:
                     known[key] = endpoint.better(of_a["text"], folder / first["picture"], folder / second["picture"])
                     log.append(dict(zip(("model", "first", "second"), key, strict=True)) | {"better": known[key]})
-                votes.append({"first": 1, "second": -1, "tie": 0}[known[key]] * (1 if first is of_a else -1))
+                votes.append(POINTS[known[key]] * (1 if first is of_a else -1))
             turned += votes[0] * votes[1] < 0
             points.append(float((sum(votes) > 0) - (sum(votes) < 0)) if votes[0] * votes[1] >= 0 else 0.0)
         if cases:
