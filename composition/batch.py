@@ -238,6 +238,8 @@ def _locked(file: BinaryIO, folder: Path) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Refused(f"another batch is at work in {folder}: wait for its end, or choose another folder") from None
+    except OSError:  # a file system without locks, as without the module
+        pass
     yield
 
 

@@ -85,11 +85,12 @@ def evaluate(
         folder=report, of=of, boxes=boxes, seeds=seeds, limit=limit, weight=weight, prefix=prefix, equal=equal, references=references, judge=judge,
         resamples=resamples, seed=seed, place=engines.EngineOptions(device, dtype, offload, engines.folders(lora_dir or [])),
         endpoint=_endpoint(mllm, mllm_model), pairs=mllm_pairs)  # fmt: skip
-    from app.evaluation.run import Evaluation, below
+    from app.evaluation.run import Evaluation
+    from app.evaluation.summary import below
 
     outcome = Evaluation(config, err).run()
     _say(outcome)
-    missed = below(outcome, bars)
+    missed = below(outcome.document, bars)
     for line in missed:
         err.print(Text(f"medley: {line}", style="red"))
     if missed or outcome.problems:

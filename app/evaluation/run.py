@@ -15,7 +15,7 @@ from app import engines
 from app.evaluation import manifest, mllm, report, statistics, testbed
 from app.evaluation.cases import Asked, Case, ExpectedConcept, Problem
 from app.evaluation.generate import Picture, generate, supplied
-from app.evaluation.summary import mean, per_concept, summary
+from app.evaluation.summary import per_concept, summary
 from app.evaluation.variants import NONE, SUPPLIED, Row, Variants, equal, interleaved, title
 from composition import Receipt, Refused, Request
 
@@ -289,14 +289,3 @@ def _factor(picture: Picture, weight: float) -> float:
     assert case.request and request
     ratio = request.loras[0].weight / case.request.loras[0].weight if weight else 1.0
     return min(FACTORS, key=lambda factor: abs(factor - ratio))
-
-
-def below(outcome: Outcome, bars: Sequence[tuple[str, str, float]]) -> list[str]:
-    """What does not reach its bar, as sentences: (variant or "" for every method, metric, value)."""
-    missed = []
-    for variant, metric, bar in bars:
-        for name in [variant] if variant else [variant for variant in outcome.document["variants"] if variant != NONE]:
-            value = mean(outcome.document["metrics"], metric, name)
-            if value is None or value < bar:
-                missed.append(f"{metric} of {title(name)} is {'not known' if value is None else f'{value:.4g}'}, below {bar:g}")
-    return missed

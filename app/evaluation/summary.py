@@ -7,6 +7,7 @@ from typing import Any
 from app.drawing.charts import ALL
 from app.evaluation import statistics
 from app.evaluation.scoring import METRICS, Metric
+from app.evaluation.variants import NONE, title
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -66,3 +67,14 @@ def per_concept(rows: Rows, variants: Sequence[str]) -> list[dict[str, Any]]:
                                       "presence": sum(known) / len(known) if known else None}  # fmt: skip
         concepts.append(entry)
     return concepts
+
+
+def below(document: Mapping[str, Any], bars: Sequence[tuple[str, str, float]]) -> list[str]:
+    """What does not reach its bar, as sentences: (variant or "" for every method, metric, value)."""
+    missed = []
+    for variant, metric, bar in bars:
+        for name in [variant] if variant else [variant for variant in document["variants"] if variant != NONE]:
+            value = mean(document["metrics"], metric, name)
+            if value is None or value < bar:
+                missed.append(f"{metric} of {title(name)} is {'not known' if value is None else f'{value:.4g}'}, below {bar:g}")
+    return missed
