@@ -1,4 +1,4 @@
-"""The command line: medley demo, generate, compare, evaluate, profile, train, ui, pull, loras, inspect, methods, doctor.
+"""The command line: medley demo, generate, compare, batch, evaluate, profile, train, ui, pull, loras, inspect, methods, doctor.
 
 torch and diffusers are imported inside commands only, so that `medley --help` answers at once. Errors are one line on
 stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
@@ -18,7 +18,7 @@ from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
 from app import engines, options, remarks, settings, workbench
-from app.cli import evaluate, flags, session, tables, train
+from app.cli import batch, evaluate, flags, session, tables, train
 from app.errors import sentence
 from app.terminal import printable
 from composition import Cancelled, Lora, Receipt, Refused, Request, __version__, record
@@ -183,6 +183,7 @@ def _triggered(request: Request, engine: Any, say: Console) -> Request:
     return request
 
 
+app.command(epilog=batch.EPILOG)(batch.batch)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 
 

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
+from composition import atomic
+
 
 class Factors(NamedTuple):
     """One layer's factors of one adapter; the update of its weight is up @ down."""
@@ -46,10 +48,7 @@ def write(
     if scale != 1:
         header["lora_adapter_metadata"] = json.dumps(settings, sort_keys=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    part.write_bytes(_settled(save(tensors, metadata=header)))
-    part.chmod(0o644)
-    part.replace(file)
+    atomic.write(file, _settled(save(tensors, metadata=header)))
 
 
 def _settled(data: bytes) -> bytes:

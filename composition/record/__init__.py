@@ -4,6 +4,6 @@ What belongs here: how a request is stored in and read from a picture file, ours
 words for people. May import what lies below the engine.
 """
 
-from composition.record.png import MANIFEST, Record, free, publish, read, ready, save, versions
+from composition.record.png import MANIFEST, Record, free, publish, read, ready, relist, save, versions
 
-__all__ = ["MANIFEST", "Record", "free", "publish", "read", "ready", "save", "versions"]
+__all__ = ["MANIFEST", "Record", "free", "publish", "read", "ready", "relist", "save", "versions"]

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from composition import atomic
 from composition.adapters.trainable import Trainable
 from composition.request import Refused
 from composition.training.plan import Concept, Plan
@@ -68,10 +69,9 @@ class State:
         """Write the checkpoint whole or not at all. Raises as `check` does."""
         self.check()
         file.parent.mkdir(parents=True, exist_ok=True)
-        half = file.with_suffix(".part")
-        torch.save({"plan": repr(asdict(self.plan)), "names": self.names, "origins": self.origins, "step": self.step,
-                    "leaf": self.trained.leaf.detach(), "optimiser": self.optimiser.state_dict()}, half)  # fmt: skip
-        half.replace(file)
+        held = {"plan": repr(asdict(self.plan)), "names": self.names, "origins": self.origins, "step": self.step,
+                "leaf": self.trained.leaf.detach(), "optimiser": self.optimiser.state_dict()}  # fmt: skip
+        atomic.write(file, lambda part: torch.save(held, part))
 
     def load(self, file: Path) -> None:
         """Go on from a checkpoint. Raises Refused when it is damaged, or of another plan, concepts, pictures or version."""
