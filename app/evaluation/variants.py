@@ -8,7 +8,7 @@ from typing import Any
 
 from app import options
 from app.evaluation.cases import Case
-from composition import Lora, Refused, Request
+from composition import Refused, Request
 
 NONE, GIVEN, EQUAL = "none", "given", "@equal"
 MEASURED = ("change", "level")  # values of the option order that a profile answers
@@ -52,18 +52,10 @@ class Ways:
     def row(self, case: Case, name: str, factor: float | None = None) -> Row:
         assert case.request
         factor = self.factors.get((name, case.size), 1.0) if factor is None else factor
-        loras = [scaled(lora, factor) for lora in case.request.loras]
+        loras = [lora.scaled(factor) for lora in case.request.loras]
         request = replace(case.request, loras=loras, method=method_of(name), options=self.options[name])
         measured = self.pin is not None and request.options.get("order") in MEASURED
         return Row(case, name, self.pin(request) if measured and self.pin else request)
-
-
-def scaled(lora: Lora, factor: float) -> Lora:
-    """The LoRA at `factor` times its weights."""
-    if factor == 1.0:
-        return lora
-    text = None if lora.text_weight is None else round(lora.text_weight * factor, 6)
-    return replace(lora, weight=round(lora.weight * factor, 6), text_weight=text)
 
 
 def equal(row: Row, evaluations: int, plain: int) -> Row | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from composition import Lora, Refused, prompts
+from composition import Lora, Receipt, Refused, Request, prompts
 
 
 def taken(prompt, *loras, triggers=None, categories=None):
@@ -41,6 +41,33 @@ def test_a_place_with_a_binding_is_a_concept_and_without_it_is_everywhere():
     place = {"moon": "place"}
     assert taken("a fox on the moon", Lora("moon"), triggers={"moon": ("on the moon",)}, categories=place).everywhere == ("moon",)
     assert taken("a fox on the moon", Lora("moon", binds="the moon"), categories=place).concepts == ("moon",)
+
+
+@pytest.mark.parametrize(("prompt", "words", "said"), [
+    ("a bowl", "owl", False), ("an owl", "owl", True), ("An OWL, flying", "owl", True), ("owls", "owl", False), ("owl's nest", "owl", True),
+    ("snow-owl", "owl", True), ("(owl:1.2)", "owl", True), ("owl_2", "owl", False), ("a pink drawing", "ink drawing", False),
+    ("an ink  drawing", "ink drawing", True), ("an ink, drawing", "ink drawing", False), ("owl\nand fox", "owl and", True),
+    ("c++ code", "c++", True), ("<s1><s2> cat", "<s1><s2>", True), ("ärger", "rger", False), ("cafe\u0301", "caf\u00e9", True),
+    ("caf\u00e9", "cafe\u0301", True), ("cafe\u0301", "cafe", False), ("雪中的狐狸", "狐狸", True), ("キツネの絵", "キツネ", True),
+    ("여우가 있다", "여우", True), ("a.c", "abc", False), ("abc", "a.c", False), ("owl", "", False), ("owl", "  ", False), ("", "owl", False),
+])  # fmt: skip
+def test_whole_words_are_said(prompt, words, said):
+    assert prompts.says(prompt, words) is said
+    assert prompts.lacks(prompt, (words,)) is not said
+    assert not prompts.lacks(prompt, ()) and not prompts.lacks(f"{prompt} zebra", (words, "zebra"))
+
+
+def test_missing_trigger_words_are_put_in():
+    words = {"owl": ("owl",), "ink": ("ink drawing",), "fox": ("vulpes",)}
+
+    def inspect(source):
+        return Receipt(name=source, path="", sha256="", tensor_sha256="", family="sd", layout="kohya", tensors=1, applied=1,
+                       triggers=words.get(source, ()))
+
+    request = Request(prompt="a pink drawing of a bowl", loras=[Lora("owl"), Lora("ink"), Lora("fox", triggers=("bowl",)), Lora("mute")])
+    made, added = prompts.with_triggers(request, inspect)
+    assert (made.prompt, added) == ("a pink drawing of a bowl, owl, ink drawing", ["owl", "ink drawing"])
+    assert prompts.with_triggers(made, inspect) == (made, [])
 
 
 @pytest.mark.parametrize("prompt, lora, triggers, said", [

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from composition.adapters.stack import Gates, Stack
-from composition.loras.reader import Factors
+from composition.loras.kinds.lora import Factors
 
 RANKS = (2, 5, 3)
 LAYERS = {
@@ -22,7 +22,7 @@ def build(kind, missing=()):
     layer, shape = LAYERS[kind][0]().double(), LAYERS[kind][1]
     shape_in = layer.weight.shape[1:]
     factors = [None if k in missing else Factors(
-        torch.randn(r, *shape_in, dtype=torch.float64), torch.randn(20, r, dtype=torch.float64), r, float(r))
+        torch.randn(r, *shape_in, dtype=torch.float64), torch.randn(20, r, dtype=torch.float64))
         for k, r in enumerate(RANKS)]
     found = [f for f in factors if f is not None]
     gates = Gates(torch.tensor([[1.0, 1.0, 1.0], [0.5, 2.0, 0.0]], dtype=torch.float64))
@@ -111,8 +111,7 @@ def test_gradients_are_the_dense_ones(kind, rows):
     stack.up.requires_grad_(True)
     gates.per_row(ROWS[rows])
     stack(layer, x, layer(x)).square().sum().backward()
-    leaves = [Factors(f.down.clone().requires_grad_(True), f.up.clone().requires_grad_(True), f.rank, f.alpha)
-              for f in factors]
+    leaves = [Factors(f.down.clone().requires_grad_(True), f.up.clone().requires_grad_(True)) for f in factors]
 
     def update(weights):
         parts = [w * c * (f.up @ f.down.flatten(1)) for f, w, c in zip(leaves, weights, (0.5, 2.0, 0.0), strict=True)]

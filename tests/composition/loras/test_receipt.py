@@ -14,7 +14,7 @@ from composition.loras import reader
 from composition.request import Refused
 from tests import toys
 from tests.composition.loras import lora_writers as writers
-from tests.composition.test_keymap import UNETS
+from tests.composition.loras.test_layers import UNETS
 
 
 @pytest.fixture(scope="module")
