@@ -91,8 +91,10 @@ def words(module: nn.Module) -> frozenset[tuple[str, ...]]:
     return frozenset(tuple(word.split("_")) for word in own if not word.isdecimal())
 
 
-def spelled(name: str, known: Collection[tuple[str, ...]]) -> bool:
-    """True when a module's name is made of known words and numbers, dotted or with underscores; "#12" is one too."""
+def spelled(name: str, known: Collection[tuple[str, ...]], there: Collection[str]) -> bool:
+    """True when a module's name could be a layer's, of a deeper or wider base: it is made of known words and numbers, dotted or with
+    underscores, and is no name of a layer that is `there` (flat names) with more before or behind it. "#12" is a layer's too.
+    """
     if name.startswith("#"):
         return True
     parts = flat(name).split("_")
@@ -104,7 +106,9 @@ def spelled(name: str, known: Collection[tuple[str, ...]]) -> bool:
         if start in ends:
             ends |= {stop for stop in range(start + 1, min(start + longest, len(parts)) + 1) if tuple(parts[start:stop]) in known}
             ends |= {start + 1} if parts[start].isdecimal() else set()
-    return len(parts) in ends
+    more_behind = any("_".join(parts[:stop]) in there for stop in range(1, len(parts)))
+    more_before = any("_".join(parts[start:]) in there and any(map(str.isdecimal, parts[start:])) for start in range(1, len(parts)))
+    return len(parts) in ends and not more_behind and not more_before
 
 
 def numbered(component: str, module: nn.Module, count: int) -> dict[str, str]:

@@ -75,7 +75,7 @@ def read(
     applied: Counter[str] = Counter()
     places = [names.get(module.component, {}).get(layer_map.flat(module.module), ()) for module in found]
     claims = Counter((module.component, part.path) for module, parts in zip(found, places, strict=True) for part in parts)
-    known = {part: layer_map.words(module) for part, module in components.items()} if not all(places) else {}
+    known = {part: (layer_map.words(module), names[part].keys()) for part, module in components.items()} if not all(places) else {}
     sources: list[tuple[scale.Alpha, ...]] = []
     for module, parts in zip(found, places, strict=True):
         reason = _obstacle(module, raw.tensors, components, parts, known)
@@ -183,11 +183,11 @@ def _pair(module: Module, tensors: Mapping[str, Tensor]) -> bool:
 
 def _obstacle(
     module: Module, tensors: Mapping[str, Tensor], components: Mapping[str, nn.Module], where: Sequence[Part],
-    known: Mapping[str, Collection[tuple[str, ...]]],
+    known: Mapping[str, tuple[Collection[tuple[str, ...]], Collection[str]]],
 ) -> str:
     """Why a module cannot be applied at `where` (empty: the base has no layer of that name), or "".
 
-    known: by component, the words that names of layers are made of; a name with another word in it is none of a layer.
+    known: by component, the words that names of layers are made of, and the names of those that are there.
     """
     if module.blocked:
         return module.blocked
@@ -199,7 +199,7 @@ def _obstacle(
         return f"this base has no {module.component}"
     if where:
         return ""
-    return NO_LAYER if module.component and layer_map.spelled(module.module, known[module.component]) else NO_NAME
+    return NO_LAYER if module.component and layer_map.spelled(module.module, *known[module.component]) else NO_NAME
 
 
 def _receipt(

@@ -114,3 +114,21 @@ def test_words_in_the_part_that_was_cut_are_refused(family, engines):
     with pytest.raises(Refused, match="end of the prompt"):
         prompts.tokens(text, (len(text) - 3, len(text)), offsets, cut=True)
     assert prompts.tokens(text, (0, 3), offsets, cut=True) == (1,)
+
+
+@pytest.mark.parametrize(("caption", "category", "captioned"), [
+    ("a bowl on a table", "character", "owl, a bowl on a table"), ("an Owl on a table", "character", "an Owl on a table"),
+    ("a bowl on a table.", "style", "a bowl on a table, owl"), ("night owls", "character", "owl, night owls"),
+])
+def test_captions_that_lack_the_trigger_get_it(caption, category, captioned):
+    """Training counts a trigger as said by the same rule."""
+    from composition.training import captions
+
+    assert captions.with_trigger(caption, "owl", category) == captioned
+    assert bool(captions.added({"1.png": caption}, "owl", category)) == (caption != captioned)
+
+
+def test_a_scaled_lora():
+    lora = Lora("owl", weight=0.8, text_weight=0.5, start=0.2)
+    assert lora.scaled(1.1) == Lora("owl", weight=0.88, text_weight=0.55, start=0.2) and lora.scaled(1.0) is lora
+    assert Lora("owl").scaled(0.5) == Lora("owl", weight=0.5)
