@@ -31,8 +31,8 @@ def write(
         for path, layer in layers.items():
             down, up = layer.down, layer.up
             path = f"text_model.{path.removeprefix('text_model.')}" if text else path
-            wide = up[(..., *[None] * (down.ndim - 2))] / scale
-            tensors[f"{component}.{path}.lora_A.weight"] = down.to(dtype).contiguous()
+            wide = up[(..., *[None] * (down.ndim - 2))].cpu() / scale
+            tensors[f"{component}.{path}.lora_A.weight"] = down.to("cpu", dtype).contiguous()
             tensors[f"{component}.{path}.lora_B.weight"] = wide.to(dtype).contiguous()
         # Without the prefix a path is the ending of the module's name in every transformers.
         short = sorted(path.removeprefix("text_model.") for path in layers)

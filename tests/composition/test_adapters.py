@@ -12,7 +12,11 @@ from safetensors.torch import load_file, save_file
 from composition import Lora
 from composition.adapters import Adapters
 from composition.adapters import adapters as module
+from composition.adapters.stack import Stack
+from composition.loop import Step
 from tests import toys
+
+STEP = Step(0, 4, torch.tensor(300), torch.zeros(2, 4, 16, 16, dtype=torch.float64))
 
 
 @pytest.fixture
@@ -60,8 +64,6 @@ def test_a_session_ends_even_when_its_body_fails(pipe, held, sources):
         held.use({"one": 1.0})
         raise ZeroDivisionError
     assert held.names == ()
-    with held.session(sources), pytest.raises(RuntimeError, match="already open"), held.session(sources):
-        pass
 
 
 def test_names_that_are_not_there_are_an_error(held, sources):
@@ -151,8 +153,9 @@ def test_a_fold_is_the_live_sum_and_leaves_no_trace(pipe, held, sources):
             torch.testing.assert_close(forward(pipe), live, rtol=0, atol=1e-11)
             with pytest.raises(RuntimeError, match="fold"):
                 held.use({"one": 0.8})
-            with pytest.raises(RuntimeError, match="folded"), held.rows([{"one": 1.0}] * 2):
-                pass
+            for door in (held.rows([weights] * 2), held.regional(weights, {}), held.combined(lambda *_: None, weights, STEP)):
+                with pytest.raises(RuntimeError, match="folded"), door:
+                    pass
         assert torch.equal(forward(pipe), live), "after the fold the gates are what they were"
     assert torch.equal(forward(pipe), plain)
     for name, value in pipe.unet.named_parameters():
@@ -162,7 +165,7 @@ def test_a_fold_is_the_live_sum_and_leaves_no_trace(pipe, held, sources):
 def test_a_fold_that_fails_half_way_is_undone(pipe, held, sources, monkeypatch):
     before = [value.clone() for value in pipe.unet.parameters()]
     with held.session(sources):
-        calls, honest = [], module.Stack.delta
+        calls, honest = [], Stack.delta
 
         def failing(self, *given):
             calls.append(1)
@@ -170,7 +173,7 @@ def test_a_fold_that_fails_half_way_is_undone(pipe, held, sources, monkeypatch):
                 raise MemoryError("no room for the ninth")
             return honest(self, *given)
 
-        monkeypatch.setattr(module.Stack, "delta", failing)
+        monkeypatch.setattr(Stack, "delta", failing)
         with pytest.raises(MemoryError), held.folded({"one": 1.0}):
             pass
     assert all(torch.equal(a, b) for a, b in zip(before, pipe.unet.parameters(), strict=True))
@@ -186,7 +189,7 @@ def test_blocks_scale_only_their_own(pipe, held, sources):
             held.use({name: 1.0})
             seen = {}
             hooks = [m.register_forward_hook(lambda m, a, o, k=k: seen.__setitem__(k, m.stack is not None and float(
-                m.stack.gates.dense[0, m.stack.block, 0]))) for k, m in pipe.unet.named_modules() if hasattr(m, "stack")]
+                m.stack.gates.values.dense[0, m.stack.block, 0]))) for k, m in pipe.unet.named_modules() if hasattr(m, "stack")]
             forward(pipe)
             for hook in hooks:
                 hook.remove()
@@ -224,13 +227,12 @@ def test_checkpointing_recomputes_with_the_gates_of_the_forward(pipe, held):
             pipe.unet.enable_gradient_checkpointing(gradient_checkpointing_func=held.checkpoint)
         pipe.unet.train()
         rng = torch.Generator().manual_seed(1)
-        with held.training(["a", "b"], 2, {"unet": layers}, generator=rng) as stacks:
-            for stack in stacks["unet"].values():
-                stack.up.data.normal_(generator=rng)
+        with held.training(["a", "b"], 2, {"unet": layers}) as trained:
+            trained.leaf.data.normal_(generator=rng)
             with held.rows([{"a": 1.0}, {"b": 0.5}]):
                 loss = forward(pipe).square().sum()
             loss.backward()
-            grads = [g for s in stacks["unet"].values() for g in (s.down.grad.clone(), s.up.grad.clone())]
+            grads = list(trained.leaf.grad)
         pipe.unet.disable_gradient_checkpointing()
         pipe.unet.eval()
         return grads
@@ -292,12 +294,14 @@ def test_engines_on_one_device_share_a_lock(pipe):
     taken = threading.Event()
 
     def take():
-        with second._lock:
+        with second.exclusive():
             taken.set()
 
-    with first._lock:
+    with first.exclusive(), first.exclusive():  # the thread that has it may ask again
         thread = threading.Thread(target=take)
         thread.start()
         assert not taken.wait(0.05)
     thread.join(1)
+    with first.group(), pytest.raises(RuntimeError, match="a group is open"), first.exclusive():
+        pass
     assert taken.is_set()
