@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from composition import backbones, methods
+from composition import backbones, methods, prompts
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone
 from composition.loop import Step, sample
-from composition.loras import library
+from composition.loras import library, reader
 from composition.methods import Method
 from composition.methods.shared import measured_order
 from composition.profiles.store import ProfileStore
@@ -114,7 +114,8 @@ class Engine:
 
     def inspect(self, source: str) -> Receipt:
         """What of a LoRA file would be applied to this model; nothing is refused for being partial."""
-        return self.adapters.load(self.find(source), Lora(source), allow_partial=True)
+        with self._lock:
+            return self.adapters.load(self.find(source), Lora(source), allow_partial=True)
 
     # pictures ------------------------------------------------------------------------------------------------------
 
@@ -200,7 +201,7 @@ class Engine:
         steady = method.steady and not any(lora.scheduled for lora in request.loras)
         worth = self._group is not None or request.length * request.count >= FOLD_FROM
         fold = self.fold and steady and worth and bool(loras)
-        key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, _stamp(path))
+        key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, reader.stamp(path))
                                                   for name, lora, path in loras))
         if self._group is not None:
             if key != self._group_key:
@@ -248,7 +249,7 @@ class Engine:
         missing = {}
         for name, lora, receipt in zip(request.names, request.loras, receipts, strict=True):
             triggers = lora.triggers or receipt.triggers
-            if triggers and not any(word.lower() in request.prompt.lower() for word in triggers):
+            if prompts.lacks(request.prompt, triggers):
                 missing[name] = list(triggers)
         if missing:
             notes["missing triggers"] = missing
@@ -273,8 +274,3 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
         yield
     finally:
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size

@@ -21,7 +21,7 @@ from app import engines, options, remarks, settings, workbench
 from app.cli import batch, evaluate, flags, session, tables, train
 from app.errors import sentence
 from app.terminal import printable
-from composition import Cancelled, Lora, Receipt, Refused, Request, __version__, record
+from composition import Cancelled, Lora, Refused, Request, __version__, record
 from composition.backbones.loading import catalog
 
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
@@ -247,24 +247,19 @@ def pull(
 
 
 @app.command()
-def loras(model: Model = None, lora_dir: Folders = None, json: Json = False) -> None:
+def loras(
+    model: Model = None, lora_dir: Folders = None,
+    hashes: Annotated[bool, typer.Option("--hashes", help="With --json: read every file whole, for its hashes.")] = False, json: Json = False,
+) -> None:
     """The LoRAs that can be named: bundled with the model, in your folder, in --lora-dir."""
     engines.prepare(model or "pocket")
-    from composition.loras import library, reader
+    from composition.loras import library
 
-    found: list[tuple[Path, Receipt | None, str]] = []
-    for path in library.files(model or "pocket", engines.folders(lora_dir or [])):
-        try:
-            found.append((path, reader.inspect(path), ""))
-        except Refused as error:
-            found.append((path, None, str(error)))
+    listed = list(library.listing(model or "pocket", engines.folders(lora_dir or []), hashes=hashes))
     if json:
-        print(tables.as_json([{"name": path.stem, "path": str(path), "bytes": path.stat().st_size, "error": trouble,
-                             **({"category": one.category, "triggers": list(one.triggers), "ranks": sorted(one.ranks),
-                                 "family": one.family, "sha256": one.sha256} if one else {})}
-                            for path, one, trouble in found]))
+        print(tables.loras_json(listed))
     else:
-        tables.loras(out, found, settings.lora_folder())
+        tables.loras(out, listed, settings.lora_folder())
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Any
 
 from app import options
 from app.evaluation.cases import Case
-from composition import Lora, Refused, Request
+from composition import Refused, Request
 
 NONE, SUPPLIED, EQUAL = "none", "supplied", "@equal"
 MANY = 1.05  # times the prompt alone's evaluations, from which a variant is also made at equal evaluations
@@ -45,16 +45,8 @@ class Variants:
     def row(self, case: Case, name: str, factor: float | None = None) -> Row:
         assert case.request
         factor = self.factors.get((name, case.size), 1.0) if factor is None else factor
-        loras = [scaled(lora, factor) for lora in case.request.loras]
+        loras = [lora.scaled(factor) for lora in case.request.loras]
         return Row(case, name, replace(case.request, loras=loras, method=method_of(name), options=self.options[name]))
-
-
-def scaled(lora: Lora, factor: float) -> Lora:
-    """The LoRA at `factor` times its weights."""
-    if factor == 1.0:
-        return lora
-    text = None if lora.text_weight is None else round(lora.text_weight * factor, 6)
-    return replace(lora, weight=round(lora.weight * factor, 6), text_weight=text)
 
 
 def equal(row: Row, settled: Request, evaluations: int, plain: int) -> Row | None:

@@ -31,7 +31,7 @@ class State:
         for k, name in enumerate(self.names):
             generator = torch.Generator().manual_seed(random.Random(f"{plan.seed}/{name}").getrandbits(63))
             for layers in trained.factors(k).values():
-                for down, _ in layers.values():
+                for down in (factors.stored_down for factors in layers.values()):
                     fresh = torch.rand(down.shape, generator=generator, dtype=torch.float64)
                     down.copy_((fresh * 2 - 1) / down[0].numel() ** 0.5)
         fused = trained.leaf.device.type in ("cpu", "cuda")
