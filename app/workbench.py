@@ -62,11 +62,8 @@ class Workbench:
             raise Cancelled("cancelled")
         return result
 
-    def save(self, result: Result, folder: Path, stem: str = "") -> Path:
-        from composition.backbones import schedulers
-
-        own = schedulers.title(result.request.sampler, self.engine.backbone.scheduler)
-        return record.save(result, folder, stem, sampler=own)
+    def save(self, result: Result, folder: Path, stem: str = "", *, keep_paths: bool = False) -> Path:
+        return record.save(result, folder, stem, keep_paths=keep_paths)
 
     def skip(self, request: Request) -> None:
         self._show(self._done + request.length)

@@ -108,13 +108,13 @@ class Store:
     def has(self, name: str) -> bool:
         return name in self.known and self.path(name).is_file()
 
-    def add(self, item: Item, result: Result, sampler: str) -> None:
+    def add(self, item: Item, result: Result) -> None:
         """The line, then the picture. A picture of this name without a line is not ours to trust, and goes."""
         self.path(item.id).unlink(missing_ok=True)
         row = {"id": item.id, "method": item.request.method, "seed": item.request.seed, "seconds": round(sum(result.seconds.values()), 4),
                "evaluations": int(result.notes.get("evaluations", 0)), "medley": __version__}  # fmt: skip
         self.log.append(row)
-        record.save(result, self.pictures, item.id, sampler=sampler)
+        record.save(result, self.pictures, item.id)
         self.known[item.id] = row
 
     def fail(self, item: Item) -> None:
@@ -153,9 +153,9 @@ class _Batch:
     def _planned(self, index: int, request: Request, identity: "Identity") -> list[Item]:
         self._stop()
         try:
-            settled, order = self.engine.settle(request)
+            settled, notes = self.engine.settle(request)
             pictures = [settled.alone(number) for number in range(settled.count)]
-            return [Item(index, picture, id=identity.of(picture), order=order) for picture in pictures]
+            return [Item(index, picture, id=identity.of(picture), order=notes.get("order", "")) for picture in pictures]
         except Exception as error:  # one request's trouble is not the next one's
             why = self.sentence(error)
             return [Item(index, request.alone(number), error=why) for number in range(request.count)]
@@ -170,7 +170,7 @@ class _Batch:
 
         try:
             result = self.engine.run(item.request, on_step=show, cancel=self.cancel)
-            self.store.add(item, result, self._sampler(result))
+            self.store.add(item, result)
             item = replace(item, fresh=True)
         except Cancelled:
             raise
@@ -182,12 +182,6 @@ class _Batch:
     def _stored(self, item: Item) -> Item:
         row = self.store.known[item.id]
         return replace(item, path=self.store.path(item.id), seconds=row.get("seconds"), evaluations=row.get("evaluations"))
-
-    def _sampler(self, result: Result) -> str:
-        """A1111's name of what "default" was."""
-        from composition.backbones import schedulers
-
-        return schedulers.title(result.request.sampler, self.engine.backbone.scheduler)
 
     def _stop(self) -> None:
         if self.cancel is not None and self.cancel.is_set():

@@ -225,7 +225,7 @@ def _receipt(
         no_effect=no_effect, ranks=dict(ranks), alphas=dict(alphas or {}),
         alpha_from=dict(Counter(rows[0].source for rows in sources)), remarks=remarks,
         title=metadata.title(raw.metadata), category=metadata.category(raw.metadata),
-        triggers=metadata.triggers(raw.metadata), metadata=dict(raw.metadata),
+        triggers=metadata.triggers(raw.metadata), metadata=dict(raw.metadata), data_sha256=raw.data_sha256,
     )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -52,14 +52,16 @@ _IMPOSTORS = (
 class SafeFile:
     """tensors: name to CPU tensor as stored, every value finite. metadata: the header's own words, untrusted.
 
-    sha256 is of the whole file, tensor_sha256 of the sorted names, dtypes, shapes and bytes. Of a file whose header alone was read,
-    the tensors are on the device "meta" and both hashes are "".
+    sha256 is of the whole file, tensor_sha256 of the sorted names, dtypes, shapes and bytes, data_sha256 of all
+    bytes after the header. Of a file whose header alone was read,
+    the tensors are on the device "meta" and the hashes are "".
     """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     sha256: str = ""
     tensor_sha256: str = ""
+    data_sha256: str = ""
 
 
 class _Entry(NamedTuple):
@@ -86,13 +88,13 @@ def load_safely(path: Path) -> SafeFile:
     """
     with _opened(path) as file:
         header = _header(path, file)
-        whole = hashlib.sha256(header.raw)
+        whole, data = hashlib.sha256(header.raw), hashlib.sha256()
         file.seek(len(header.raw))
-        tensors = {name: _tensor(path, file, entry, whole) for name, entry in header.entries.items()}
+        tensors = {name: _tensor(path, file, entry, (whole, data)) for name, entry in header.entries.items()}
     for name in sorted(tensors):
         if not _finite(tensors[name]):
             raise Refused(f"{path.name}: tensor {name!r} holds NaN or infinity: the file is broken, do not use it")
-    return SafeFile(tensors, header.metadata, whole.hexdigest(), _tensor_hash(header.entries, tensors))
+    return SafeFile(tensors, header.metadata, whole.hexdigest(), _tensor_hash(header.entries, tensors), data.hexdigest())
 
 
 def load_header(path: Path) -> SafeFile:
@@ -214,19 +216,26 @@ def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
 
 
-def _tensor(path: Path, file: FileIO, entry: _Entry, whole: Any) -> Tensor:
-    """The next tensor of an open file, its bytes added to the hash of the whole."""
+def _tensor(path: Path, file: FileIO, entry: _Entry, hashes: Sequence[Any]) -> Tensor:
+    """The next tensor of an open file, its bytes added to these hashes."""
     if entry.start == entry.stop:
         return torch.empty(entry.shape, dtype=_DTYPES[entry.kind])
     numbers = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
-    room = memoryview(numbers.numpy())
+    room = _bytes(numbers)
     while room:
         count = file.readinto(room)
         if not count:
             raise Refused(f"{path.name} was cut short while it was read: try again")
         room = room[count:]
-    whole.update(numbers.numpy())
+    for digest in hashes:
+        digest.update(_bytes(numbers))
     return numbers.view(_DTYPES[entry.kind]).reshape(entry.shape)
+
+
+def _bytes(numbers: Tensor) -> memoryview:
+    """A tensor of bytes as the memory it lies in."""
+    array: Any = numbers.numpy()
+    return memoryview(array)
 
 
 def _read(file: FileIO, count: int) -> bytes:
@@ -247,9 +256,9 @@ def _finite(tensor: Tensor) -> bool:
 
 def _tensor_hash(entries: Mapping[str, _Entry], tensors: Mapping[str, Tensor]) -> str:
     """sha256 over the tensors in the order of their names."""
-    made = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(entries):
-        made.update(json.dumps([name, entries[name].kind, list(entries[name].shape)]).encode())
+        digest.update(json.dumps([name, entries[name].kind, list(entries[name].shape)]).encode())
         if tensors[name].numel():
-            made.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
-    return made.hexdigest()
+            digest.update(_bytes(tensors[name].reshape(-1).view(torch.uint8)))
+    return digest.hexdigest()

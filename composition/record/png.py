@@ -1,48 +1,32 @@
 """The record of a picture: the whole request inside its PNG, and a line in the folder's manifest.
 
 Two text chunks: `medley` is JSON (request of this one picture, receipts, notes, versions), `parameters` is what
-A1111-like tools read. No clock and no path of ours is in them: the same request gives the same bytes.
+A1111-like tools read. No clock is in them, and no path unless it is asked for: LoRAs and the model are named, a mask is in it as
+a small picture. The same request gives the same bytes. The manifest stays on its machine and has the paths.
 """
 
 import json
 import os
 import re
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
-from composition import atomic
+from composition import atomic, pictures
 from composition.log import Log
-from composition.record import infotext
-from composition.request import SCHEMA_VERSION, Receipt, Refused, Request, Result
+from composition.prompt_syntax import TAGGED
+from composition.record import infotext, recall
+from composition.record.recall import Record
+from composition.request import DISTILLED_NOTE, SAMPLER_NOTE, SCHEMA_VERSION, Receipt, Refused, Request, Result
 from composition.version import __version__
 
 MANIFEST = "metadata.jsonl"
-UNRECORDED = ("order",)  # what was said while the request was settled: the settled request is recorded itself
+UNRECORDED = ("order", TAGGED)  # what was said while the request was settled: the settled request is recorded itself
 _PACKAGES = ("diffusers", "torch", "transformers")
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a PNG says about itself.
-
-    receipts: name of each LoRA to what was applied of it. model: its name as the writer knew it. remarks: what could
-    not be read. ours: False when another tool wrote it (then the model's name and the LoRAs' are that tool's).
-    """
-
-    request: Request
-    receipts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    model: str = ""
-    remarks: tuple[str, ...] = ()
-    ours: bool = True
 
 
 # writing ---------------------------------------------------------------------------------------------------------------
@@ -57,14 +41,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save(result: Result, folder: Path, stem: str = "", index: int = 0, sampler: str = "") -> Path:
+def save(result: Result, folder: Path, stem: str = "", index: int = 0, *, keep_paths: bool = False) -> Path:
     """Write picture `index` of the result as the next free `0000.png` of the folder, or as `<stem>.png`, with its
-    record, and add its line to the manifest. sampler: A1111's name of what "default" was. Never overwrites: raises
+    record, and add its line to the manifest. keep_paths: the record says where LoRAs, masks and the model lay. Never overwrites: raises
     Refused when `<stem>.png` is there."""
     request, image = result.request.alone(index), result.images[index]
+    shown = request if keep_paths else recall.without_paths(request)
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("medley", json.dumps(_document(request, result), ensure_ascii=False, sort_keys=True))
-    info.add_text("parameters", infotext.write(request, result.receipts, image.size, sampler))
+    info.add_itxt("medley", json.dumps(_document(shown, result), ensure_ascii=False, sort_keys=True))
+    distilled = DISTILLED_NOTE in result.notes if SAMPLER_NOTE in result.notes else None  # notes that no Engine wrote do not say
+    info.add_text("parameters", infotext.write(shown, result.receipts, image.size, result.notes.get(SAMPLER_NOTE, ""), distilled=distilled))
     path = publish(image, folder, stem, info)
     Log(folder / MANIFEST).append(_row(request, path, image.size))
     return path
@@ -74,7 +60,7 @@ def relist(path: Path) -> None:
     """Add the line of a picture of ours that its folder's manifest lacks: a kill may fall between the two."""
     with Image.open(path) as image:
         size = image.size
-    Log(path.parent / MANIFEST).append(_row(read(path).request, path, size))
+    Log(path.parent / MANIFEST).append(_row(read(path), path, size))
 
 
 def ready(folder: Path) -> Path:
@@ -117,7 +103,8 @@ def _document(request: Request, result: Result) -> dict[str, Any]:
 
 def _short(receipt: Receipt) -> dict[str, Any]:
     """A receipt without its path and the file's own metadata, keys left out counted by reason."""
-    return {"sha256": receipt.sha256, "tensor_sha256": receipt.tensor_sha256, "family": receipt.family,
+    return {"sha256": receipt.sha256, "tensor_sha256": receipt.tensor_sha256, "data_sha256": receipt.data_sha256,
+            "family": receipt.family,
             "layout": receipt.layout, "tensors": receipt.tensors, "applied": receipt.applied,
             "components": {name: dict(count) for name, count in receipt.components.items()},
             "ignored": {reason: len(keys) for reason, keys in receipt.ignored.items()},
@@ -136,34 +123,25 @@ def _row(request: Request, path: Path, size: tuple[int, int]) -> dict[str, Any]:
 # reading ---------------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> Record:
-    """The record in a PNG: ours, or as far as it can be read another tool's. Raises Refused when there is none."""
-    text = _texts(path)
+def read(path: Path) -> Request:
+    """The request in a picture file, ours or, as far as it can be read, another tool's. Raises Refused when there is none."""
+    return details(path).request
+
+
+def details(path: Path) -> Record:
+    """All that a PNG, JPEG or WebP says of how it was made. Raises Refused when it says nothing that can be read."""
+    _, text = pictures.load_with_texts(path)
     if "medley" in text:
         return _ours(text["medley"], path)
     if "parameters" in text and not text["parameters"].lstrip().startswith("{"):
         reading = infotext.read(text["parameters"])
-        return Record(reading.request, model=reading.model, remarks=reading.remarks, ours=False)
+        return Record(reading.request, model=reading.model, remarks=reading.remarks, ours=False, hashes=reading.hashes)
     others = {"parameters": "SwarmUI", "workflow": "ComfyUI", "invokeai_metadata": "InvokeAI", "prompt": "ComfyUI"}
     tool = next((name for key, name in others.items() if key in text), None)
     if tool:
         raise Refused(f"{path} was made by {tool}, whose record Medley does not read; it reads its own and A1111's")
     raise Refused(f"{path} has no request in it: it was not made by Medley or an A1111-like tool, its metadata was "
                   "stripped, or it is a strip of several pictures")
-
-
-def _texts(path: Path) -> dict[str, str]:
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            if not isinstance(image, PngImagePlugin.PngImageFile):
-                raise UnidentifiedImageError
-            return {key: str(value) for key, value in image.text.items()}
-    except FileNotFoundError:
-        raise Refused(f"{path} is not there") from None
-    except UnidentifiedImageError:
-        raise Refused(f"{path} is not a PNG picture") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Refused(f"{path} could not be read: {error}") from None
 
 
 def _ours(text: str, path: Path) -> Record:

@@ -41,7 +41,7 @@ def test_end_to_end(batch, toy, tmp_path):
     assert said.code == 0, said.err
     assert (said.json["pictures"], said.json["made_now"], said.json["failed"]) == (4, 4, 0)
     assert [entry["line"] for entry in said.json["rows"]] == [1, 2, 3, 3]
-    requests = [record.read(tmp_path / entry["file"]).request for entry in said.json["rows"]]
+    requests = [record.read(tmp_path / entry["file"]) for entry in said.json["rows"]]
     assert [(request.prompt, request.seed, request.method) for request in requests] == [
         ("a fox", 3, "merge"), ("an owl and a fox", 0, "composite"), ("nothing", 0, "merge"), ("nothing", 1, "merge")]
     assert {request.model for request in requests} == {str(toy.model)} and requests[0].guidance is not None
@@ -114,7 +114,7 @@ def test_lines_of_several_models_and_one_that_cannot_be_opened(batch, toy, tmp_p
     said = batch("--json")
     assert said.code == 3 and "line 3: there is no model 'pockett'" in said.err
     assert [entry["line"] for entry in said.json["rows"]] == [1, 2, 3, 4]
-    models = [record.read(tmp_path / entry["file"]).request.model for entry in said.json["rows"] if entry["file"]]
+    models = [record.read(tmp_path / entry["file"]).model for entry in said.json["rows"] if entry["file"]]
     assert models == ["pocket", str(toy.model), str(toy.model)]
 
 

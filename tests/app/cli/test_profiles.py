@@ -50,13 +50,13 @@ def test_cmlora_takes_the_measured_order_and_the_record_has_it(measured, medley,
     order = measured("--json").json["order"]
     after = medley(*generate)
     assert f"order by measured change of frequency: {', '.join(order)}" in after.out
-    made = record.read(tmp_path / "pictures/0001.png").request
+    made = record.read(tmp_path / "pictures/0001.png")
     assert made.options["order"] == ",".join(order)
-    assert medley("generate", "--from", "pictures/0001.png", "--lora-dir", toy.loras, "--out", "again").code == 0
+    assert medley("generate", "--from", "pictures/0001.png", "--model", toy.model, "--lora-dir", toy.loras, "--out", "again").code == 0
     assert Path("again/0000.png").read_bytes() == Path("pictures/0001.png").read_bytes()
     pinned = medley(*generate, "--option", f"order={order[2]}")
     assert "measured" not in pinned.out
-    assert record.read(tmp_path / "pictures/0002.png").request.options == {"order": order[2]}
+    assert record.read(tmp_path / "pictures/0002.png").options == {"order": order[2]}
 
 
 def test_who_led_when_is_told(medley, toy):
@@ -118,7 +118,7 @@ def test_an_evaluation_takes_the_measured_order_unless_told_to_go_by_category(me
     rows = {row["variant"]: row for row in map(json.loads, (tmp_path / "r/scores.jsonl").read_text().splitlines())}
     assert rows["cmlora"]["request"]["options"]["order"] == ",".join(name for name in order if name != "owl")
     assert rows["cmlora:order=category"]["request"]["options"] == {"order": "category"}
-    assert record.read(tmp_path / "r" / rows["cmlora:order=category"]["picture"]).notes["cmlora"]["high"] == ["fox", "ink"]
+    assert record.details(tmp_path / "r" / rows["cmlora:order=category"]["picture"]).notes["cmlora"]["high"] == ["fox", "ink"]
     for line in ("CMLoRA: LoRAs ordered by the measured change of frequency.", "CMLoRA order=level: LoRAs ordered by the measured level of frequency.",
                  "CMLoRA order=category: LoRAs ordered by category.", "Switch-A order=ink: LoRAs ordered as the option says."):
         assert line in said.out and line in (tmp_path / "r/index.html").read_text()

@@ -34,7 +34,7 @@ def test_the_grid(evaluate, tmp_path):
         for key, row in mine.items():
             (seed,) = {other["seed"] for other in found if (other["group"], other["number"]) == key}
             assert row["seed"] == seed
-            made = record.read(tmp_path / "r" / row["picture"]).request
+            made = record.read(tmp_path / "r" / row["picture"])
             assert (made.seed, made.prompt) == (seed, row["prompt"])
             assert [lora.source for lora in made.loras] == ([] if variant == "none" else row["group"].split("+"))
             assert made.steps == (1 if variant == "composite@equal" else 2)
@@ -68,7 +68,7 @@ def test_scores_are_the_judges(evaluate, tmp_path):
         assert ink["present"] == bool(cosine[1 + row["concepts"].index(ink)] >= judge.thresholds["ink drawing"].score)
         assert row["presence"] is None and row["leakage"] is None  # "foxword" has no threshold, and there are few pictures
         alone = [Image.open(path) for path in (tmp_path / "r/pictures").glob("*.png")
-                 if (made := record.read(path).request).prompt == "ink drawing" and len(made.loras) == 1]
+                 if (made := record.read(path)).prompt == "ink drawing" and len(made.loras) == 1]
         assert ink["clip_i"] == pytest.approx(100 * float((judge.see(alone) @ judge.see([picture])[0]).mean()), abs=1e-3)
 
 
@@ -149,7 +149,7 @@ def test_merges_weight_is_tuned_on_other_noise(evaluate, tmp_path):
     best = max(tuned["tried"].values(), key=lambda one: (one["presence"], one["clipscore"]))
     assert tuned["tried"][f"{tuned['factor']:g}"] == best
     evaluated = {row["seed"] for row in rows(tmp_path / "r")}
-    pilots = [record.read(path).request for path in (tmp_path / "r/pictures").glob("*.png")]
+    pilots = [record.read(path) for path in (tmp_path / "r/pictures").glob("*.png")]
     tried = [request for request in pilots if request.seed not in evaluated and len(request.loras) == 2]
     assert {request.loras[0].weight for request in tried} == {0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2}
     for row in rows(tmp_path / "r"):
@@ -312,7 +312,7 @@ def test_steps_and_guidance_are_the_models_own(medley, bed, monkeypatch, toy, tm
     assert said.code == 0, said.err
     settings = {row["variant"]: (row["request"]["steps"], row["request"]["guidance"]) for row in rows(tmp_path / "r")}
     assert settings == {"none": (4, 3.5), "merge": (4, 3.5), "composite": (4, 3.5), "composite@equal": (2, 3.5)}
-    requests = [record.read(path).request for path in (tmp_path / "r/pictures").glob("*.png")]
+    requests = [record.read(path) for path in (tmp_path / "r/pictures").glob("*.png")]
     assert {request.guidance for request in requests} == {3.5} and {request.steps for request in requests} == {4, 2}
     assert '"steps": 4' in json.loads((tmp_path / "r/summary.json").read_text())["settings"]
 
