@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from composition import backbones, methods, pictures, prompt_syntax
+from composition import backbones, methods, pictures, prompt_syntax, prompts
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone
 from composition.loop import Step, sample
-from composition.loras import library
+from composition.loras import library, reader
 from composition.methods import Method
 from composition.methods.shared import measured_order
 from composition.profiles.store import ProfileStore
@@ -114,7 +114,8 @@ class Engine:
 
     def inspect(self, source: str) -> Receipt:
         """What of a LoRA file would be applied to this model; nothing is refused for being partial."""
-        return self.adapters.load(self.find(source), Lora(source), allow_partial=True)
+        with self._lock:
+            return self.adapters.load(self.find(source), Lora(source), allow_partial=True)
 
     # pictures ------------------------------------------------------------------------------------------------------
 
@@ -137,6 +138,15 @@ class Engine:
         request, order = measured_order.pinned(
             request, options, {name: self.profiles.frequency(tensors, self.name) for name, tensors in hashes.items()})
         return request, notes | ({"order": order} if order else {})
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """The device is the caller's alone: requests of other threads wait, its own go on. For what works on the model
+        itself, as training does. Raises RuntimeError inside a group, whose LoRAs may lie in the weights."""
+        with self._lock:
+            if self._group is not None:
+                raise RuntimeError("a group is open: its LoRAs may lie in the weights")
+            yield
 
     @contextmanager
     def group(self) -> Iterator[None]:
@@ -197,7 +207,7 @@ class Engine:
         steady = method.steady and not any(lora.scheduled for lora in request.loras)
         worth = self._group is not None or request.length * request.count >= FOLD_FROM
         fold = self.fold and steady and worth and bool(loras)
-        key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, _stamp(path))
+        key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, reader.stamp(path))
                                                   for name, lora, path in loras))
         if self._group is not None:
             if key != self._group_key:
@@ -233,7 +243,8 @@ class Engine:
                 latents, timesteps = self.backbone.start(run.request, run.scheduler, run.generators)
                 with method.compose(run, options) as predict:
                     latents = sample(
-                        predict, run.scheduler, latents, timesteps, generator=list(run.generators), on_step=tell)
+                        predict, run.scheduler, latents, timesteps, stages=schedulers.stages(run.scheduler),
+                        generator=list(run.generators), on_step=tell)
             with _timed(seconds, "decode"):
                 return self.backbone.decode(latents)
         finally:
@@ -250,7 +261,7 @@ class Engine:
         missing = {}
         for name, lora, receipt in zip(request.names, request.loras, receipts, strict=True):
             triggers = lora.triggers or receipt.triggers
-            if triggers and not any(word.lower() in request.prompt.lower() for word in triggers):
+            if prompts.lacks(request.prompt, triggers):
                 missing[name] = list(triggers)
         if missing:
             notes["missing triggers"] = missing
@@ -274,8 +285,3 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
         yield
     finally:
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size

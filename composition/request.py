@@ -82,12 +82,17 @@ class Lora:
     @property
     def name(self) -> str:
         """The last part of the source without its ending: "loras/owl.safetensors" is "owl"."""
-        return re.sub(r"\.safetensors$", "", PurePath(self.source.replace("\\", "/")).name)
+        return re.sub(r"(?i)\.safetensors$", "", PurePath(self.source.replace("\\", "/")).name)
 
     @property
     def scheduled(self) -> bool:
         """True when it is off in some of the steps."""
         return self.start > 0.0 or self.end < 1.0
+
+    def scaled(self, factor: float) -> "Lora":
+        """This LoRA at `factor` times its weights, which are rounded to six decimals, so that equal requests are written alike."""
+        text = None if self.text_weight is None else round(self.text_weight * factor, 6)
+        return self if factor == 1.0 else replace(self, weight=round(self.weight * factor, 6), text_weight=text)
 
     def weight_at(self, index: int, count: int) -> float:
         """Its weight at step `index` (from 0) of `count`: 0 outside start..end."""
@@ -174,6 +179,13 @@ class Request:
         return {name: lora.weight for name, lora in zip(self.names, self.loras, strict=True)}
 
     @property
+    def active(self) -> dict[str, Lora]:
+        """The LoRAs that are on in at least one of the steps, by name: one of weight 0 is as if it were not there."""
+        count = self.steps or 1000
+        return {name: lora for name, lora in zip(self.names, self.loras, strict=True)
+                if any(lora.weight_at(index, count) != 0.0 for index in range(count))}
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         return tuple((self.seed + index) % SEEDS for index in range(self.count))
 
@@ -213,7 +225,9 @@ class Receipt:
     family: the kind of base the file was made for, from its keys and shapes ("sd", "sd2", "sdxl", "sd3", "flux",
     "unknown"); layout: how its keys are written ("diffusers", "kohya", ...). components: tensors applied and modules
     reached in the denoiser and in each text encoder. ignored: reason to the raw keys left out for it. no_effect:
-    modules whose update is exactly zero. ranks and alphas: value to the number of modules that have it.
+    modules whose update is exactly zero. ranks and alphas: value to the number of modules that have it. alpha_from: who states
+    alpha, to the number of modules. remarks: what a user should know of how the file was read. A receipt from a header alone has
+    neither alphas nor hashes.
     sha256 is of the whole file, tensor_sha256 of names, shapes, dtypes and bytes of the tensors alone (metadata may
     change without changing it), data_sha256 of the bytes after the header: what A1111 and Civitai (AutoV3) call a LoRA's hash, of
     which they write the first 12 digits.
@@ -232,6 +246,8 @@ class Receipt:
     no_effect: tuple[str, ...] = ()
     ranks: Mapping[int, int] = Field(default_factory=dict)
     alphas: Mapping[float, int] = Field(default_factory=dict)
+    alpha_from: Mapping[str, int] = Field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
     title: str = ""
     category: str = ""
     triggers: tuple[str, ...] = ()
@@ -253,7 +269,7 @@ class Receipt:
             text += f", {len(self.no_effect)} modules with no effect"
         for reason, keys in self.ignored.items():
             text += f"; ignored {len(keys)}: {reason}"
-        return text
+        return "; ".join([text, *self.remarks])
 
 
 @dataclass(frozen=True, config=_config)

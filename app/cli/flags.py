@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from app.options import options as method_options
 from app.options import size as read_size
-from composition import Lora, Receipt, Refused, Request
+from composition import Lora, Refused, Request
+from composition.prompts import with_triggers as with_triggers
 from composition.request import explain
 
 _ALIASES = {"lora_id": "source", "lora_scale": "weight"}  # as diffusers-cli writes them
@@ -80,17 +81,6 @@ def request(given: Mapping[str, Any], start: Request | None = None) -> tuple[Req
 
 
 _PLAIN = {"prompt", "negative", "model", "method", "sampler", "steps", "guidance", "true_guidance", "seed", "count", "batched", "allow_partial"}
-
-
-def with_triggers(request: Request, inspect: Callable[[str], Receipt]) -> tuple[Request, list[str]]:
-    """The request with the first trigger word of every LoRA that has none in the prompt, and the words put in."""
-    added: list[str] = []
-    for one in request.loras:
-        words = one.triggers or inspect(one.source).triggers
-        text = " ".join([request.prompt, *added]).lower()
-        if words and not any(word.lower() in text for word in words):
-            added.append(words[0])
-    return replace(request, prompt=", ".join([request.prompt, *added]) if request.prompt else ", ".join(added)), added
 
 
 _HINTS = {  # flags as other tools call them, and how to say it here

@@ -1,4 +1,4 @@
-"""The command line: medley demo, generate, compare, evaluate, profile, train, ui, pull, loras, inspect, methods, doctor.
+"""The command line: medley demo, generate, compare, batch, evaluate, profile, train, ui, pull, loras, inspect, methods, doctor.
 
 torch and diffusers are imported inside commands only, so that `medley --help` answers at once. Errors are one line on
 stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
@@ -18,10 +18,10 @@ from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
 from app import engines, options, remarks, settings, workbench
-from app.cli import evaluate, flags, session, tables, train
+from app.cli import batch, evaluate, flags, session, tables, train
 from app.errors import sentence
 from app.terminal import printable
-from composition import Cancelled, Lora, Receipt, Refused, Request, __version__, record
+from composition import Cancelled, Lora, Refused, Request, __version__, record
 from composition.backbones.loading import catalog
 
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
@@ -196,6 +196,7 @@ def _triggered(request: Request, engine: Any, say: Console) -> Request:
     return request
 
 
+app.command(epilog=batch.EPILOG)(batch.batch)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 
 
@@ -259,24 +260,19 @@ def pull(
 
 
 @app.command()
-def loras(model: Model = None, lora_dir: Folders = None, json: Json = False) -> None:
+def loras(
+    model: Model = None, lora_dir: Folders = None,
+    hashes: Annotated[bool, typer.Option("--hashes", help="With --json: read every file whole, for its hashes.")] = False, json: Json = False,
+) -> None:
     """The LoRAs that can be named: bundled with the model, in your folder, in --lora-dir."""
     engines.prepare(model or "pocket")
-    from composition.loras import library, reader
+    from composition.loras import library
 
-    found: list[tuple[Path, Receipt | None, str]] = []
-    for path in library.files(model or "pocket", engines.folders(lora_dir or [])):
-        try:
-            found.append((path, reader.inspect(path), ""))
-        except Refused as error:
-            found.append((path, None, str(error)))
+    listed = list(library.listing(model or "pocket", engines.folders(lora_dir or []), hashes=hashes))
     if json:
-        print(tables.as_json([{"name": path.stem, "path": str(path), "bytes": path.stat().st_size, "error": trouble,
-                             **({"category": one.category, "triggers": list(one.triggers), "ranks": sorted(one.ranks),
-                                 "family": one.family, "sha256": one.sha256} if one else {})}
-                            for path, one, trouble in found]))
+        print(tables.loras_json(listed))
     else:
-        tables.loras(out, found, settings.lora_folder())
+        tables.loras(out, listed, settings.lora_folder())
 
 
 @app.command()

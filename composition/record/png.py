@@ -8,16 +8,16 @@ a small picture. The same request gives the same bytes. The manifest stays on it
 import json
 import os
 import re
-import secrets
-from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from composition import pictures
+from composition import atomic, pictures
+from composition.log import Log
 from composition.prompt_syntax import TAGGED
 from composition.record import infotext, recall
 from composition.record.recall import Record
@@ -52,8 +52,15 @@ def save(result: Result, folder: Path, stem: str = "", index: int = 0, *, keep_p
     distilled = DISTILLED_NOTE in result.notes if SAMPLER_NOTE in result.notes else None  # notes that no Engine wrote do not say
     info.add_text("parameters", infotext.write(shown, result.receipts, image.size, result.notes.get(SAMPLER_NOTE, ""), distilled=distilled))
     path = publish(image, folder, stem, info)
-    _append(folder / MANIFEST, _row(request, path, image.size))
+    Log(folder / MANIFEST).append(_row(request, path, image.size))
     return path
+
+
+def relist(path: Path) -> None:
+    """Add the line of a picture of ours that its folder's manifest lacks: a kill may fall between the two."""
+    with Image.open(path) as image:
+        size = image.size
+    Log(path.parent / MANIFEST).append(_row(read(path), path, size))
 
 
 def ready(folder: Path) -> Path:
@@ -71,61 +78,21 @@ def ready(folder: Path) -> Path:
 def publish(image: Image.Image, folder: Path, stem: str = "", info: PngImagePlugin.PngInfo | None = None) -> Path:
     """Write a PNG whole or not at all, under the next free number or the given stem; never over another file."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not stem:
-        return _publish_numbered(image, folder, info)
-    part = _written(image, folder, info)
+    targets = [folder / f"{stem}.png"] if stem else (folder / f"{number:04d}.png" for number in count(free(folder)))
     try:
-        return _link(part, folder / f"{stem}.png")
+        return atomic.write_new(targets, lambda file: image.save(file, format="PNG", pnginfo=info))
     except FileExistsError:
         raise Refused(f"{folder / f'{stem}.png'} is there already; choose another --out or move it") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _publish_numbered(image: Image.Image, folder: Path, info: PngImagePlugin.PngInfo | None) -> Path:
-    part = _written(image, folder, info)
-    try:
-        while True:
-            with suppress(FileExistsError):  # another writer took the number: take the next
-                return _link(part, folder / f"{free(folder):04d}.png")
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def free(folder: Path, prefix: str = "") -> int:
     """The number after the highest that the folder's pictures `<prefix>0000...png` or its manifest have."""
     pattern = re.compile(re.escape(prefix) + r"(\d{4,})(?!\d).*\.png")
-    names = [path.name for path in folder.glob("*.png")] if folder.is_dir() else []
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        names += [json.loads(line)["file_name"] for line in (folder / MANIFEST).read_text("utf-8").splitlines()]
-    return 1 + max((int(match[1]) for name in names if (match := pattern.fullmatch(name))), default=-1)
-
-
-def _written(image: Image.Image, folder: Path, info: PngImagePlugin.PngInfo | None) -> Path:
-    """The picture in a file of another name beside its target, on the disk."""
-    part = folder / f".{secrets.token_hex(8)}.png.tmp"
-    try:
-        with part.open("xb") as file:
-            image.save(file, format="PNG", pnginfo=info)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return part
-
-
-def _link(part: Path, target: Path) -> Path:
-    """Give a finished file its name in one stroke. Raises FileExistsError when the name is taken."""
-    try:
-        os.link(part, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if target.exists():
-            raise FileExistsError(target) from None
-        os.replace(part, target)
-    return target
+    matches = [match for name in (os.listdir(folder) if folder.is_dir() else ()) if (match := pattern.fullmatch(name))]
+    # Numbers rise with the lines, so that the newest line with one has the highest: the manifest is not read whole for each picture.
+    listed = (pattern.fullmatch(str(row.get("file_name"))) for row in Log(folder / MANIFEST).newest())
+    matches += [match for match in [next(filter(None, listed), None)] if match]
+    return 1 + max((int(match[1]) for match in matches), default=-1)
 
 
 def _document(request: Request, result: Result) -> dict[str, Any]:
@@ -151,15 +118,6 @@ def _row(request: Request, path: Path, size: tuple[int, int]) -> dict[str, Any]:
             "loras": list(request.names), "weights": list(request.weights.values()), "method": request.method,
             "sampler": request.sampler, "steps": request.steps, "guidance": request.guidance, "seed": request.seed,
             "width": size[0], "height": size[1], "request": request.json()}
-
-
-def _append(manifest: Path, row: Mapping[str, Any]) -> None:
-    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    handle = os.open(manifest, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(handle, line)  # one write, so that two programs never mix their lines
-    finally:
-        os.close(handle)
 
 
 # reading ---------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """Every method x every family, on toys with random weights, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
 from composition import Lora, methods
-from composition.adapters.stack import Gates, Stack
+from composition.adapters.gates import Gates
+from composition.adapters.stack import Stack
 from tests import reference
 from tests.composition import laws
 from tests.composition.conftest import FAMILIES
@@ -109,8 +112,8 @@ def _rows_swapped(monkeypatch):
 def _alpha_ignored(monkeypatch):
     honest = Stack.__init__
 
-    def deaf(self, down, up, *rest):
-        honest(self, down, up * 2.0, *rest)
+    def deaf(self, factors, *rest, **named):
+        honest(self, [part and replace(part, up=part.up * 2.0) for part in factors], *rest, **named)
 
     monkeypatch.setattr(Stack, "__init__", deaf)
 

@@ -147,6 +147,49 @@ def test_loras_inspect_methods(medley, toy):
         assert word in medley("methods").out
 
 
+def test_a_list_reads_headers_unless_hashes_are_asked_for(medley, toy, tmp_path, monkeypatch):
+    from composition.loras import reader
+
+    alone = medley("inspect", toy.loras / "fox.safetensors", "--json").json
+    monkeypatch.setattr(reader, "load_safely", lambda path: pytest.fail("a list read a whole file"))
+    (fox,) = [row for row in medley("loras", "--lora-dir", toy.loras, "--json").json if row["name"] == "fox"]
+    assert "sha256" not in fox and (fox["family"], fox["layout"], fox["tensors"]) == (alone["family"], alone["layout"], alone["tensors"])
+    monkeypatch.undo()
+    (fox,) = [row for row in medley("loras", "--lora-dir", toy.loras, "--json", "--hashes").json if row["name"] == "fox"]
+    assert (fox["sha256"], fox["tensor_sha256"]) == (alone["sha256"], alone["tensor_sha256"])
+
+
+def test_a_list_survives_any_file(medley, toy, tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    data = (toy.loras / "fox.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]) | {"__metadata__": None}).encode()
+    (folder / "null.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    (folder / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    (folder / "zeros.safetensors").write_bytes(b"\0" * 64)
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.safetensors")).write_bytes(data)
+    assert medley("inspect", folder / "null.safetensors").code == 0
+    assert medley("loras", "--lora-dir", folder).code == 0
+    rows = {row["name"]: row for row in medley("loras", "--lora-dir", folder, "--json").json if row["path"].startswith("own")
+            or str(folder) in row["path"]}  # fmt: skip
+    assert {name: bool(row["error"]) for name, row in rows.items()} == {"null": False, "gone": True, "zeros": True, "\udcff": False}
+    assert rows["gone"]["bytes"] is None and rows["null"]["ranks"] == [4]
+
+
+def test_a_scale_beside_the_file_is_applied_and_said(medley, toy, tmp_path):
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes((toy.loras / "fox.safetensors").read_bytes())
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    assert "alpha 8 from adapter_config.json beside it" in medley("inspect", folder / "adapter_model.safetensors").out
+    said = medley("generate", "a foxword", "--model", toy.model, "--lora", folder / "adapter_model.safetensors", "--steps", 1, "--seed", 1)
+    assert said.code == 0 and "alpha 8 from adapter_config.json beside it" in said.out
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 64, "lora_alpha": 8}))
+    said = medley("generate", "a foxword", "--model", toy.model, "--lora", folder / "adapter_model.safetensors", "--steps", 1, "--seed", 1)
+    assert said.code == 2 and "rank 64" in said.err
+
+
 def test_a_broken_lora_is_listed_with_its_trouble(medley, tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "broken.safetensors").write_bytes(b"\0" * 20)

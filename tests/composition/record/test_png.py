@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from composition import Lora, Refused, Request, pictures, record
-from composition.record import png
+from composition import Lora, Refused, Request, atomic, pictures, record
+from composition.log import Log
 from tests.app import reader
 
 
@@ -64,6 +64,27 @@ def test_names_go_on_after_the_highest(result, tmp_path):
     assert (tmp_path / "0007.png").read_bytes() == b"mine"
 
 
+def test_a_torn_line_of_the_manifest_costs_itself_alone(result, tmp_path):
+    (tmp_path / record.save(result, tmp_path).name).unlink()
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "00')
+    assert record.save(result, tmp_path).name == "0001.png"  # the manifest still names 0000
+    rows = [line for line in (tmp_path / "metadata.jsonl").read_text("utf-8").splitlines()]
+    assert [json.loads(rows[0])["file_name"], rows[1], json.loads(rows[2])["file_name"]] == ["0000.png", '{"file_name": "00', "0001.png"]
+
+
+def test_the_next_number_is_known_without_reading_the_manifest_whole(result, tmp_path, monkeypatch):
+    """Where many pictures are, a new one costs no more than the manifest's end."""
+    lines = [json.dumps({"file_name": f"{n:04d}.png", "text": "x" * 1000}) + "\n" for n in range(2000)]
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    consumed, newest = [], Log.newest
+    monkeypatch.setattr(Log, "newest", lambda log: (consumed.append(row) or row for row in newest(log)))
+    for whole in ("read_text", "read_bytes"):
+        monkeypatch.setattr(Path, whole, None)
+    assert record.free(tmp_path) == 2000
+    assert len(consumed) == 1
+
+
 def test_a_given_name_is_never_overwritten(result, tmp_path):
     record.save(result, tmp_path, "moon")
     before = (tmp_path / "moon.png").read_bytes()
@@ -77,14 +98,14 @@ def test_a_given_name_is_never_overwritten(result, tmp_path):
 def test_many_writers_lose_nothing(result, tmp_path, monkeypatch, links):
     if not links:
         lock = threading.Lock()
-        original = png._link
-        monkeypatch.setattr(png.os, "link", _no_links)
+        original = atomic._link
+        monkeypatch.setattr(atomic.os, "link", _no_links)
 
         def one_at_a_time(part: Path, target: Path) -> Path:
             with lock:
                 return original(part, target)
 
-        monkeypatch.setattr(png, "_link", one_at_a_time)
+        monkeypatch.setattr(atomic, "_link", one_at_a_time)
     threads = [threading.Thread(target=record.save, args=(result, tmp_path)) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -113,8 +134,8 @@ def test_a_crash_while_writing_leaves_nothing(result, tmp_path, monkeypatch, whe
     if where == "save":
         monkeypatch.setattr(Image.Image, "save", half)
     else:
-        monkeypatch.setattr(png.os, where, crash)
-        monkeypatch.setattr(png.os, "replace", crash)
+        monkeypatch.setattr(atomic.os, where, crash)
+        monkeypatch.setattr(atomic.os, "replace", crash)
     with pytest.raises(type(error)):
         record.save(result, tmp_path)
     assert list(tmp_path.iterdir()) == []
