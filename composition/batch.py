@@ -205,11 +205,10 @@ class Identity:
         self._digests: dict[tuple[Path, int, int], str] = {}
 
     def of(self, request: Request) -> str:
-        """The id, 20 hexadecimal digits, of a settled request. Raises Refused for a LoRA that is not there."""
+        """The id, 20 hexadecimal digits, of a settled request, which has its masks in it. Raises Refused for a LoRA that is not there."""
         paths = [self._engine.find(lora.source) for lora in request.loras]
-        paths += [Path(lora.region) for lora in request.loras if isinstance(lora.region, str)]
         paths += [Path(name) for condition in request.conditions for name in (condition.source, condition.image)]
-        digests = [self._digest(path) if os.path.isfile(path) else "" for path in paths]  # a mask may also be no path
+        digests = [self._digest(path) if os.path.isfile(path) else "" for path in paths]
         return hashlib.sha256(json.dumps([request.json(), digests, self._same], sort_keys=True).encode()).hexdigest()[:20]
 
     def _digest(self, path: Path) -> str:
