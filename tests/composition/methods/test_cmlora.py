@@ -361,7 +361,8 @@ def test_on_pocket():
     from composition import Engine
 
     with Engine.open("pocket", device="cpu") as engine:
-        result = engine.run(replace(asked([Lora("raccoon"), Lora("moon"), Lora("ink")], steps=10), guidance=4.5))
+        request = asked([Lora("raccoon"), Lora("moon"), Lora("ink")], steps=10, order="category")
+        result = engine.run(replace(request, guidance=4.5))
         told = result.notes["cmlora"]
         assert told["high"] == ["raccoon", "ink"] and told["low"] == ["moon"]
         assert told["leaders"][0] == "raccoon" and told["leaders"][-1] in ("ink", "moon")
