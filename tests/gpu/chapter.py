@@ -30,6 +30,11 @@ class Setting:
     def cuda(self) -> bool:
         return self.device.startswith("cuda")
 
+    @property
+    def budget(self) -> float:
+        """Seconds that `clock.median` may spend on one number."""
+        return 0.0 if self.tiny else 1.5
+
     def start(self, report: Report) -> None:
         """Start the device and write what it is. Workers must be forked before: a started CUDA does not survive a fork."""
         report.content["machine"] = machine(self.device)

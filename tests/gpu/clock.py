@@ -42,7 +42,7 @@ def timed(device: str | torch.device, call: Callable[[], Any]) -> tuple[float, A
     return marks.spans()[0], value
 
 
-def median(device: str | torch.device, call: Callable[[], Any], *, budget: float = 1.5, most: int = 15) -> float:
+def median(device: str | torch.device, call: Callable[[], Any], *, budget: float, most: int = 9) -> float:
     """Median seconds of a call: two to warm up (the second tells how many fit into `budget` seconds), then 3 to `most`."""
     call()
     second, _ = timed(device, call)

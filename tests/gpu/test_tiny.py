@@ -108,15 +108,14 @@ def test_steps_and_training_have_their_ratios(chapters):
 
 @pytest.mark.slow
 def test_the_command_itself(tmp_path):
-    """Table, JSON and exit code, from a process that has nothing but what that machine has; a part without time for anything says so."""
+    """Table, JSON and exit code, from a process that has nothing but what that machine has."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "tests.gpu", "--tiny", "--parts", "d,c", "--seconds-c", "0", "--out", str(out)]
+    command = [sys.executable, "-m", "tests.gpu", "--tiny", "--parts", "d", "--seconds-d", "300", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=surroundings(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((out / "gpu.json").read_text())
-    assert list(results["parts"]) == ["d", "c"] and results["parts"]["d"]["training"]["finished"]
-    assert results["parts"]["c"]["steps"]["skipped"] and not results["parts"]["c"]["steps"]["finished"]
-    assert results["machine"]["torch"] in done.stdout and "K = 1" in done.stdout and "no time left for: pocket" in done.stdout
+    assert list(results["parts"]) == ["d"] and results["parts"]["d"]["training"]["finished"]
+    assert results["machine"]["torch"] in done.stdout and "K = 1" in done.stdout
     assert done.stdout.strip() == (out / "gpu.txt").read_text().strip()
 
 
@@ -195,9 +194,7 @@ def test_a_stopped_chapter_takes_its_workers_along(tmp_path):
 
 def test_the_important_parts_take_at_most_four_minutes():
     seconds = limits(["a", "c", "d"], None, {})
-    chapters = sum(len(PARTS[part].chapters) for part in seconds)
-    assert sum(seconds.values()) + GRACE <= 240 and list(PARTS) == ["a", "b", "c", "d", "e"]
-    assert chapters == 4
+    assert sum(seconds.values()) + len(seconds) * GRACE <= 240 and list(PARTS) == ["a", "b", "c", "d", "e"]
 
 
 def test_seconds_are_shared_by_weight():
