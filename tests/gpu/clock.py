@@ -74,12 +74,12 @@ def allocated(device: str | torch.device) -> int:
 @contextmanager
 def peak(device: str | torch.device, base: int = 0) -> Iterator[list[float]]:
     """A list that has, after the block, its peak memory on the device in MiB over `base` bytes; nothing on a processor."""
-    found: list[float] = []
+    peaks: list[float] = []
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    yield found
+    yield peaks
     if cuda:
         torch.cuda.synchronize()
-        found.append((torch.cuda.max_memory_allocated() - base) / 2**20)
+        peaks.append((torch.cuda.max_memory_allocated() - base) / 2**20)

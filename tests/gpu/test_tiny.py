@@ -151,7 +151,7 @@ def test_nothing_begins_after_the_time_is_up(tmp_path):
 
 
 def test_a_lost_device_ends_the_chapter(tmp_path, monkeypatch):
-    """After an error that the device does not get over, the failures of all that follows would be told as theirs."""
+    """After an error that the device does not get over, the failures of all that follows would be taken for theirs."""
     import torch
 
     def lost():
@@ -203,6 +203,6 @@ def test_seconds_are_shared_by_weight():
     assert shared["a"] / shared["c"] == pytest.approx(PARTS["a"].seconds / PARTS["c"].seconds)
 
 
-def test_numbers_are_told_with_three_figures():
-    told = {0.01234: "0.012", 0.5: "0.50", 12.34: "12.3", 1234.5: "1234", 7: "7", None: "-", "equal": "equal"}
-    assert {value: table.number(value) for value in told} == told
+def test_numbers_have_three_figures():
+    figures = {0.01234: "0.012", 0.5: "0.50", 12.34: "12.3", 1234.5: "1234", 7: "7", None: "-", "equal": "equal"}
+    assert {value: table.number(value) for value in figures} == figures
