@@ -7,7 +7,7 @@ does not swallow the picture; something to wear and a place likewise; a style is
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -109,12 +109,14 @@ def make(pipe, world: World, names: list[str], folder: Path, work: Path, *, plan
                         "base": base, "recipe": RECIPE}  # fmt: skip
             concept = Concept(stem(name), latents_of(backbone, tensor(pictures)), prompts, metadata)
             long = replace(plan, steps=plan.steps * LONGER.get(told.category, 1))
-            losses: list[float] = []
+            losses: list[Mapping[str, float]] = []
 
-            def heard(step: int, loss: dict[str, float], name: str = name, losses: list[float] = losses, of: int = long.steps) -> None:
-                losses.append(loss[stem(name)])
+            def heard(step: int, loss: Mapping[str, float], name: str = name, losses: list[Mapping[str, float]] = losses,
+                      of: int = long.steps) -> None:  # fmt: skip
+                losses.append(loss)
                 if step % 50 == 0:
-                    report(f"{name}: step {step} of {of}, loss {np.mean(losses[-50:]):.4f}")
+                    report(f"{name}: step {step} of {of}, loss {np.mean([one[stem(name)] for one in losses]):.4f}")
+                    losses.clear()
 
             def preview(file: str, name: str = name) -> dict[str, str]:
                 return {"preview": thumbnail(shown(backbone, adapters, name, file, judge))} if judge else {}

@@ -2,209 +2,156 @@
 
 All adapters of a layer are one stack of factors: `down` A (P, in, ...) and `up` B (out, P), P the sum of their ranks.
 alpha/rank is folded into `up`; a weight is always a gate. Which form is computed follows from the gates:
-one adapter in every row (its own slice), dense (two products whatever K is), one adapter per row (gathered: a row pays
-its own rank and not P), token by token by masks, or each adapter's output apart, for a `combine` function.
+one adapter in every row (its own slice), dense (two products whatever K is), one adapter per row (a row pays its own
+rank and not P), token by token by masks, or each adapter's output apart, for a `combine` function.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-Mode = Literal["off", "one", "dense", "rows", "regional", "combined"]
-# (base output, each adapter's gated output) -> the layer's output
-Combine = Callable[[Float[Tensor, "rows *out"], Float[Tensor, "K rows *out"]], Float[Tensor, "rows *out"]]
+from composition.adapters import rowwise
+from composition.adapters.gates import Gates
+from composition.loras.reader import Factors
 
 
-class Gates:
-    """One component's gates: small buffers written in place, read by every stack of the component.
+class Product(NamedTuple):
+    """A layer's factors as its activations need them. owner: the adapter of each rank."""
 
-    dense: (rows or 1, blocks, K), the weight of each adapter in each row and block, rows alike when it has one row.
-    index (runs,), scale (runs, blocks): for one adapter per row; equal neighbouring rows form one run.
-    """
-
-    def __init__(self, factors: Float[Tensor, "blocks K"]) -> None:
-        self.factors = factors  # what Lora.blocks says, per block
-        self.mode: Mode = "off"
-        self.only = 0
-        self.rows = 1
-        self.runs: tuple[int, ...] = ()
-        self.plain = False  # the runs are adapters 0..K-1 in order: no gather needed
-        self.combine: Combine | None = None
-        self.places: Mapping[Any, Float[Tensor, "rows K *place"]] = {}  # by a layer's axis
-        self.ready: dict[Any, Tensor] = {}  # gates made of them, as layers need them
-        self._dense = factors.new_zeros(1, *factors.shape)
-        self._index = torch.zeros(1, dtype=torch.long, device=factors.device)
-        self._scale = factors.new_zeros(1, factors.shape[0])
-
-    @property
-    def count(self) -> int:
-        return self.factors.shape[1]
-
-    @property
-    def dense(self) -> Float[Tensor, "rows blocks K"]:
-        return self._dense[: self.rows]
-
-    @property
-    def index(self) -> Tensor:
-        return self._index[: len(self.runs)]
-
-    @property
-    def scale(self) -> Float[Tensor, "runs blocks"]:
-        return self._scale[: len(self.runs)]
-
-    def off(self) -> None:
-        self.mode = "off"
-
-    def use(self, weights: Sequence[float]) -> None:
-        """Every row alike: adapter k at weights[k]."""
-        live = [k for k, weight in enumerate(weights) if weight != 0.0]
-        if not live:
-            self.mode = "off"
-            return
-        self._write_dense([weights])
-        self.only = live[0]
-        self.mode = "one" if len(live) == 1 else "dense"
-
-    def per_row(self, weights: Sequence[Sequence[float]]) -> None:
-        """Row i of the batch has adapter k at weights[i][k]."""
-        live = [[k for k, weight in enumerate(row) if weight != 0.0] for row in weights]
-        if not any(live):
-            self.mode = "off"
-            return
-        if max(map(len, live)) > 1:
-            self._write_dense(weights)
-            self.mode = "dense"
-            return
-        only = [(row[0] if row else 0, weight[row[0]] if row else 0.0) for row, weight in zip(live, weights, strict=True)]
-        runs = _even_runs(only)
-        self.runs, self.rows = tuple(k for k, _ in runs), len(weights)
-        self.plain = self.runs == tuple(range(self.count))
-        if self._index.shape[0] < len(runs):
-            self._index = self._index.new_zeros(len(runs))
-            self._scale = self._scale.new_zeros(len(runs), self.factors.shape[0])
-        index = torch.tensor(self.runs)
-        self.index.copy_(index)
-        weight = torch.tensor([w for _, w in runs], dtype=self.factors.dtype)
-        self.scale.copy_(weight[:, None] * self.factors.cpu().T[index])
-        self.mode = "rows"
-
-    def _write_dense(self, weights: Sequence[Sequence[float]]) -> None:
-        self.rows = len(weights)
-        if self._dense.shape[0] < self.rows:
-            self._dense = self._dense.new_zeros(self.rows, *self.factors.shape)
-        value = torch.tensor(weights, dtype=self.factors.dtype)[:, None, :] * self.factors.cpu()
-        self.dense.copy_(value)
-
-    def snapshot(self) -> tuple:
-        """All of its state, values copied, for `restore`."""
-        return (self.mode, self.only, self.rows, self.runs, self.plain, self.combine, self.places, self.ready,
-                self._dense.clone(), self._index.clone(), self._scale.clone())
-
-    def restore(self, state: tuple) -> None:
-        (self.mode, self.only, self.rows, self.runs, self.plain, self.combine, self.places, self.ready,
-         self._dense, self._index, self._scale) = state
-
-
-def _even_runs(rows: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Neighbouring equal rows as runs when all runs are equally long, else every row by itself."""
-    starts = [i for i, row in enumerate(rows) if i == 0 or row != rows[i - 1]]
-    lengths = {b - a for a, b in zip(starts, [*starts[1:], len(rows)], strict=True)}
-    return [rows[i] for i in starts] if len(lengths) == 1 else rows
+    down: Float[Tensor, "P in *kernel"]
+    up: Float[Tensor, "out P"]
+    owner: Int[Tensor, "P"]
 
 
 class Stack:
-    """A layer's factors: down (P, in, *kernel), up (out, P), spans[k] the ranks of adapter k (empty: it has none).
+    """A layer's factors and the gates that act on them.
 
-    axis: what the layer's tokens are, a key of the gates' places.
+    factors: of each adapter, None where it leaves this layer alone; they rest where they are, on the CPU and shared with whoever
+    read them. One copy in the device and dtype of the activations is made when the first one passes, and another in its place when
+    the activations are of another kind. axis: what the layer's tokens are, a key of the gates' places. path: the layer's.
     """
 
     def __init__(
-        self, down: Tensor, up: Float[Tensor, "out P"], spans: Sequence[tuple[int, int]], gates: Gates, block: int,
-        axis: Any = None,
+        self, factors: Sequence[Factors | None], gates: Gates, block: int, axis: Any = None, path: str = "",
     ) -> None:
-        self.axis = axis
-        self.down, self.up = down, up
-        self.spans, self.gates, self.block = tuple(spans), gates, block
-        self.owner = torch.cat([torch.full((b - a,), k) for k, (a, b) in enumerate(self.spans)]).to(down.device)
-        self._cast: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def delta(self, weights: Sequence[float], dtype: torch.dtype) -> Float[Tensor, "out in *kernel"]:
-        """sum_k weight_k B_k A_k, computed in `dtype` on the factors' device: what a fold adds to the weight."""
-        gate = torch.tensor(weights, dtype=self.gates.factors.dtype) * self.gates.factors[self.block].cpu()
-        gate = gate.to(self.down.device, dtype).index_select(0, self.owner)
-        flat = (self.up.to(dtype) * gate) @ self.down.to(dtype).flatten(1)
-        return flat.view(self.up.shape[0], *self.down.shape[1:])
+        self._factors = tuple(factors)
+        self.gates, self.block, self.axis, self.path = gates, block, axis, path
+        ends = list(accumulate(0 if part is None else part.rank for part in factors))
+        self.spans = tuple(zip([0, *ends[:-1]], ends, strict=True))
+        self._product: Product | None = None
+        self._slots: tuple[Int[Tensor, "K r"], Bool[Tensor, "K r"]] | None = None
 
     def touches(self, k: int) -> bool:
         return self.spans[k][0] < self.spans[k][1]
 
-    def _factors(self, like: Tensor, form: str) -> tuple[Tensor, Tensor]:
-        """The factors in the activation's device and dtype; `form` "flat" as stored, "padded" as (K, r, in), (K, out, r)."""
-        if self.down.requires_grad:
-            return self._formed(self.down.to(like), self.up.to(like), form)
-        kept = self._cast.get(form)
-        if kept is None or kept[0].dtype != like.dtype or kept[0].device != like.device:
-            kept = self._formed(self.down.to(like), self.up.to(like), form)
-            self._cast[form] = kept
-        return kept
+    def product(self, like: Tensor) -> Product:
+        """The factors in the device and dtype of `like`."""
+        held = self._product
+        if held is None or held.down.dtype != like.dtype or held.down.device != like.device:
+            self._product = self._slots = None  # the old copy goes before the new one comes
+            held = self._product = self._built(like.device, like.dtype)
+        return held
 
-    def _formed(self, down: Tensor, up: Tensor, form: str) -> tuple[Tensor, Tensor]:
-        if form == "flat":
-            return down, up
-        rank = max(b - a for a, b in self.spans)
-        downs = [F.pad(down[a:b].flatten(1), (0, 0, 0, rank - (b - a))) for a, b in self.spans]
-        ups = [F.pad(up[:, a:b], (0, rank - (b - a))) for a, b in self.spans]
-        return torch.stack(downs).view(len(downs), rank, *down.shape[1:]), torch.stack(ups)
+    def _built(self, device: torch.device, dtype: torch.dtype) -> Product:
+        parts = [part for part in self._factors if part is not None]
+        down = torch.cat([part.down.to(device, dtype) for part in parts])
+        up = torch.cat([part.up.flatten(1).to(device, dtype) for part in parts], dim=1)
+        return Product(down, up, self._owners(device))
 
-    def __call__(self, module: nn.Module, x: Float[Tensor, "rows *in"], y: Float[Tensor, "rows *out"]) -> Tensor:
-        """The layer's output with its adapters, as the gates say. y may be written in place when no gradient needs it."""
-        gates = self.gates
-        apply = _conv if isinstance(module, nn.Conv2d) else _linear
+    def _owners(self, device: torch.device) -> Int[Tensor, "P"]:
+        ranks = torch.tensor([b - a for a, b in self.spans])
+        return torch.arange(len(self.spans)).repeat_interleave(ranks).to(device)
+
+    def delta(self, weights: Sequence[float], device: torch.device, dtype: torch.dtype) -> Float[Tensor, "out in *kernel"]:
+        """sum_k weight_k B_k A_k, computed there in `dtype`: what a fold adds to the weight. No copy of the factors stays."""
+        down, up, owner = self._built(device, dtype)
+        gate = torch.tensor(weights, dtype=self.gates.factors.dtype) * self.gates.factors[self.block]
+        flat = (up * gate.to(device, dtype).index_select(0, owner)) @ down.flatten(1)
+        return flat.view(up.shape[0], *down.shape[1:])
+
+    def each(self, like: Tensor, index: Int[Tensor, "runs"] | None) -> tuple[Float[Tensor, "runs r in *kernel"], Float[Tensor, "runs out r"]]:
+        """The factors of adapters index[i], all padded to the largest rank; None: of every adapter in order.
+
+        Equal ranks, the usual case, are views of the one copy.
+        """
+        down, up, _ = self.product(like)
+        count, rank = len(self.spans), max(b - a for a, b in self.spans)
+        if all(b - a == rank for a, b in self.spans):
+            downs, ups = down.unflatten(0, (count, rank)), up.unflatten(1, (count, rank))
+            if index is not None:
+                downs, ups = downs.index_select(0, index), ups.index_select(1, index)
+            return downs, ups.transpose(0, 1)
+        slots, present = self._padded(rank, down.device)
+        if index is not None:
+            slots, present = slots.index_select(0, index), present.index_select(0, index)
+        downs = down.index_select(0, slots.flatten()).unflatten(0, slots.shape)
+        ups = up.index_select(1, slots.flatten()).unflatten(1, slots.shape).transpose(0, 1)
+        return downs, ups * present[:, None]
+
+    def _padded(self, rank: int, device: torch.device) -> tuple[Int[Tensor, "K r"], Bool[Tensor, "K r"]]:
+        """For adapters of different ranks: which rank of the stack each of the `rank` of an adapter is, and whether it has it."""
+        if self._slots is None:
+            offset = torch.arange(rank)
+            begin, end = (torch.tensor(side)[:, None] for side in zip(*self.spans, strict=True))
+            present = begin + offset < end
+            self._slots = torch.where(present, begin + offset, 0).to(device), present.to(device)
+        return self._slots
+
+    def __call__(self, module: nn.Module, x: Float[Tensor, "rows *in"], y: Float[Tensor, "rows *outs"]) -> Tensor:
+        """The layer's output with its adapters, as the gates say, where y is. y may be written in place when no gradient needs it."""
+        gates, conv = self.gates, isinstance(module, nn.Conv2d)
         if gates.mode == "one":
             if not self.touches(gates.only):
                 return y
-            return self._slice(apply, module, x, y, gates.only)
+            return (_conv if conv else _linear)(module, x, y, *self._slice(y, gates.only))
         if gates.mode == "rows":
             self._check(x, gates.rows)
-            down, up = self._factors(y, "padded")
-            rows = _conv_rows if isinstance(module, nn.Conv2d) else _linear_rows
-            return rows(module, x, y, down, up, gates, self.block)
+            values = gates.on(y.device)
+            # Copies: the buffers may be written before backward.
+            down, up = self.each(y, None if gates.plain else values.index.clone())
+            scale = None if gates.even else values.scale[:, self.block].to(down, copy=True)
+            if isinstance(module, nn.Conv2d):
+                return rowwise.conv(module, x.to(y.device), y, down, up, scale)
+            return rowwise.linear(x.to(y.device), y, down, up, scale)
         if gates.mode == "dense":
             if gates.rows > 1:
                 self._check(x, gates.rows)
-            down, up = self._factors(y, "flat")
-            gate = gates.dense[:, self.block].to(y).index_select(1, self.owner)
-            return apply(module, x, y, down, up, gate)
+            down, up, owner = self.product(y)
+            gate = gates.on(y.device).dense[:, self.block].to(y).index_select(1, owner)
+            return (_conv if conv else _linear)(module, x, y, down, up, gate)
         if gates.mode == "regional":
             self._check(x, gates.places[self.axis].shape[0])
-            down, up = self._factors(y, "flat")
-            gate = self._place(y, isinstance(module, nn.Conv2d))
-            return (_conv_regional if isinstance(module, nn.Conv2d) else _linear_regional)(module, x, y, down, up, gate)
-        assert gates.combine is not None
-        still = torch.zeros_like(y)
-        each = [self._slice(apply, module, x, still.clone(), k) if self.touches(k) else still for k in range(gates.count)]
-        return gates.combine(y, torch.stack(each))
+            down, up, owner = self.product(y)
+            gate = self._regional_gate(y, owner, conv)
+            return (_conv_regional if conv else _linear_regional)(module, x, y, down, up, gate)
+        assert gates.combine is not None and gates.step is not None
+        update = _conv_update if conv else _linear_update
+        none = torch.zeros_like(y)
+        each = [update(module, x, *self._slice(y, k)) if self.touches(k) else none for k in range(gates.count)]
+        return gates.combine(self.path, gates.step, y, torch.stack(each))
 
-    def _place(self, like: Tensor, grid: bool) -> Tensor:
+    def _regional_gate(self, like: Tensor, owner: Tensor, grid: bool) -> Tensor:
         """The gate of every rank at every place; layers of equal ranks, axis and block share it."""
         gates = self.gates
         key = (self.axis, self.block, self.spans, grid, like.dtype, like.device)
         if key not in gates.ready:
-            place = gates.places[self.axis]
-            weight = gates.dense[0, self.block].view(-1, *[1] * (place.ndim - 2))
-            gate = (place * weight).to(like).index_select(1, self.owner)
+            place = gates.places[self.axis].to(like.device)
+            weight = gates.on(like.device).dense[0, self.block].view(-1, *[1] * (place.ndim - 2))
+            gate = (place * weight).to(like).index_select(1, owner)
             gates.ready[key] = gate if grid or gate.ndim == 2 else gate.flatten(2).transpose(1, 2).contiguous()
         return gates.ready[key]
 
-    def _slice(self, apply: Callable[..., Tensor], module: nn.Module, x: Tensor, y: Tensor, k: int) -> Tensor:
+    def _slice(self, y: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """down, up and gate of adapter k alone."""
         a, b = self.spans[k]
-        down, up = self._factors(y, "flat")
-        gate = self.gates.dense[:, self.block, k : k + 1].to(y, copy=True)  # the buffer may be written before backward
-        return apply(module, x, y, down[a:b], up[:, a:b], gate)
+        down, up, _ = self.product(y)
+        gate = self.gates.on(y.device).dense[:, self.block, k : k + 1].to(y, copy=True)  # the buffer may be written before backward
+        return down[a:b], up[:, a:b], gate
 
     def _check(self, x: Tensor, rows: int) -> None:
         if x.shape[0] != rows:
@@ -213,65 +160,47 @@ class Stack:
 
 
 def _add(y: Tensor, h: Tensor, up: Tensor) -> Tensor:
-    """y (N, out) + h (N, p) @ up (out, p)^T, in place where no gradient needs y."""
-    if torch.is_grad_enabled() and (h.requires_grad or y.requires_grad):
-        return y + h @ up.T
-    return y.addmm_(h, up.T)
+    """y (rows, ..., out) + h (rows, ..., p) @ up (out, p)^T, in place where no gradient needs y and its memory allows."""
+    if not y.is_contiguous() or torch.is_grad_enabled() and (h.requires_grad or y.requires_grad):
+        return y + F.linear(h, up)
+    return y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), up.T).view(y.shape)
+
+
+def _ranks(x: Tensor, down: Tensor, gate: Tensor) -> Tensor:
+    """g * (A x) of every row through the same factors; gate (rows or 1, p)."""
+    return F.linear(x.to(down), down) * (gate if gate.shape[0] == 1 else gate.view(gate.shape[0], *[1] * (x.ndim - 2), -1))
 
 
 def _linear(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
-    """Every row through the same factors; gate (rows or 1, p)."""
-    h = F.linear(x.to(down.dtype), down)
-    h = h * (gate if gate.shape[0] == 1 else gate.view(gate.shape[0], *[1] * (x.ndim - 2), -1))
-    if not y.is_contiguous():
-        return y + F.linear(h, up)
-    return _add(y.view(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), up).view(y.shape)
+    return _add(y, _ranks(x, down, gate), up)
+
+
+def _linear_update(module: nn.Module, x: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+    return F.linear(_ranks(x, down, gate), up)
 
 
 def _linear_regional(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
     """Token by token; gate (rows, tokens, p), or (rows, p) for a layer whose rows have no place."""
     if x.ndim == gate.ndim and x.shape[1:-1] != gate.shape[1:-1]:
         raise RuntimeError(f"a layer got {x.shape[1]} tokens while its mask has {gate.shape[1]}")
-    return _add(y.view(-1, y.shape[-1]), (F.linear(x.to(down.dtype), down) * gate).view(-1, down.shape[0]), up).view(y.shape)
+    return _add(y, F.linear(x.to(down), down) * gate, up)
+
+
+def _downward(module: nn.Module, x: Tensor, down: Tensor) -> Tensor:
+    assert isinstance(module, nn.Conv2d)
+    return F.conv2d(x.to(down), down, None, module.stride, module.padding, module.dilation, module.groups)
+
+
+def _conv(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+    return y + _conv_update(module, x, down, up, gate)
+
+
+def _conv_update(module: nn.Module, x: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+    return F.conv2d(_downward(module, x, down) * gate[..., None, None], up[..., None, None])
 
 
 def _conv_regional(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
     """Place by place of the output's grid; gate (rows, p, h, w)."""
-    assert isinstance(module, nn.Conv2d)
     if y.shape[-2:] != gate.shape[-2:]:
         raise RuntimeError(f"a layer has {y.shape[-2]} x {y.shape[-1]} places while its mask has {gate.shape[-2]} x {gate.shape[-1]}")
     return y + F.conv2d(_downward(module, x, down) * gate, up[..., None, None])
-
-
-def _linear_rows(
-    module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gates: Gates, block: int
-) -> Tensor:
-    """One adapter per row, equal rows as one run: two batched products over (runs, rows of a run * tokens, in)."""
-    runs = len(gates.runs)
-    if not gates.plain:
-        down, up = down.index_select(0, gates.index), up.index_select(0, gates.index)
-    h = torch.bmm(x.to(down.dtype).reshape(runs, -1, x.shape[-1]), down.transpose(1, 2))
-    h = h * gates.scale[:, block].to(h, copy=True).view(-1, 1, 1)
-    if y.is_contiguous() and not (torch.is_grad_enabled() and (h.requires_grad or y.requires_grad)):
-        return y.view(runs, -1, y.shape[-1]).baddbmm_(h, up.transpose(1, 2)).view(y.shape)
-    return y + torch.bmm(h, up.transpose(1, 2)).view(y.shape)
-
-
-def _downward(conv: nn.Conv2d, x: Tensor, down: Tensor) -> Tensor:
-    return F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def _conv(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gate: Tensor) -> Tensor:
-    assert isinstance(module, nn.Conv2d)
-    h = _downward(module, x.to(down.dtype), down) * gate[..., None, None]
-    return y + F.conv2d(h, up[..., None, None])
-
-
-def _conv_rows(module: nn.Module, x: Tensor, y: Tensor, down: Tensor, up: Tensor, gates: Gates, block: int) -> Tensor:
-    """Run by run: a convolution has no batched form with a kernel per row that is as fast."""
-    assert isinstance(module, nn.Conv2d)
-    parts = []
-    for run, (k, part) in enumerate(zip(gates.runs, x.to(down.dtype).chunk(len(gates.runs)), strict=True)):
-        h = _downward(module, part, down[k]) * gates.scale[run, block].to(part, copy=True)
-        parts.append(F.conv2d(h, up[k, :, :, None, None]))
-    return y + torch.cat(parts)

@@ -1,14 +1,22 @@
 """Adapters: hooks once, files once, sessions that give everything back, folds that are exact, gates that recompute."""
 
+import gc
+import json
 import threading
+import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from composition import Lora
 from composition.adapters import Adapters
 from composition.adapters import adapters as module
+from composition.adapters.stack import Stack
+from composition.loop import Step
 from tests import toys
+
+STEP = Step(0, 4, torch.tensor(300), torch.zeros(2, 4, 16, 16, dtype=torch.float64))
 
 
 @pytest.fixture
@@ -56,8 +64,6 @@ def test_a_session_ends_even_when_its_body_fails(pipe, held, sources):
         held.use({"one": 1.0})
         raise ZeroDivisionError
     assert held.names == ()
-    with held.session(sources), pytest.raises(RuntimeError, match="already open"), held.session(sources):
-        pass
 
 
 def test_names_that_are_not_there_are_an_error(held, sources):
@@ -77,6 +83,62 @@ def test_a_file_is_read_once_while_it_is_the_same(pipe, held, sources, monkeypat
     assert len(read) == 2
 
 
+def test_every_receipt_is_of_the_file_that_was_named(pipe, held, sources, tmp_path):
+    """A copy and a link of a file share its factors in memory, and keep their own names and paths."""
+    path = sources[0][2]
+    copy, link = tmp_path / "copy.safetensors", tmp_path / "link.safetensors"
+    copy.write_bytes(path.read_bytes())
+    link.symlink_to(path)
+    for _ in range(2):
+        for name, file in (("one", path), ("copy", copy), ("link", link), ("one", path)):
+            receipt = held.load(file, Lora(name))
+            assert (receipt.name, receipt.path) == (name, str(file))
+        with held.session([("copy", Lora("copy"), copy), ("link", Lora("link"), link)]) as receipts:
+            assert [(receipt.name, receipt.path) for receipt in receipts] == [("copy", str(copy)), ("link", str(link))]
+    assert len(held._files) == 1
+
+
+def test_files_of_equal_bytes_and_different_configs_are_different(pipe, held, tmp_path):
+    """The scale may lie beside a file (PEFT): the file with alpha 8 is not the one with alpha 4, nor the one before it was changed."""
+    for folder, alpha in (("a", 4), ("b", 8)):
+        (tmp_path / folder).mkdir()
+        path = toys.lora(pipe, tmp_path / folder / "adapter_model.safetensors", rank=4)
+        (path.parent / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": alpha}))
+        assert set(held.load(path, Lora(folder)).alphas) == {float(alpha)}
+    for folder, alpha in (("a", 4), ("b", 8)):
+        assert set(held.load(tmp_path / folder / "adapter_model.safetensors", Lora(folder)).alphas) == {float(alpha)}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 16}))
+    assert set(held.load(tmp_path / "a" / "adapter_model.safetensors", Lora("a")).alphas) == {16.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_memory_follows_bytes(pipe, tmp_path, dtype):
+    """Files are kept in as much memory as they may have, in the numbers they are stored in, those used longest ago let go of first."""
+    from composition.backbones.unet import UNetBackbone
+
+    backbone, paths = UNetBackbone(pipe, "sd"), []
+    for seed in range(5):
+        path = toys.lora(pipe, tmp_path / f"{seed}.safetensors", seed=seed, layout="kohya", alpha=1.0)
+        save_file({key: value.to(dtype) for key, value in load_file(path).items()}, path)
+        paths.append(path)
+    size = sum(value.nbytes for key, value in load_file(paths[0]).items() if not key.endswith("alpha"))
+    held = Adapters(backbone.components, family="sd", block=backbone.block, kept_bytes=3 * size)
+    for path in paths[:3]:
+        held.load(path, Lora(path.stem))
+    assert sum(file.nbytes for file in held._files.values()) == 3 * size
+    gone = [weakref.ref(factors.stored_up) for file in list(held._files.values())[1:2] for factors in file.factors["unet"].values()]
+    assert gone and all(reference() is not None for reference in gone)
+    held.load(paths[0], Lora("0"))  # used again, so the second is the oldest now
+    held.load(paths[3], Lora("3"))
+    assert [file.receipt.name for file in held._files.values()] == ["2", "0", "3"] and len(held._stamps) == 3
+    gc.collect()
+    assert all(reference() is None for reference in gone)
+    small = Adapters(backbone.components, family="sd", block=backbone.block, kept_bytes=size - 1)
+    assert small.load(paths[0], Lora("0")).coverage == 1.0 and not small._files and not small._stamps
+    held.close()
+    small.close()
+
+
 @torch.no_grad()
 def test_a_fold_is_the_live_sum_and_leaves_no_trace(pipe, held, sources):
     weights = {"one": 0.8, "two": -0.4}
@@ -91,8 +153,9 @@ def test_a_fold_is_the_live_sum_and_leaves_no_trace(pipe, held, sources):
             torch.testing.assert_close(forward(pipe), live, rtol=0, atol=1e-11)
             with pytest.raises(RuntimeError, match="fold"):
                 held.use({"one": 0.8})
-            with pytest.raises(RuntimeError, match="folded"), held.rows([{"one": 1.0}] * 2):
-                pass
+            for door in (held.rows([weights] * 2), held.regional(weights, {}), held.combined(lambda *_: None, weights, STEP)):
+                with pytest.raises(RuntimeError, match="folded"), door:
+                    pass
         assert torch.equal(forward(pipe), live), "after the fold the gates are what they were"
     assert torch.equal(forward(pipe), plain)
     for name, value in pipe.unet.named_parameters():
@@ -102,7 +165,7 @@ def test_a_fold_is_the_live_sum_and_leaves_no_trace(pipe, held, sources):
 def test_a_fold_that_fails_half_way_is_undone(pipe, held, sources, monkeypatch):
     before = [value.clone() for value in pipe.unet.parameters()]
     with held.session(sources):
-        calls, honest = [], module.Stack.delta
+        calls, honest = [], Stack.delta
 
         def failing(self, *given):
             calls.append(1)
@@ -110,7 +173,7 @@ def test_a_fold_that_fails_half_way_is_undone(pipe, held, sources, monkeypatch):
                 raise MemoryError("no room for the ninth")
             return honest(self, *given)
 
-        monkeypatch.setattr(module.Stack, "delta", failing)
+        monkeypatch.setattr(Stack, "delta", failing)
         with pytest.raises(MemoryError), held.folded({"one": 1.0}):
             pass
     assert all(torch.equal(a, b) for a, b in zip(before, pipe.unet.parameters(), strict=True))
@@ -126,7 +189,7 @@ def test_blocks_scale_only_their_own(pipe, held, sources):
             held.use({name: 1.0})
             seen = {}
             hooks = [m.register_forward_hook(lambda m, a, o, k=k: seen.__setitem__(k, m.stack is not None and float(
-                m.stack.gates.dense[0, m.stack.block, 0]))) for k, m in pipe.unet.named_modules() if hasattr(m, "stack")]
+                m.stack.gates.values.dense[0, m.stack.block, 0]))) for k, m in pipe.unet.named_modules() if hasattr(m, "stack")]
             forward(pipe)
             for hook in hooks:
                 hook.remove()
@@ -164,13 +227,12 @@ def test_checkpointing_recomputes_with_the_gates_of_the_forward(pipe, held):
             pipe.unet.enable_gradient_checkpointing(gradient_checkpointing_func=held.checkpoint)
         pipe.unet.train()
         rng = torch.Generator().manual_seed(1)
-        with held.training(["a", "b"], 2, {"unet": layers}, generator=rng) as stacks:
-            for stack in stacks["unet"].values():
-                stack.up.data.normal_(generator=rng)
+        with held.training(["a", "b"], 2, {"unet": layers}) as trained:
+            trained.leaf.data.normal_(generator=rng)
             with held.rows([{"a": 1.0}, {"b": 0.5}]):
                 loss = forward(pipe).square().sum()
             loss.backward()
-            grads = [g for s in stacks["unet"].values() for g in (s.down.grad.clone(), s.up.grad.clone())]
+            grads = list(trained.leaf.grad)
         pipe.unet.disable_gradient_checkpointing()
         pipe.unet.eval()
         return grads
@@ -232,12 +294,14 @@ def test_engines_on_one_device_share_a_lock(pipe):
     taken = threading.Event()
 
     def take():
-        with second._lock:
+        with second.exclusive():
             taken.set()
 
-    with first._lock:
+    with first.exclusive(), first.exclusive():  # the thread that has it may ask again
         thread = threading.Thread(target=take)
         thread.start()
         assert not taken.wait(0.05)
     thread.join(1)
+    with first.group(), pytest.raises(RuntimeError, match="a group is open"), first.exclusive():
+        pass
     assert taken.is_set()

@@ -1,6 +1,7 @@
 """Every method x every family, on toys with random weights, in float64."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler
 
 from composition import Engine, Lora, Request, backbones, methods
 from composition.adapters import Adapters
-from composition.adapters.stack import Gates, Stack
+from composition.adapters.gates import Gates
+from composition.adapters.stack import Stack
 from composition.backbones import flux, schedulers
 from composition.backbones.flux import FluxBackbone
 from composition.hooks import masks, regional
 from composition.hooks.cache import Cache
+from composition.loop import Step
 from composition.run import Run
 from tests import reference
 from tests.composition import laws
@@ -71,7 +74,8 @@ def test_one_set_a_step(method, sampler, engines, lora_files):
     laws.one_set_a_step(engines["sd"], method, laws.loras_of(lora_files["sd"]), sampler)
 
 
-HALF = {torch.bfloat16: 0.25, torch.float16: 0.04}  # of the latents' spread, after seven steps at guidance 4
+HALF = {torch.bfloat16: 0.04, torch.float16: 0.006}  # of the latents' spread, after seven steps at guidance 4
+HARD_MASKS = {"clora-fast": 0.1}  # kept for all steps: a place at a mask's edge may go to another concept by rounding
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,8 @@ def half_engines():
 @pytest.mark.parametrize("method", methods.all())
 def test_half_precision(method, family, dtype, engines, half_engines, lora_files):
     loras = laws.loras_of(lora_files[family])
-    laws.half_precision(half_engines[family, dtype], engines[family], method, loras, HALF[dtype])
+    bound = HARD_MASKS.get(method, HALF[dtype])
+    laws.half_precision(half_engines[family, dtype], engines[family], method, loras, bound)
 
 
 @pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.slow), "flux"])
@@ -182,8 +187,8 @@ def _rows_swapped(monkeypatch):
 def _alpha_ignored(monkeypatch):
     honest = Stack.__init__
 
-    def deaf(self, down, up, *rest):
-        honest(self, down, up * 2.0, *rest)
+    def deaf(self, factors, *rest, **named):
+        honest(self, [part and replace(part, up=part.up * 2.0) for part in factors], *rest, **named)
 
     monkeypatch.setattr(Stack, "__init__", deaf)
 
@@ -337,6 +342,22 @@ def test_mutant_flux_rows_swapped(monkeypatch, engines, lora_files):
     monkeypatch.setattr(FluxBackbone, "denoise", lambda self, latents, t, cond: honest(self, latents, t, cond).flip(0))
     with pytest.raises(AssertionError):
         _against_stock(engines["flux"], "flux", lora_files["flux"])
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_layers_can_be_combined_by_path_and_step(family, engines, lora_files):
+    """By their sum a combined prediction is the plain one; by a function of path and step it is another."""
+    with laws.opened(engines[family], laws.request("merge", *laws.loras_of(lora_files[family]))) as (run, times, start):
+        step, seen = Step(3, len(times), times[3], start), set()
+
+        def summed(path, at, base, each):
+            seen.add((path, at.index))
+            return base + each.sum(0)
+
+        laws.same(run.denoise(step, combine=summed), run.denoise(step))
+        paths = {path for path, _ in seen}
+        assert {index for _, index in seen} == {3} and paths < {path for path, _ in run.backbone.denoiser.named_modules()}
+        laws.differ(run.denoise(step, combine=lambda path, at, base, each: base + each[at.index % len(each)]), run.denoise(step))
 
 
 def test_rows_must_match_the_batch(engines, lora_files):

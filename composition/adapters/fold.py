@@ -1,0 +1,88 @@
+"""The fold: W + sum w B A written into the layers' weights, the originals kept beside and put back.
+
+A forward then costs what the bare base costs. The originals are copied, never subtracted from, to where there is room: the device
+that holds the weights, else main memory; with room in neither, nothing is folded and the adapters stay live.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from composition.adapters.stack import Stack
+
+GIB = 2**30
+SPARE = 2 * GIB  # bytes that a picture needs beside the weights and that a copy must leave: activations, decoding
+CPU = torch.device("cpu")
+
+Layers = Mapping[str, tuple[nn.Module, Stack]]  # by path
+Free = Callable[[torch.device], int]  # bytes free on a device
+
+
+class Keep(NamedTuple):
+    """Where the originals are kept (None: nowhere, so nothing may be folded), and why, in words for the picture's notes."""
+
+    device: torch.device | None
+    why: str
+
+
+def foldable(layers: Layers) -> bool:
+    """True when these are plain floating-point weights that may be written: not quantized, not coming and going layer by layer."""
+    for module, _ in layers.values():
+        weight = module.weight
+        if type(module) not in (nn.Linear, nn.Conv2d) or not isinstance(weight, nn.Parameter) or hasattr(module, "_hf_hook"):
+            return False
+        # A wrapper is a tensor with a format of its own: torchao's say that they are floating-point.
+        if is_traceable_wrapper_subclass(weight) or not weight.is_floating_point() or weight.itemsize < 2 or weight.is_meta:
+            return False
+    return True
+
+
+def keep(layers: Layers, free: Free, spare: int = SPARE) -> Keep:
+    """Where copies of these layers' weights fit. free: asked for the weights' device and, if that is full, for main memory."""
+    weights = [cast(Tensor, module.weight) for module, _ in layers.values()]
+    need = sum(weight.numel() * weight.itemsize for weight in weights)
+    device = weights[0].device if weights else CPU
+    rooms: list[str] = []
+    for place in dict.fromkeys((device, CPU)):
+        room = free(place)
+        name = "main memory" if place.type == "cpu" else str(place)
+        if need + spare <= room:
+            return Keep(place, f"folded into the weights; the originals are kept in {name}")
+        rooms.append(f"{name} has {room / GIB:.1f} GiB free")
+    return Keep(None, f"computed live: a copy of the weights takes {need / GIB:.1f} GiB, {' and '.join(rooms)}")
+
+
+class Fold:
+    """One set's sum in the weights of its layers. `write` and `lift` may be called at any time and again: after an interruption
+    in the middle of either, either one makes it whole."""
+
+    def __init__(self, layers: Layers, weights: Sequence[float], device: torch.device | None = None) -> None:
+        """device: where the originals are kept; None: where each weight is."""
+        self.layers, self.weights, self._device = dict(layers), tuple(weights), device
+        self._originals: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """The sum is in the weights. Raises whatever the copying raises; `lift` then gives the originals back."""
+        for path, (module, stack) in self.layers.items():
+            weight = cast(Tensor, module.weight)
+            if path not in self._originals:
+                self._originals[path] = _copied(weight.detach(), self._device or weight.device)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            update = stack.delta(self.weights, weight.device, wide).view(weight.shape)
+            weight.copy_(self._originals[path].to(weight.device, wide) + update)
+
+    @torch.no_grad()
+    def lift(self) -> None:
+        """The originals are in the weights, wherever these are by now."""
+        for path, original in self._originals.items():
+            cast(Tensor, self.layers[path][0].weight).copy_(original)
+
+
+def _copied(weight: Tensor, device: torch.device) -> Tensor:
+    """A copy, in page-locked memory when it leaves a CUDA device: twice as fast there and back."""
+    pin = weight.device.type == "cuda" and device.type == "cpu"
+    return torch.empty(weight.shape, dtype=weight.dtype, device=device, pin_memory=pin).copy_(weight)
