@@ -120,7 +120,7 @@ def stages(scheduler: Any) -> list[tuple[int, int]]:
     """
     count = len(scheduler.timesteps)
     if isinstance(scheduler, PNDMScheduler):
-        runge_kutta = len(scheduler.prk_timesteps)
+        runge_kutta = 0 if scheduler.prk_timesteps is None else len(scheduler.prk_timesteps)
         if runge_kutta:
             first = runge_kutta // 4
             return [divmod(index, 4) if index < runge_kutta else (first + index - runge_kutta, 0) for index in range(count)]

@@ -160,7 +160,8 @@ class AttentionMaps:
     def _of_words(self, attention: Attention) -> Float[Tensor, "rows L places"]:
         """How much each token of the prompt attends to each place, head after head: the whole table would not fit at FLUX's size."""
         text, image = joint_slices(attention.query.shape[-2], self._grid[0] * self._grid[1], self._joint)
-        bias, total = attention.bias, 0.0
+        bias = attention.bias
+        total = attention.query.new_zeros(())
         if bias is not None and bias.shape[-2] > 1:
             bias = bias[..., text, :]
         for head in range(attention.query.shape[1]):

@@ -166,7 +166,7 @@ def _reference(backbone, adapters, segments, shares, weights, call):
     on = torch.tensor([[float(name in segment) for name in names] for segment in segments], dtype=torch.float64)
     stacks = {path: (module, stack) for path, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
               and (stack := _attached(module)) is not None}
-    dense = {path: [stack.delta([weights.get(name, 0.0) if name == one else 0.0 for name in names], torch.float64) if stack.touches(k) else None
+    dense = {path: [stack.delta([weights.get(name, 0.0) if name == one else 0.0 for name in names], torch.device("cpu"), torch.float64) if stack.touches(k) else None
                     for k, one in enumerate(names)] for path, (_, stack) in stacks.items()}
     grid = lambda level, size: masks.resized(shares[None], tuple(-(-side // 2**level) for side in size))[0]  # noqa: E731
 

@@ -166,7 +166,7 @@ def _reference(backbone, adapters, segments, shares, weights, tokens, call, bank
         for k, one in enumerate(names):
             if not stack.touches(k):
                 continue
-            delta = stack.delta([weights.get(name, 0.0) if name == one else 0.0 for name in names], torch.float64)
+            delta = stack.delta([weights.get(name, 0.0) if name == one else 0.0 for name in names], torch.device("cpu"), torch.float64)
             place, said = torch.einsum("np,n->p", grid, on[:, k]), on[:, k][owner]
             where = {"grid": place, "text": said, "both": torch.cat([said, place]), "none": on[:, k].max()}[axis.kind]
             if isinstance(module, nn.Conv2d):
