@@ -20,6 +20,8 @@ from composition import backbones, methods, pictures, prompt_syntax, prompts
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone
+from composition.backbones.encodings import Encodings
+from composition.backbones.loading import placement
 from composition.loop import Step, sample
 from composition.loras import library, reader
 from composition.methods import Method
@@ -41,6 +43,14 @@ class Event(NamedTuple):
     latents: Tensor
 
 
+class _Prepared(NamedTuple):
+    """What a run finds when its LoRAs are in place. fold: what a user should know of it."""
+
+    receipts: tuple[Receipt, ...] = ()
+    encodings: dict[Any, Tensor] = {}
+    fold: str = ""
+
+
 class Engine:
     """A model that composes. Make it with `Engine.open`; use it as a context manager or `close` it to let go of it."""
 
@@ -58,7 +68,8 @@ class Engine:
         self.adapters = Adapters(backbone.components, family=backbone.family, block=backbone.block, axis=backbone.axis)
         self._group: ExitStack | None = None
         self._group_key: Any = None
-        self._group_state: tuple[tuple[Receipt, ...], dict[Any, Any]] = ((), {})
+        self._group_state: _Prepared = _Prepared()
+        self._exclusive = False
         self._lock = _LOCKS.setdefault(str(backbone.device), threading.RLock())
 
     @classmethod
@@ -146,7 +157,12 @@ class Engine:
         with self._lock:
             if self._group is not None:
                 raise RuntimeError("a group is open: its LoRAs may lie in the weights")
-            yield
+            self.adapters.repair()
+            self._exclusive = True
+            try:
+                yield
+            finally:
+                self._exclusive = False
 
     @contextmanager
     def group(self) -> Iterator[None]:
@@ -161,7 +177,7 @@ class Engine:
             try:
                 yield
             finally:
-                group, self._group, self._group_key, self._group_state = self._group, None, None, ((), {})
+                group, self._group, self._group_key, self._group_state = self._group, None, None, _Prepared()
                 group.close()
 
     def run(
@@ -184,8 +200,8 @@ class Engine:
         with self._lock, ExitStack() as own:
             with _timed(seconds, "load"):
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
-                receipts, encodings = self._prepare(own, request, method, loras)
-            notes = self._remarks(request, receipts) | settled
+                receipts, encodings, fold = self._prepare(own, request, method, loras)
+            notes = self._remarks(request, receipts) | settled | ({"fold": fold} if fold else {})
             rows = list(zip(request.names, request.loras, receipts, strict=True))
             categories = {name: lora.category or receipt.category for name, lora, receipt in rows}
             triggers = {name: lora.triggers or receipt.triggers for name, lora, receipt in rows}
@@ -202,7 +218,7 @@ class Engine:
 
     def _prepare(
         self, own: ExitStack, request: Request, method: Method, loras: Sequence[tuple[str, Lora, Path]]
-    ) -> tuple[tuple[Receipt, ...], dict[Any, Any]]:
+    ) -> "_Prepared":
         """Open the session (and the fold, where it serves) on the group's stack or on this request's own."""
         steady = method.steady and not any(lora.scheduled for lora in request.loras)
         worth = self._group is not None or request.length * request.count >= FOLD_FROM
@@ -220,11 +236,26 @@ class Engine:
 
     def _enter(
         self, stack: ExitStack, request: Request, loras: Sequence[tuple[str, Lora, Path]], fold: bool
-    ) -> tuple[tuple[Receipt, ...], dict[Any, Any]]:
+    ) -> "_Prepared":
+        if not self._exclusive:  # where a training's own session may be open
+            self.adapters.repair()  # a run that was interrupted while it cleaned up may have left something
         receipts = stack.enter_context(self.adapters.session(loras, allow_partial=request.allow_partial))
-        if fold and self.backbone.writable and self.adapters.foldable:
-            stack.enter_context(self.adapters.folded(request.weights))
-        return receipts, {}
+        return _Prepared(receipts, Encodings(), self._fold(stack, request) if fold else "")
+
+    def _fold(self, stack: ExitStack, request: Request) -> str:
+        """Fold where that can be done; what is not the usual thing about it, in words ("" when the copies lie beside the weights)."""
+        if not self.backbone.writable:
+            return "computed live: offloaded weights come layer by layer"
+        if not self.adapters.foldable:
+            return "computed live: the weights are quantized"
+        keep = self.adapters.keep(placement.available)
+        if keep.device is None:
+            return keep.why
+        try:
+            stack.enter_context(self.adapters.folded(request.weights, keep.device))
+        except torch.OutOfMemoryError:
+            return f"computed live: {self.device} ran out of memory while they were folded"
+        return "" if keep.beside else keep.why
 
     def _pictures(
         self, run: Run, method: Method, options: Any, first: int, on_step: Callable[[Event], None] | None,

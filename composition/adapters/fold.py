@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from composition.adapters.stack import Stack
 
 GIB = 2**30
-SPARE = 2 * GIB  # bytes that a picture needs beside the weights and that a copy must leave: activations, decoding
+SPARE = 2 * GIB  # bytes that a copy must leave for a picture's activations and decoding; for small models twice their weights
 CPU = torch.device("cpu")
 
 Layers = Mapping[str, tuple[nn.Module, Stack]]  # by path
@@ -22,10 +22,14 @@ Free = Callable[[torch.device], int]  # bytes free on a device
 
 
 class Keep(NamedTuple):
-    """Where the originals are kept (None: nowhere, so nothing may be folded), and why, in words for the picture's notes."""
+    """Where the originals are kept (None: nowhere, so nothing may be folded), in words for the picture's notes too.
+
+    beside: they are where the weights are, the usual case.
+    """
 
     device: torch.device | None
     why: str
+    beside: bool = True
 
 
 def foldable(layers: Layers) -> bool:
@@ -40,7 +44,7 @@ def foldable(layers: Layers) -> bool:
     return True
 
 
-def keep(layers: Layers, free: Free, spare: int = SPARE) -> Keep:
+def keep(layers: Layers, free: Free) -> Keep:
     """Where copies of these layers' weights fit. free: asked for the weights' device and, if that is full, for main memory."""
     weights = [cast(Tensor, module.weight) for module, _ in layers.values()]
     need = sum(weight.numel() * weight.itemsize for weight in weights)
@@ -49,8 +53,8 @@ def keep(layers: Layers, free: Free, spare: int = SPARE) -> Keep:
     for place in dict.fromkeys((device, CPU)):
         room = free(place)
         name = "main memory" if place.type == "cpu" else str(place)
-        if need + spare <= room:
-            return Keep(place, f"folded into the weights; the originals are kept in {name}")
+        if need + min(SPARE, 2 * need) <= room:
+            return Keep(place, f"folded into the weights; the originals are kept in {name}", place == device)
         rooms.append(f"{name} has {room / GIB:.1f} GiB free")
     return Keep(None, f"computed live: a copy of the weights takes {need / GIB:.1f} GiB, {' and '.join(rooms)}")
 

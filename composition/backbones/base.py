@@ -34,7 +34,7 @@ class Defaults(NamedTuple):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """One model family. Shapes as in composition.sampler; *S is (C, H, W): latents are pictures in every family.
+    """One model family. Shapes as in composition.loop; *S is (C, H, W): latents are pictures in every family.
     """
 
     family: str
@@ -83,7 +83,7 @@ class Backbone(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None, wanted: Collection[str] = ...) -> Conditioning:
-        """(R, B, ...) tensors: R = 2 with negatives, 1 without. wanted: which of `reads`, all unless told."""
+        """(R, B, ...) tensors: R = 2 with negatives, 1 without. wanted: which of `reads`, by default all."""
         ...
 
     def truncated(self, prompt: str) -> str:
@@ -118,7 +118,7 @@ class Backbone(Protocol):
         ...
 
     def localizing_layers(self) -> tuple[str, ...]:
-        """Those that tell best where a word is: of the coarsest grid (16 x 16 at 512 pixels for Stable Diffusion 1.x), for
+        """Those whose attention localizes words best: of the coarsest grid (16 x 16 at 512 pixels for Stable Diffusion 1.x), for
         SDXL the third to sixth of each in the first up block, for transformers the last quarter of those with a text of their own."""
         ...
 

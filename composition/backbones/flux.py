@@ -16,18 +16,18 @@ from torch import Generator, Tensor
 
 from composition.backbones import vae
 from composition.backbones.base import Axis, Defaults, Joint
-from composition.backbones.pipeline import Stock
+from composition.backbones.pipeline import PipelineBackbone
 from composition.loop import Conditioning
 from composition.request import Refused, Request
 
 LONGEST, LONGEST_FAST = 512, 256  # T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained on
-TELLING = 14 / 19  # the share of the double blocks before those that tell best where a word is: 14 to 18 of FLUX.1's 19
+LOCALIZING = 14 / 19  # the share of the double blocks before those that localize words best: 14 to 18 of FLUX.1's 19
 
 _NONE = re.compile(r"time_text_embed|norm\d?\w*\.linear$|norm_out")
 _TEXT = re.compile(r"context_embedder|ff_context|\.attn\.(?:add_\w_proj|to_add_out)$")
 
 
-class FluxBackbone(Stock):
+class FluxBackbone(PipelineBackbone):
     """A FluxPipeline, reached through its text encoders, transformer and vae alone."""
 
     family = "flux"
@@ -87,8 +87,8 @@ class FluxBackbone(Stock):
         return tokenizer.decode(ids[room:]) if len(ids) > room else ""
 
     def offsets(self, prompt: str) -> list[tuple[int, int]]:
-        found = self.pipeline.tokenizer_2(prompt, return_offsets_mapping=True, truncation=True, max_length=self.longest)
-        return [tuple(pair) for pair in found.offset_mapping]
+        encoded = self.pipeline.tokenizer_2(prompt, return_offsets_mapping=True, truncation=True, max_length=self.longest)
+        return [tuple(pair) for pair in encoded.offset_mapping]
 
     def start(
         self, request: Request, scheduler: Any, generators: Sequence[Generator]
@@ -135,11 +135,11 @@ class FluxBackbone(Stock):
 
     def localizing_layers(self) -> tuple[str, ...]:
         double = len(self.denoiser.transformer_blocks)
-        return tuple(list(self.prompt_attention())[int(TELLING * double) : double])
+        return tuple(list(self.prompt_attention())[int(LOCALIZING * double) : double])
 
     def block(self, layer: str) -> str:
-        found = re.match(r"(single_)?transformer_blocks\.(\d+)", layer)
-        return f"{'single' if found[1] else 'double'}.{found[2]}" if found else ""
+        match = re.match(r"(single_)?transformer_blocks\.(\d+)", layer)
+        return f"{'single' if match[1] else 'double'}.{match[2]}" if match else ""
 
 
 def shift(config: Mapping[str, Any], tokens: int) -> float:
@@ -167,7 +167,7 @@ def unpacked(tokens: Float[Tensor, "B N c"], size: Sequence[int]) -> Float[Tenso
 def places(latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "N 3"]:
     """Where each token stands: (0, row, column), for the rotary embedding."""
     high, wide = latents.shape[-2] // 2, latents.shape[-1] // 2
-    found = latents.new_zeros(high, wide, 3)
-    found[..., 1] += torch.arange(high, device=latents.device)[:, None]
-    found[..., 2] += torch.arange(wide, device=latents.device)
-    return found.flatten(0, 1)
+    ids = latents.new_zeros(high, wide, 3)
+    ids[..., 1] += torch.arange(high, device=latents.device)[:, None]
+    ids[..., 2] += torch.arange(wide, device=latents.device)
+    return ids.flatten(0, 1)

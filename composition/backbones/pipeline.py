@@ -12,7 +12,7 @@ from composition.backbones import vae
 from composition.backbones.loading.placement import Placement
 
 
-class Stock:
+class PipelineBackbone:
     """A pipeline whose denoiser is the first of `parts`; its text encoders follow, as far as it has them."""
 
     parts: ClassVar[tuple[str, ...]]
@@ -25,8 +25,8 @@ class Stock:
 
     @property
     def components(self) -> Mapping[str, nn.Module]:
-        found = {name: getattr(self.pipeline, name, None) for name in self.parts}
-        return {name: module for name, module in found.items() if module is not None}
+        modules = {name: getattr(self.pipeline, name, None) for name in self.parts}
+        return {name: module for name, module in modules.items() if module is not None}
 
     @property
     def device(self) -> torch.device:

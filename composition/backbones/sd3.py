@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 
 from composition.backbones import vae
 from composition.backbones.base import Axis, Defaults, Joint
-from composition.backbones.flux import TELLING, shift
-from composition.backbones.pipeline import Stock
+from composition.backbones.flux import LOCALIZING, shift
+from composition.backbones.pipeline import PipelineBackbone
 from composition.loop import Conditioning
 from composition.request import Refused, Request
 
@@ -22,7 +22,7 @@ _NONE = re.compile(r"time_text_embed|norm\d?\w*\.linear$|norm_out")
 _TEXT = re.compile(r"context_embedder|ff_context|\.attn\.(?:add_\w_proj|to_add_out)$")
 
 
-class SD3Backbone(Stock):
+class SD3Backbone(PipelineBackbone):
     """A StableDiffusion3Pipeline, reached through encode_prompt, transformer and vae alone; T5 may be left out."""
 
     family = "sd3"
@@ -79,7 +79,7 @@ class SD3Backbone(Stock):
         pipe = self.pipeline
         first, second = (_offsets(words, prompt, pipe.tokenizer_max_length) for words in (pipe.tokenizer, pipe.tokenizer_2))
         if first != second:
-            raise Refused("the CLIP tokenizers of this model part the prompt differently; where its words are cannot be told")
+            raise Refused("the CLIP tokenizers of this model split the prompt differently, so the places of its words are not known")
         short = first + [(0, 0)] * (pipe.tokenizer_max_length - len(first))
         return short + (_offsets(pipe.tokenizer_3, prompt, LONGEST) if pipe.text_encoder_3 is not None else [])
 
@@ -90,10 +90,10 @@ class SD3Backbone(Stock):
         factor, patch = self.pipeline.vae_scale_factor, self.denoiser.config.patch_size
         shape = (len(generators), self.denoiser.config.in_channels, height // factor, width // factor)
         noise = randn_tensor(shape, generator=list(generators), device=self.device, dtype=self.dtype)
-        moved = {}
+        shifted = {}
         if scheduler.config.get("use_dynamic_shifting"):
-            moved["mu"] = shift(scheduler.config, shape[2] // patch * (shape[3] // patch))
-        scheduler.set_timesteps(request.steps, device=self.device, **moved)
+            shifted["mu"] = shift(scheduler.config, shape[2] // patch * (shape[3] // patch))
+        scheduler.set_timesteps(request.steps, device=self.device, **shifted)
         return noise, scheduler.timesteps
 
     def denoise(
@@ -119,13 +119,13 @@ class SD3Backbone(Stock):
 
     def localizing_layers(self) -> tuple[str, ...]:
         names = list(self.prompt_attention())[:-1] or list(self.prompt_attention())  # the last block no longer writes to the text
-        return tuple(names[int(TELLING * len(names)) :])
+        return tuple(names[int(LOCALIZING * len(names)) :])
 
     def block(self, layer: str) -> str:
-        found = re.match(r"transformer_blocks\.(\d+)", layer)
-        return f"joint.{found[1]}" if found else ""
+        match = re.match(r"transformer_blocks\.(\d+)", layer)
+        return f"joint.{match[1]}" if match else ""
 
 
 def _offsets(tokenizer: Any, prompt: str, longest: int) -> list[tuple[int, int]]:
-    found = tokenizer(prompt, return_offsets_mapping=True, truncation=True, max_length=longest)
-    return [tuple(pair) for pair in found.offset_mapping]
+    encoded = tokenizer(prompt, return_offsets_mapping=True, truncation=True, max_length=longest)
+    return [tuple(pair) for pair in encoded.offset_mapping]

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from composition.backbones import vae
 from composition.backbones.base import Axis, Defaults, Joint
 from composition.backbones.loading.placement import Placement
-from composition.backbones.pipeline import Stock
+from composition.backbones.pipeline import PipelineBackbone
 from composition.loop import Conditioning
 from composition.request import Refused, Request
 
@@ -20,7 +20,7 @@ _NONE = re.compile(r"time_emb|add_embedding|class_embedding|time_proj")
 _TEXT = re.compile(r"\.attn2\.(to_k|to_v)")
 
 
-class UNetBackbone(Stock):
+class UNetBackbone(PipelineBackbone):
     """A StableDiffusionPipeline or StableDiffusionXLPipeline, reached through encode_prompt, unet and vae alone."""
 
     joint: Joint = ""
@@ -58,14 +58,14 @@ class UNetBackbone(Stock):
     ) -> Conditioning:
         guided = negatives is not None
         # SDXL zeroes the negative row only when no negative prompt is given at all, as its authors trained it.
-        given = list(negatives) if negatives is not None and any(negatives) else None
+        negative_prompts = list(negatives) if negatives is not None and any(negatives) else None
         call = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
         if self.family == "sdxl":
             positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
-                prompt=list(prompts), negative_prompt=given, **call)
+                prompt=list(prompts), negative_prompt=negative_prompts, **call)
             pairs = {"text": (negative, positive), "pooled": (negative_pooled, pooled)}
         else:
-            positive, negative = self.pipeline.encode_prompt(list(prompts), negative_prompt=given, **call)
+            positive, negative = self.pipeline.encode_prompt(list(prompts), negative_prompt=negative_prompts, **call)
             pairs = {"text": (negative, positive)}
         return Conditioning({name: torch.stack(pair if guided else pair[1:]) for name, pair in pairs.items() if name in wanted})
 
@@ -76,12 +76,12 @@ class UNetBackbone(Stock):
         return tokenizer.decode(ids[room:]) if len(ids) > room else ""
 
     def offsets(self, prompt: str) -> list[tuple[int, int]]:
-        pipes = [getattr(self.pipeline, name) for name in ("tokenizer", "tokenizer_2") if hasattr(self.pipeline, name)]
-        found = [pipe(prompt, return_offsets_mapping=True, truncation=True, max_length=pipe.model_max_length).offset_mapping
-                 for pipe in pipes if pipe is not None]
-        if any(other != found[0] for other in found[1:]):
-            raise Refused("the two tokenizers of this model part the prompt differently; where its words are cannot be told")
-        return [tuple(pair) for pair in found[0]]
+        tokenizers = [getattr(self.pipeline, name) for name in ("tokenizer", "tokenizer_2") if hasattr(self.pipeline, name)]
+        offsets = [tokenizer(prompt, return_offsets_mapping=True, truncation=True, max_length=tokenizer.model_max_length).offset_mapping
+                   for tokenizer in tokenizers if tokenizer is not None]
+        if any(other != offsets[0] for other in offsets[1:]):
+            raise Refused("the two tokenizers of this model split the prompt differently, so the places of its words are not known")
+        return [tuple(pair) for pair in offsets[0]]
 
     def start(
         self, request: Request, scheduler: Any, generators: Sequence[Generator]
@@ -145,5 +145,5 @@ class UNetBackbone(Stock):
     def block(self, layer: str) -> str:
         if layer.startswith("mid_block"):
             return "mid"
-        found = re.match(r"(down|up)_blocks\.(\d+)", layer)
-        return f"{found[1]}.{found[2]}" if found else ""
+        match = re.match(r"(down|up)_blocks\.(\d+)", layer)
+        return f"{match[1]}.{match[2]}" if match else ""

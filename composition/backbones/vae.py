@@ -1,5 +1,7 @@
-"""Latents to pictures and back, by a pipeline's own autoencoder."""
+"""Latents to pictures and pictures to latents, by a pipeline's own autoencoder, and the scaling between its numbers and the denoiser's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,27 +10,57 @@ from PIL import Image
 from torch import Tensor
 
 
+def scaled(vae: Any, coded: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """The autoencoder's numbers as the denoiser sees them: centred and brought to a spread of about 1."""
+    shift, spread = _scaling(vae, coded)
+    return (coded - shift) * spread
+
+
+def unscaled(vae: Any, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """The inverse of `scaled`."""
+    shift, spread = _scaling(vae, latents)
+    return latents / spread + shift
+
+
+def _scaling(vae: Any, like: Tensor) -> tuple[Float[Tensor, "1 C 1 1"] | float, Float[Tensor, "1 C 1 1"] | float]:
+    """(shift, spread): as the configuration says, by channel where it has means and deviations."""
+    config = vae.config
+    mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is not None and deviation is not None:
+        column = (1, -1, 1, 1)
+        return like.new_tensor(mean).view(column), config.scaling_factor / like.new_tensor(deviation).view(column)
+    return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+
+
+@torch.no_grad()
+def encode(pipeline: Any, pixels: Float[Tensor, "n 3 height width"], part: int = 64) -> Float[Tensor, "n C H W"]:
+    """Pictures in -1..1 as the denoiser sees them, in single precision at least, where the pipeline computes. part: how many at a time."""
+    device = torch.device(pipeline._execution_device)
+    with _whole(pipeline.vae) as vae:
+        coded = torch.cat([vae.encode(some.to(device, vae.dtype)).latent_dist.mode() for some in pixels.split(part)])
+    return scaled(vae, coded.to(torch.promote_types(coded.dtype, torch.float32)))
+
+
 @torch.no_grad()
 def decode(pipeline: Any, latents: Float[Tensor, "B C H W"]) -> list[Image.Image]:
     """The pictures of latents as the denoiser sees them. One at a time: the same bytes whatever the batch, and less memory."""
-    vae = pipeline.vae
+    with _whole(pipeline.vae) as vae:
+        coded = unscaled(vae, latents.to(vae.dtype))
+        pixels = torch.cat([vae.decode(single, return_dict=False)[0] for single in coded.split(1)])
+    return pipeline.image_processor.postprocess(pixels, output_type="pil")
+
+
+@contextmanager
+def _whole(vae: Any) -> Iterator[Any]:
+    """The autoencoder in single precision while it lasts, where it overflows in half."""
     raised = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    if raised:
-        vae.to(torch.float32)
     try:
-        latents = latents.to(vae.dtype)
-        mean, deviation = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
-        scaled = latents / vae.config.scaling_factor
-        if mean is not None and deviation is not None:
-            column = (1, -1, 1, 1)
-            scaled = scaled * latents.new_tensor(deviation).view(column) + latents.new_tensor(mean).view(column)
-        elif shift := getattr(vae.config, "shift_factor", None):
-            scaled = scaled + shift
-        pixels = torch.cat([vae.decode(one, return_dict=False)[0] for one in scaled.split(1)])
+        if raised:
+            vae.to(torch.float32)
+        yield vae
     finally:
         if raised:
             vae.to(torch.float16)
-    return pipeline.image_processor.postprocess(pixels, output_type="pil")
 
 
 def fitting(size: tuple[int, int], unit: int) -> str:

@@ -160,16 +160,16 @@ class AttentionMaps:
     def _of_words(self, attention: Attention) -> Float[Tensor, "rows L places"]:
         """How much each token of the prompt attends to each place, head after head: the whole table would not fit at FLUX's size."""
         text, image = joint_slices(attention.query.shape[-2], self._grid[0] * self._grid[1], self._joint)
-        bias = attention.bias
-        total = attention.query.new_zeros(())
+        bias, heads = attention.bias, attention.query.shape[1]
         if bias is not None and bias.shape[-2] > 1:
             bias = bias[..., text, :]
-        for head in range(attention.query.shape[1]):
+        total = attention.query.new_zeros(())
+        for head in range(heads):
             just = slice(head, head + 1)
             alone = attention._replace(query=attention.query[:, just, text], key=attention.key[:, just],
                                        bias=bias[:, just] if bias is not None and bias.shape[1] > 1 else bias)
             total = total + alone.logits()[:, 0].softmax(-1)[..., image]
-        return total / attention.query.shape[1]
+        return total / heads
 
 
 def joint_slices(length: int, places: int, joint: str) -> tuple[slice, slice]:

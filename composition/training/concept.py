@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from composition.adapters import Adapters
+from composition.backbones import vae
 from composition.backbones.base import Backbone
 from composition.hooks.attention import frozen
 from composition.loras.writer import write
@@ -31,16 +32,9 @@ from composition.training.state import State
 __all__ = ["TARGETS", "Concept", "Plan", "choose", "latents_of", "train"]
 
 
-@torch.no_grad()
 def latents_of(backbone: Backbone, pixels: Float[Tensor, "n 3 height width"], part: int = 64) -> Float[Tensor, "n C H W"]:
     """Pictures in -1..1 as the denoiser sees them: encoded and scaled, in single precision at least."""
-    vae = backbone.pipeline.vae
-    coded = torch.cat([vae.encode(some.to(vae.device, vae.dtype)).latent_dist.mode() for some in pixels.split(part)])
-    coded = coded.to(torch.promote_types(coded.dtype, torch.float32))
-    mean, deviation = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
-    if mean is not None and deviation is not None:
-        coded = (coded - coded.new_tensor(mean).view(1, -1, 1, 1)) / coded.new_tensor(deviation).view(1, -1, 1, 1)
-    return (coded - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+    return vae.encode(backbone.pipeline, pixels, part)
 
 
 def train(

@@ -5,9 +5,12 @@
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import nn
 
@@ -75,7 +78,7 @@ def settle(plan: Placement, total: int, largest: int, free: int | None = None) -
     """
     if plan.offload != "auto":
         return plan
-    free = _free(plan.device) if free is None else free
+    free = available(plan.device) if free is None else free
     if total + ROOM <= free:
         chosen: Offload = "none"
     elif largest + ROOM <= free:
@@ -151,7 +154,20 @@ def _dtype(name: str | None, device: torch.device, family: str) -> tuple[torch.d
     return (torch.float16, "") if device.type == "mps" else (torch.float32, "")
 
 
-def _free(device: torch.device) -> int:
-    """Bytes free on a CUDA device, those torch holds but does not use included."""
+def available(device: torch.device) -> int:
+    """Bytes free on a device: of CUDA those torch holds but does not use included, else of main memory."""
+    if device.type != "cuda":
+        return _main_memory()
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _main_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that programs can still have; in a container (group: its files) no more than it is allowed."""
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        files = sum(int(parts.get(name, 0)) for name in ("active_file", "inactive_file"))  # given up when memory is short
+        free = min(free, max(0, limit - used + files))
+    return free
