@@ -357,7 +357,7 @@ def test_a_cache_that_saw_no_pass_says_so():
 
 
 def test_on_pocket():
-    """The shipped model: the cached pass keeps age 0 exact to float32, and the lead is told."""
+    """The shipped model: the cached pass runs with its cache, in the order by category."""
     from composition import Engine
 
     with Engine.open("pocket", device="cpu") as engine:
