@@ -1,4 +1,5 @@
-# make demo: three LoRAs in one picture, three ways. make test: the whole suite. Each makes its own environment first.
+# make demo: three LoRAs in one picture, three ways. make check: style, floors and the quick tests. make test: the whole suite.
+# Each makes its own environment first.
 # PYTHON: the Python to use (3.11 or newer). TORCH_INDEX: where PyTorch comes from, as for a machine without a GPU
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
@@ -9,10 +10,15 @@ PYTEST_ARGS ?=
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo check test lint bench clean
 
 demo: $(VENV)/.product
 	$(BIN)/medley demo
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest --quick $(PYTEST_ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

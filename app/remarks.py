@@ -4,11 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.terminal import printable
+from composition import prompt_syntax
 
 
 def remarks(notes: Mapping[str, Any]) -> list[str]:
     """The notes that ask for the user's attention, as sentences."""
     lines = [str(notes["order"])] if notes.get("order") else []
+    tagged = notes.get(prompt_syntax.TAGGED)
+    if isinstance(tagged, Mapping):
+        lines += [f"LoRA {name} (weight {weight:g}) is taken from its tag in the prompt" for name, weight in tagged.items()]
+    if pieces := notes.get(prompt_syntax.UNREAD):
+        lines.append(prompt_syntax.sentence(pieces))
     missing = notes.get("missing triggers")
     if isinstance(missing, Mapping):
         lines += [f"the prompt has none of {name}'s trigger words ({', '.join(words)}); --triggers adds one"

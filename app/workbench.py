@@ -1,19 +1,25 @@
 """An open engine at work for one command or evaluation: a progress bar over all its runs, and Ctrl-C that stops between steps."""
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from composition import Cancelled, Request, Result, record
+from app.errors import sentence
+from composition import Cancelled, Request, Result, batch, record
 
 if TYPE_CHECKING:
     from composition import Engine
+
+EVERY = 20.0  # seconds between two lines of progress where there is no terminal
 
 
 @contextmanager
@@ -56,11 +62,8 @@ class Workbench:
             raise Cancelled("cancelled")
         return result
 
-    def save(self, result: Result, folder: Path, stem: str = "") -> Path:
-        from composition.backbones import schedulers
-
-        own = schedulers.title(result.request.sampler, self.engine.backbone.scheduler)
-        return record.save(result, folder, stem, sampler=own)
+    def save(self, result: Result, folder: Path, stem: str = "", *, keep_paths: bool = False) -> Path:
+        return record.save(result, folder, stem, keep_paths=keep_paths)
 
     def skip(self, request: Request) -> None:
         self._show(self._done + request.length)
@@ -92,7 +95,57 @@ class Workbench:
 @contextmanager
 def bench(engine: "Engine", steps: int, console: Console) -> Iterator[Workbench]:
     """The engine with a progress bar over `steps` steps on `console`, and Ctrl-C caught, for one group of runs."""
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with stoppable() as cancel, engine.group(), bar as progress:
+    with stoppable() as cancel, engine.group(), _bar(console) as progress:
         yield Workbench(engine, progress, cancel, steps)
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def run_batch(
+    engine: "Engine", requests: Sequence[Request], folder: Path, title: str, console: Console, files: Sequence[Path] = ()
+) -> Iterator[batch.Item]:
+    """`composition.batch.run_many` with its progress on `console`, errors in the user's words, and Ctrl-C caught.
+
+    Raises Cancelled after Ctrl-C. MEDLEY_DEBUG=1: the first error ends the batch.
+    """
+    with stoppable() as cancel, _display(console, title) as show:
+        yield from batch.run_many(engine, requests, folder, on_progress=show, cancel=cancel, files=files, sentence=_sentence)
+        if cancel.is_set():  # Ctrl-C after the last evaluation
+            raise Cancelled("cancelled")
+
+
+def _sentence(error: Exception) -> str:
+    if os.environ.get("MEDLEY_DEBUG"):
+        raise error
+    return sentence(error)
+
+
+@contextmanager
+def _display(console: Console, title: str) -> Iterator[Callable[[batch.Progress], None]]:
+    """What shows a batch's progress: a bar on a terminal, elsewhere a line now and then, both with the time that is left."""
+    with _bar(console) as bar:
+        task = bar.add_task(title, total=None)
+        begun = last = time.monotonic()
+        done = 0
+
+        def show(progress: batch.Progress) -> None:
+            nonlocal last, done
+            bar.update(task, total=progress.of_steps, completed=progress.steps, description=f"{title} {progress.done}/{progress.pictures}")
+            if console.is_terminal or progress.done == done:
+                return
+            done, now = progress.done, time.monotonic()
+            if now - last > EVERY or done == progress.pictures:
+                last = now
+                console.print(Text(f"{title}: {done} of {progress.pictures} pictures{_left(now - begun, progress)}"))
+
+        yield show
+
+
+def _left(elapsed: float, progress: batch.Progress) -> str:
+    seconds = elapsed / progress.steps * (progress.of_steps - progress.steps) if progress.steps else 0.0
+    if not seconds:
+        return ""
+    return f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"

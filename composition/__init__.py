@@ -20,9 +20,9 @@ __all__ = ["Cancelled", "Condition", "Engine", "Event", "Lora", "Receipt", "Refu
 
 def samplers() -> list[str]:
     """The names `Request.sampler` knows."""
-    from composition.backbones import schedulers as known
+    from composition.sampler_names import TITLES
 
-    return list(known.NAMES)
+    return list(TITLES)
 
 
 def __getattr__(name: str) -> object:

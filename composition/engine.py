@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from composition import backbones, methods
+from composition import backbones, methods, pictures, prompt_syntax, prompts
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone
 from composition.backbones.encodings import Encodings
 from composition.backbones.loading import placement
 from composition.loop import Step, sample
-from composition.loras import library
+from composition.loras import library, reader
 from composition.methods import Method
 from composition.methods.shared import measured_order
 from composition.profiles.store import ProfileStore
-from composition.request import Lora, Receipt, Refused, Request, Result
+from composition.request import DISTILLED_NOTE, SAMPLER_NOTE, Lora, Receipt, Refused, Request, Result
 from composition.run import Run
 
 _LOCKS: dict[str, threading.RLock] = {}  # one per device: two engines on one device take turns
@@ -125,23 +125,30 @@ class Engine:
 
     def inspect(self, source: str) -> Receipt:
         """What of a LoRA file would be applied to this model; nothing is refused for being partial."""
-        return self.adapters.load(self.find(source), Lora(source), allow_partial=True)
+        with self._lock:
+            return self.adapters.load(self.find(source), Lora(source), allow_partial=True)
 
     # pictures ------------------------------------------------------------------------------------------------------
 
-    def settle(self, request: Request) -> tuple[Request, str]:
-        """The request with everything that it leaves open made explicit, and a sentence on the order of its LoRAs ("" for none).
+    def settle(self, request: Request) -> tuple[Request, dict[str, Any]]:
+        """The request with everything that it leaves open made explicit, and notes on what was decided.
 
-        Model, steps and guidance are this model's own; the methods that order LoRAs by frequency get the measured order where every
-        LoRA has a profile (options order and low). A settled request settles to itself.
+        Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; a mask is read, once, into the request;
+        the methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A
+        settled request settles to itself. Raises Refused for a LoRA or a mask that is not there.
         """
-        request = replace(request, model=self.name).settled(*self.backbone.defaults)
+        request, tagged = prompt_syntax.settled(request, self.find)
+        notes: dict[str, Any] = {prompt_syntax.TAGGED: tagged} if tagged else {}
+        loras = [replace(lora, region=pictures.mask_as_text(lora.region, lora.name)) if isinstance(lora.region, str) else lora
+                 for lora in request.loras]
+        request = replace(request, model=self.name, loras=loras).settled(*self.backbone.defaults)
         options = methods.find(request.method).options.__dataclass_fields__
         if not measured_order.concerns(request, options):
-            return request, ""
+            return request, notes
         hashes = {name: self.inspect(lora.source).tensor_sha256 for name, lora in zip(request.names, request.loras, strict=True)}
-        return measured_order.pinned(
+        request, order = measured_order.pinned(
             request, options, {name: self.profiles.frequency(tensors, self.name) for name, tensors in hashes.items()})
+        return request, notes | ({"order": order} if order else {})
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -186,15 +193,15 @@ class Engine:
         if request.conditions:
             raise Refused("this request has conditions; condition LoRAs need a FLUX model and are not part of this version")
         self.backbone.size(request)
+        request, settled = self.settle(request)
         loras = [(name, lora, self.find(lora.source)) for name, lora in zip(request.names, request.loras, strict=True)]
-        request, order = self.settle(request)
         options = method.read(request.options)
         seconds: dict[str, float] = {}
         with self._lock, ExitStack() as own:
             with _timed(seconds, "load"):
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
                 receipts, encodings, fold = self._prepare(own, request, method, loras)
-            notes = self._remarks(request, receipts) | ({"order": order} if order else {}) | ({"fold": fold} if fold else {})
+            notes = self._remarks(request, receipts) | settled | ({"fold": fold} if fold else {})
             rows = list(zip(request.names, request.loras, receipts, strict=True))
             categories = {name: lora.category or receipt.category for name, lora, receipt in rows}
             triggers = {name: lora.triggers or receipt.triggers for name, lora, receipt in rows}
@@ -216,7 +223,7 @@ class Engine:
         steady = method.steady and not any(lora.scheduled for lora in request.loras)
         worth = self._group is not None or request.length * request.count >= FOLD_FROM
         fold = self.fold and steady and worth and bool(loras)
-        key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, _stamp(path))
+        key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, reader.stamp(path))
                                                   for name, lora, path in loras))
         if self._group is not None:
             if key != self._group_key:
@@ -275,19 +282,23 @@ class Engine:
 
     def _remarks(self, request: Request, receipts: Sequence[Receipt]) -> dict[str, Any]:
         """What a user should know: trigger words that the prompt lacks, a prompt cut short, settings no method reads."""
-        notes: dict[str, Any] = {"method": request.method, "evaluations": 0}
+        notes: dict[str, Any] = {"method": request.method, "evaluations": 0,
+                                 SAMPLER_NOTE: schedulers.title(request.sampler, self.backbone.scheduler)}
+        if (distilled := self.backbone.embedded_guidance(request)) is not None:
+            notes[DISTILLED_NOTE] = distilled
+        if pieces := prompt_syntax.unread(request.prompt, request.negative):
+            notes[prompt_syntax.UNREAD] = pieces
         missing = {}
         for name, lora, receipt in zip(request.names, request.loras, receipts, strict=True):
             triggers = lora.triggers or receipt.triggers
-            if triggers and not any(word.lower() in request.prompt.lower() for word in triggers):
+            if prompts.lacks(request.prompt, triggers):
                 missing[name] = list(triggers)
         if missing:
             notes["missing triggers"] = missing
         if cut := self.backbone.truncated(request.prompt):
             notes["prompt cut"] = cut
         if request.negative and self.backbone.scale(request) <= 1.0:
-            distilled = self.backbone.embedded_guidance(request) is not None
-            notes["negative prompt not read"] = ("guidance was distilled into this model: set true_guidance over 1" if distilled
+            notes["negative prompt not read"] = ("guidance was distilled into this model: set true_guidance over 1" if distilled is not None
                                                  else "guidance is off")
         regional = methods.find(request.method).regional
         unread = [name for name, lora in zip(request.names, request.loras, strict=True)
@@ -304,8 +315,3 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
         yield
     finally:
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size

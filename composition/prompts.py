@@ -1,15 +1,19 @@
-"""Which words of a prompt a LoRA belongs to, and the prompts made from that: one for the base, one for each concept.
+"""Whether a prompt says a LoRA's trigger words; which words it belongs to, and the prompts made from that: the base's and each concept's.
 
 A concept is a LoRA with words of its own in the prompt; a style or a place binds to nothing and is everywhere. The base reads
 the prompt without trigger words; each concept reads it with its own trigger words at its own place, and nobody else's.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from composition.request import Lora, Refused
+from composition.request import Lora, Receipt, Refused, Request
+
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")  # Thai to Korean, as one word may join the next
+_NO_LETTER_BEFORE, _NO_LETTER_AFTER = r"(?<!\w)(?<![\u0300-\u036f])", r"(?![\w\u0300-\u036f])"  # accents by themselves are no letters to re
 
 Span = tuple[int, int]  # of characters in a prompt, end excluded
 EVERYWHERE = ("style", "place")  # categories that bind to nothing unless told to
@@ -28,6 +32,29 @@ class Scene:
     everywhere: tuple[str, ...]
     prompts: tuple[str, ...]
     spans: tuple[tuple[Span, ...], ...]
+
+
+def says(prompt: str, words: str) -> bool:
+    """True when the prompt has these words, whole, in order and in any case: "bowl" does not say "owl"."""
+    return bool(_places(prompt, words))
+
+
+def lacks(prompt: str, triggers: Sequence[str]) -> bool:
+    """True when there are trigger words and the prompt says none of them."""
+    return bool(triggers) and not any(says(prompt, words) for words in triggers)
+
+
+def with_triggers(request: Request, inspect: Callable[[str], Receipt]) -> tuple[Request, list[str]]:
+    """The request with the first trigger word of every LoRA that has none in the prompt, and the words put in.
+
+    inspect: source of a LoRA to its receipt.
+    """
+    added: list[str] = []
+    for lora in request.loras:
+        triggers = lora.triggers or inspect(lora.source).triggers
+        if lacks(", ".join([request.prompt, *added]), triggers):
+            added.append(triggers[0])
+    return replace(request, prompt=", ".join([request.prompt, *added]) if request.prompt else ", ".join(added)), added
 
 
 def scene(
@@ -91,8 +118,18 @@ def _span(prompt: str, name: str, lora: Lora, category: str, triggers: Sequence[
 
 
 def _places(prompt: str, words: str) -> list[Span]:
-    parts = [re.escape(part) for part in words.split()]
-    return [match.span() for match in re.finditer(r"(?<!\w)" + r"\s+".join(parts) + r"(?!\w)", prompt, re.IGNORECASE)] if parts else []
+    """Where these words stand in the prompt: whole, in order, in any case, with any spaces between them.
+
+    In scripts that are written without spaces between words, anywhere.
+    """
+    spellings = dict.fromkeys(unicodedata.normalize(form, words) for form in ("NFC", "NFD"))
+    patterns = []
+    for spelling in spellings:
+        if parts := spelling.split():
+            before = "" if _UNSPACED.match(parts[0][0]) else _NO_LETTER_BEFORE
+            after = "" if _UNSPACED.match(parts[-1][-1]) else _NO_LETTER_AFTER
+            patterns.append(before + r"\s+".join(map(re.escape, parts)) + after)
+    return [match.span() for match in re.finditer("|".join(patterns), prompt, re.IGNORECASE)] if patterns else []
 
 
 def _only(places: Sequence[Span], name: str, words: str) -> Span:

@@ -14,8 +14,14 @@ from PIL import Image
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
+from composition.sampler_names import canonical
+
 SCHEMA_VERSION = 1
 MAX_PIXELS = 4096 * 4096
+MAX_LORAS = 64
+SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
+DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
+SEEDS = 2**64  # what a torch.Generator takes, and other tools write
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)]
 Category = Literal["", "character", "clothing", "style", "place", "object", "pose", "other"]
@@ -76,12 +82,17 @@ class Lora:
     @property
     def name(self) -> str:
         """The last part of the source without its ending: "loras/owl.safetensors" is "owl"."""
-        return re.sub(r"\.safetensors$", "", PurePath(self.source.replace("\\", "/")).name)
+        return re.sub(r"(?i)\.safetensors$", "", PurePath(self.source.replace("\\", "/")).name)
 
     @property
     def scheduled(self) -> bool:
         """True when it is off in some of the steps."""
         return self.start > 0.0 or self.end < 1.0
+
+    def scaled(self, factor: float) -> "Lora":
+        """This LoRA at `factor` times its weights, which are rounded to six decimals, so that equal requests are written alike."""
+        text = None if self.text_weight is None else round(self.text_weight * factor, 6)
+        return self if factor == 1.0 else replace(self, weight=round(self.weight * factor, 6), text_weight=text)
 
     def weight_at(self, index: int, count: int) -> float:
         """Its weight at step `index` (from 0) of `count`: 0 outside start..end."""
@@ -110,12 +121,13 @@ class Request:
     one; on a processor, pictures of 512 pixels and more are asked one by one all the same, which is faster there.
     steps and guidance None are the model's usual ones; a result has the numbers. guidance 1 or less switches guidance
     off. Of a model that guidance was distilled into (FLUX.1-dev) it is the number that the model reads, and true_guidance
-    over 1 adds guidance against the negative prompt. sampler "default" is the one the model was saved with.
+    over 1 adds guidance against the negative prompt. sampler "default" is the one the model was saved with; a title as A1111 writes it
+    ("Euler a") is taken for our name of it.
     """
 
     prompt: Annotated[str, Field(max_length=20_000)]
     negative: Annotated[str, Field(max_length=20_000)] = ""
-    loras: Annotated[Sequence[Lora], Field(max_length=64), AfterValidator(tuple)] = ()
+    loras: Annotated[Sequence[Lora], Field(max_length=MAX_LORAS), AfterValidator(tuple)] = ()
     conditions: Annotated[Sequence[Condition], AfterValidator(tuple)] = ()
     model: Annotated[str, Field(min_length=1)] = "pocket"
     method: str = "merge"
@@ -125,7 +137,7 @@ class Request:
     guidance: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] | None = None
     true_guidance: Annotated[float, Field(ge=1.0, le=100.0, allow_inf_nan=False)] = 1.0
     size: tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] = 0
     count: Annotated[int, Field(ge=1, le=1024)] = 1
     batched: bool = True
     allow_partial: bool = False
@@ -137,6 +149,12 @@ class Request:
         if size and size[0] * size[1] > MAX_PIXELS:
             raise ValueError(f"size {size[0]}x{size[1]} is over {MAX_PIXELS} pixels")
         return size
+
+    @field_validator("sampler")
+    @classmethod
+    def _named(cls, sampler: str) -> str:
+        """A title ("Euler a") as our name for it; names that nobody knows are refused where the schedulers are."""
+        return canonical(sampler)
 
     @field_validator("schema_version")
     @classmethod
@@ -162,7 +180,7 @@ class Request:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        return tuple((self.seed + index) % 2**63 for index in range(self.count))
+        return tuple((self.seed + index) % SEEDS for index in range(self.count))
 
     @property
     def length(self) -> int:
@@ -200,9 +218,12 @@ class Receipt:
     family: the kind of base the file was made for, from its keys and shapes ("sd", "sd2", "sdxl", "sd3", "flux",
     "unknown"); layout: how its keys are written ("diffusers", "kohya", ...). components: tensors applied and modules
     reached in the denoiser and in each text encoder. ignored: reason to the raw keys left out for it. no_effect:
-    modules whose update is exactly zero. ranks and alphas: value to the number of modules that have it.
+    modules whose update is exactly zero. ranks and alphas: value to the number of modules that have it. alpha_from: who states
+    alpha, to the number of modules. remarks: what a user should know of how the file was read. A receipt from a header alone has
+    neither alphas nor hashes.
     sha256 is of the whole file, tensor_sha256 of names, shapes, dtypes and bytes of the tensors alone (metadata may
-    change without changing it).
+    change without changing it), data_sha256 of the bytes after the header: what A1111 and Civitai (AutoV3) call a LoRA's hash, of
+    which they write the first 12 digits.
     """
 
     name: str
@@ -218,10 +239,13 @@ class Receipt:
     no_effect: tuple[str, ...] = ()
     ranks: Mapping[int, int] = Field(default_factory=dict)
     alphas: Mapping[float, int] = Field(default_factory=dict)
+    alpha_from: Mapping[str, int] = Field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
     title: str = ""
     category: str = ""
     triggers: tuple[str, ...] = ()
     metadata: Mapping[str, str] = Field(default_factory=dict)
+    data_sha256: str = ""
 
     @property
     def coverage(self) -> float:
@@ -238,7 +262,7 @@ class Receipt:
             text += f", {len(self.no_effect)} modules with no effect"
         for reason, keys in self.ignored.items():
             text += f"; ignored {len(keys)}: {reason}"
-        return text
+        return "; ".join([text, *self.remarks])
 
 
 @dataclass(frozen=True, config=_config)

@@ -45,8 +45,12 @@ class Judge:
         """name: what is printed beside every score. folder: where its files are, None when open-clip fetched it."""
         self.model, self.prepare, self.tokenize = model.eval().requires_grad_(False), prepare, tokenize
         self.thresholds, self.name, self.folder = dict(thresholds or {}), name, folder
-        self.device = next(model.parameters()).device
         self._texts: dict[str, Float[Tensor, " D"]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is now; what it is asked goes there, what it answers comes back to the CPU."""
+        return next(self.model.parameters()).device
 
     @classmethod
     def open(cls, name: str = "pocket", device: str = "cpu") -> Judge:

@@ -1,4 +1,4 @@
-"""What the README shows is run: every python and sh block, in order, in one folder, with the network cut off."""
+"""What the README and the pages of docs show is run: every python and sh block, in order, in one folder, with the network cut off."""
 
 import os
 import re
@@ -60,7 +60,8 @@ def blocks(text: str) -> list[Block]:
 
 
 README = (ROOT / "README.md").read_text("utf-8")
-RUN = [block for block in blocks(README) if block.language in ("python", "sh", "bash")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "assets/pocket/README.md"]
+RUN = [block for page in PAGES[:-1] for block in blocks(page.read_text("utf-8")) if block.language in ("python", "sh", "bash")]
 
 
 @pytest.fixture(scope="session")
@@ -126,8 +127,13 @@ def test_the_readme_shows_what_is_there():
     languages = {block.language for block in blocks(README)}
     assert {"python", "sh"} <= languages
     assert len(SLOW) <= 3
-    for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), target
 
 
 def test_every_method_is_in_the_table():

@@ -25,7 +25,7 @@ BELOW, LEFT_OUT = 1, 3  # exit codes
 WIDE = 140  # letters that the printed table has at least; a narrower terminal wraps them
 SHOWN = ("presence", "all_present", "clipscore", "concept_min", "clip_i", "leakage", "evaluations", "seconds")
 
-EPILOG = ("The prompt alone is always one of the ways. The same command goes on where it was stopped. Exit code 0: done; 1: a mean is "
+EPILOG = ("The prompt alone is always one of the variants. The same command goes on where it was stopped. Exit code 0: done; 1: a mean is "
           "below its --fail-below; 3: done, but something was left out (it is listed); 2: nothing was done.")  # fmt: skip
 
 
@@ -56,8 +56,8 @@ def evaluate(
     model: Annotated[str | None, typer.Option("--model", "-m", help="The base, as for generate (a bundled testbed's own, else pocket).")] = None,
     prefix: Annotated[str, typer.Option(help="Put before every prompt; not scored.")] = "",
     negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps (what is usual for the model).")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale (what is usual for the model); 1 or less is off.")] = None,
     sampler: Annotated[str, typer.Option(help="Sampler by name (the model's own).")] = "default",
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels (the model's own).")] = None,
     resamples: Annotated[int, typer.Option(min=100, max=1_000_000, help="For intervals and tests.")] = 10_000,
@@ -85,11 +85,12 @@ def evaluate(
         folder=report, of=of, boxes=boxes, seeds=seeds, limit=limit, weight=weight, prefix=prefix, equal=equal, references=references, judge=judge,
         resamples=resamples, seed=seed, place=engines.EngineOptions(device, dtype, offload, engines.folders(lora_dir or [])),
         endpoint=_endpoint(mllm, mllm_model), pairs=mllm_pairs)  # fmt: skip
-    from app.evaluation.run import Evaluation, below
+    from app.evaluation.run import Evaluation
+    from app.evaluation.summary import below
 
     outcome = Evaluation(config, err).run()
     _say(outcome)
-    missed = below(outcome, bars)
+    missed = below(outcome.document, bars)
     for line in missed:
         err.print(Text(f"medley: {line}", style="red"))
     if missed or outcome.problems:
@@ -143,18 +144,18 @@ def _say(outcome: "Outcome") -> None:
     from app.evaluation.scoring import METRICS
 
     document = outcome.document
-    found = document["metrics"]
-    metrics = [metric for key in SHOWN for metric in METRICS if metric.key == key and key in found]
+    summary = document["metrics"]
+    metrics = [metric for key in SHOWN for metric in METRICS if metric.key == key and key in summary]
     rows = table("", *(metric.title for metric in metrics), right=tuple(metric.title for metric in metrics))
-    for way in document["ways"]:
+    for variant in document["variants"]:
         cells = []
         for metric in metrics:
-            one = found[metric.key]["all"]["means"].get(way)
-            cells.append("-" if one is None else shown(one["mean"], metric))
-            if one is not None and one["low"] is not None and metric.key not in ("seconds", "evaluations"):
-                ends = [shown(one[end], metric).removesuffix(" %") for end in ("low", "high")]
+            mean = summary[metric.key]["all"]["means"].get(variant)
+            cells.append("-" if mean is None else shown(mean["mean"], metric))
+            if mean is not None and mean["low"] is not None and metric.key not in ("seconds", "evaluations"):
+                ends = [shown(mean[end], metric).removesuffix(" %") for end in ("low", "high")]
                 cells[-1] += f"\n{'..'.join(ends)}"
-        rows.add_row(Text(document["titles"][way]), *map(Text, cells))
+        rows.add_row(Text(document["titles"][variant]), *map(Text, cells))
     for column in rows.columns:
         column.no_wrap = True
     Console(highlight=False, soft_wrap=True, width=max(out.width, WIDE)).print(rows)  # a narrower print would cut numbers

@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from pydantic import ValidationError
 
 from app.options import options as method_options
 from app.options import size as read_size
-from composition import Lora, Receipt, Refused, Request
+from composition import Lora, Refused, Request
+from composition.prompts import with_triggers as with_triggers
 from composition.request import explain
 
 _ALIASES = {"lora_id": "source", "lora_scale": "weight"}  # as diffusers-cli writes them
+RANDOM = -1  # the seed by which other tools ask for a random one
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
@@ -54,6 +56,7 @@ def _lora_json(text: str) -> Lora:
 def request(given: Mapping[str, Any], start: Request | None = None) -> tuple[Request, bool]:
     """The request of these flags (None or empty: not given), over `start` if there is one; and whether its seed was drawn.
 
+    The seed is drawn where none is given and `start` has none, and for -1.
     Raises Refused, or pydantic's ValidationError for a value out of range.
     """
     fields = {key: value for key, value in given.items() if value is not None and value != [] and key in _PLAIN}
@@ -65,27 +68,44 @@ def request(given: Mapping[str, Any], start: Request | None = None) -> tuple[Req
     method = fields.get("method", before.method)
     kept = dict(before.options) if method == before.method else {}
     fields["options"] = kept | method_options(given.get("option") or [], method)
-    drawn = "seed" not in fields and start is None
+    drawn = fields.get("seed") == RANDOM or ("seed" not in fields and start is None)
     if drawn:
         fields["seed"] = secrets.randbelow(2**32)
     if start is None and not str(fields.get("prompt", "")).strip():
         raise Refused('a prompt is needed: medley generate "a raccoon in the snow" --lora raccoon')
     from composition.backbones import schedulers
 
-    made = replace(before, **fields)
-    schedulers.named(made.sampler)  # Refused, with the nearest names, before a model is opened
-    return made, drawn
+    asked = replace(before, **fields)
+    schedulers.named(asked.sampler)  # Refused, with the nearest names, before a model is opened
+    return asked, drawn
 
 
 _PLAIN = {"prompt", "negative", "model", "method", "sampler", "steps", "guidance", "true_guidance", "seed", "count", "batched", "allow_partial"}
 
 
-def with_triggers(request: Request, inspect: Callable[[str], Receipt]) -> tuple[Request, list[str]]:
-    """The request with the first trigger word of every LoRA that has none in the prompt, and the words put in."""
-    added: list[str] = []
-    for one in request.loras:
-        words = one.triggers or inspect(one.source).triggers
-        text = " ".join([request.prompt, *added]).lower()
-        if words and not any(word.lower() in text for word in words):
-            added.append(words[0])
-    return replace(request, prompt=", ".join([request.prompt, *added]) if request.prompt else ", ".join(added)), added
+_HINTS = {  # flags as other tools call them, and how to say it here
+    **dict.fromkeys(("--cfg", "--cfg-scale", "--cfg_scale", "--guidance-scale", "--scale"), "the guidance scale is --guidance, as in --guidance 5"),
+    **dict.fromkeys(("--distilled-cfg", "--distilled-cfg-scale"), "the distilled guidance is --guidance, and CFG beside it --true-guidance"),
+    **dict.fromkeys(("--width", "--height", "--w", "--h", "-W", "-H", "--resolution"), "the size is --size WIDTHxHEIGHT, as in --size 512x768"),
+    **dict.fromkeys(("--weight", "--weights", "--lora-weight", "--lora-scale", "--strength"), "a LoRA's weight stands behind its name, as in "
+                    "--lora owl:0.8"),
+    **dict.fromkeys(("--loras", "--lora-path"), "each LoRA has a --lora of its own, as in --lora owl --lora ink:0.5"),
+    **dict.fromkeys(("--prompt", "-p"), 'the prompt stands by itself, in quotes, as in medley generate "an owl in the snow"'),
+    **dict.fromkeys(("--negative-prompt", "--negative_prompt", "--neg", "-n"), 'what to avoid is --negative "..."'),
+    **dict.fromkeys(("--num-images", "--num-images-per-prompt", "--batch-size", "--batch", "--n-iter", "--num"), "the number of pictures is "
+                    "--count, as in --count 4"),
+    **dict.fromkeys(("--scheduler", "--sampler-name", "--sampling-method"), 'the sampler is --sampler, as in --sampler "Euler a"'),
+    **dict.fromkeys(("--num-inference-steps", "--num-steps", "--sampling-steps"), "the steps are --steps, as in --steps 25"),
+    **dict.fromkeys(("--checkpoint", "--ckpt", "--sd-model", "--base-model"), "the model is --model"),
+}
+
+
+def hinted(words: str, command: str) -> str:
+    """The command line's own complaint, with what to write instead where another tool's word was used, or a prompt without quotes."""
+    if option := re.match(r"No such option: (-{1,2}[\w-]+)", words):
+        hint = _HINTS.get(option[1])
+        return f"there is no {option[1]}: {hint}" if hint else words
+    if command in ("generate", "compare") and (extra := re.match(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)$", words, re.DOTALL)):
+        return (f"{extra[1]!r:.200} is more than one word where one was expected: put the prompt in quotes, as in medley {command} "
+                '"a raccoon in the snow"')
+    return words

@@ -1,4 +1,4 @@
-"""The command line: medley demo, generate, compare, evaluate, profile, train, ui, pull, loras, inspect, methods, doctor.
+"""The command line: medley demo, generate, compare, batch, evaluate, profile, train, ui, pull, loras, inspect, methods, doctor.
 
 torch and diffusers are imported inside commands only, so that `medley --help` answers at once. Errors are one line on
 stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
@@ -18,10 +18,10 @@ from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
 from app import engines, options, remarks, settings, workbench
-from app.cli import evaluate, flags, session, tables, train
+from app.cli import batch, evaluate, flags, session, tables, train
 from app.errors import sentence
 from app.terminal import printable
-from composition import Cancelled, Lora, Receipt, Refused, Request, __version__, record
+from composition import Cancelled, Lora, Refused, Request, __version__, record
 from composition.backbones.loading import catalog
 
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
@@ -52,6 +52,7 @@ Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for t
 Triggers = Annotated[bool, typer.Option("--triggers", help="Add a trigger word of every LoRA that has none in the prompt.")]
 Partial = Annotated[bool | None, typer.Option("--allow-partial", help="Use LoRAs of which not every tensor fits.")]
 From = Annotated[Path | None, typer.Option("--from", metavar="PICTURE.png", help="Start from the request in this picture.")]
+AllowPaths = Annotated[bool, typer.Option("--allow-paths", help="Let the record of --from choose files of this machine by their paths.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (the best there is).")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 (what suits the device).")]
 Offload = Annotated[str, typer.Option("--offload", "--cpu-offload", help="auto, none, model, sequential or group.")]
@@ -72,17 +73,20 @@ def _place(
     return engines.EngineOptions(device, dtype, offload, engines.folders(folders or []), quantize, denoiser)
 
 
-def _start(picture: Path | None, model: str | None) -> record.Record | None:
-    """The record that --from names, its remarks said. Raises Refused when it does not tell which model to use."""
+def _start(picture: Path | None, model: str | None, allow_paths: bool) -> record.Record | None:
+    """The record that --from names, its remarks said. Raises Refused when it does not say which model to use."""
     if picture is None:
         engines.prepare(model or "pocket")
         return None
-    found = record.read(picture)
+    found = record.details(picture)
+    found = found if allow_paths else replace(found, request=record.by_name(found.request))
     for remark in found.remarks:
-        err.print(Text(f"{picture}: {remark}", style="yellow"))
+        err.print(Text(printable(f"{picture}: {remark}"), style="yellow"))
     if not found.ours and not model:
         raise Refused(f"{picture} was made by another tool, with its model {found.model or '(not named)'!r}: say with --model "
                       "which one to use here")
+    if not model and not allow_paths and record.is_path(found.request.model):
+        raise Refused(f"{picture} was made with {found.request.model!r}, a file or folder of its maker: say with --model where it is here")
     engines.prepare(model or found.request.model)
     return found
 
@@ -102,28 +106,32 @@ def generate(
     steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
     out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
+    allow_paths: AllowPaths = False,
+    keep_paths: Annotated[bool, typer.Option("--keep-paths", help="Write where the files lay, not their names alone, into the picture.")] = False,
     device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None,
     lora_dir: Folders = None, masks: Masks = False, json: Json = False,
 ) -> None:
     """Make pictures from a prompt and LoRAs."""
     record.ready(out_dir)
-    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model)
+    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
     request, drawn = flags.request(context.params, found.request if found else None)
     say = err if json else out
     with engines.open_engine(request.model, place) as engine:
+        request = record.located(request, found, engine.loras(), engine.find) if found else request
+        request, settled = engine.settle(request)
+        for line in remarks.remarks(settled):
+            say.print(Text(printable(line), style="dim"))
         request = _triggered(request, engine, say) if triggers else request
-        request, order = engine.settle(request)
-        if order:
-            say.print(Text(printable(order), style="dim"))
         made, drawn_places = [], []
         with workbench.bench(engine, request.length * request.count, err) as at:
-            for path, result in session.pictures(at, request, out_dir):
+            for path, result in session.pictures(at, request, out_dir, keep_paths=keep_paths):
                 made.append((path, result))
                 if masks:
                     drawn_places.append(session.places(path, result))
                 if found and len(made) == 1:
-                    for line in session.reproduction(found, dict(zip(request.names, result.receipts, strict=True))):
-                        err.print(Text(line, style="yellow"))
+                    receipts = dict(zip(request.names, result.receipts, strict=True))
+                    for line in record.differences(found, receipts, record.versions()):
+                        err.print(Text(printable(line), style="yellow"))
     if json:
         print(tables.generated(request, made, drawn))
         return
@@ -147,12 +155,12 @@ def compare(
     option: Option = None, model: Model = None, sampler: Sampler = None, negative: Negative = None, seed: Seed = None,
     steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     out_dir: Out = PICTURES, triggers: Triggers = False,
-    allow_partial: Partial = None, picture: From = None, device: Device = None, dtype: Dtype = None,
+    allow_partial: Partial = None, picture: From = None, allow_paths: AllowPaths = False, device: Device = None, dtype: Dtype = None,
     offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None, lora_dir: Folders = None,
 ) -> None:
     """The same seed and LoRAs by every method, and without any LoRA, side by side."""
     record.ready(out_dir)
-    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model)
+    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
     from composition import methods as known
 
     names = [name.strip() for name in methods.split(",")] if methods else sorted(known.all(), key=lambda name: name != "merge")
@@ -160,15 +168,20 @@ def compare(
     request, drawn = flags.request(context.params | {"option": None}, found.request if found else None)
     if request.method in ways:
         ways[request.method] = {**request.options, **ways[request.method]}
-    _compare(request, ways, out_dir, "compare", place, drawn=drawn, triggers=triggers)
+    _compare(request, ways, out_dir, "compare", place, drawn=drawn, triggers=triggers, found=found)
 
 
 def _compare(
     request: Request, ways: dict[str, dict[str, Any]], folder: Path, prefix: str, place: engines.EngineOptions, *, drawn: bool,
-    triggers: bool = False,
+    triggers: bool = False, found: record.Record | None = None,
 ) -> None:
     with engines.open_engine(request.model, place) as engine:
-        request = (_triggered(request, engine, out) if triggers else request).settled(*engine.backbone.defaults)
+        request = record.located(request, found, engine.loras(), engine.find) if found else request
+        settled_request, settled = engine.settle(replace(request, options={}))
+        request = replace(settled_request, options=request.options)  # each way has its own, and its order is settled with it
+        for line in remarks.remarks({name: note for name, note in settled.items() if name != "order"}):
+            out.print(Text(printable(line), style="dim"))
+        request = _triggered(request, engine, out) if triggers else request
         with workbench.bench(engine, request.length * (1 + len(ways)), err) as at:
             tiles, sheet = session.compare(at, request, ways, folder, prefix)
     out.print(Text(f"{request.prompt}  seed {request.seed}"))
@@ -183,6 +196,7 @@ def _triggered(request: Request, engine: Any, say: Console) -> Request:
     return request
 
 
+app.command(epilog=batch.EPILOG)(batch.batch)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 
 
@@ -246,24 +260,19 @@ def pull(
 
 
 @app.command()
-def loras(model: Model = None, lora_dir: Folders = None, json: Json = False) -> None:
+def loras(
+    model: Model = None, lora_dir: Folders = None,
+    hashes: Annotated[bool, typer.Option("--hashes", help="With --json: read every file whole, for its hashes.")] = False, json: Json = False,
+) -> None:
     """The LoRAs that can be named: bundled with the model, in your folder, in --lora-dir."""
     engines.prepare(model or "pocket")
-    from composition.loras import library, reader
+    from composition.loras import library
 
-    found: list[tuple[Path, Receipt | None, str]] = []
-    for path in library.files(model or "pocket", engines.folders(lora_dir or [])):
-        try:
-            found.append((path, reader.inspect(path), ""))
-        except Refused as error:
-            found.append((path, None, str(error)))
+    listed = list(library.listing(model or "pocket", engines.folders(lora_dir or []), hashes=hashes))
     if json:
-        print(tables.as_json([{"name": path.stem, "path": str(path), "bytes": path.stat().st_size, "error": trouble,
-                             **({"category": one.category, "triggers": list(one.triggers), "ranks": sorted(one.ranks),
-                                 "family": one.family, "sha256": one.sha256} if one else {})}
-                            for path, one, trouble in found]))
+        print(tables.loras_json(listed))
     else:
-        tables.loras(out, found, settings.lora_folder())
+        tables.loras(out, listed, settings.lora_folder())
 
 
 @app.command()
@@ -337,8 +346,13 @@ def run(command: Callable[[], Any]) -> int:
     except Exception as error:
         if os.environ.get("MEDLEY_DEBUG"):
             raise
-        words = error.format_message() if isinstance(error, TyperException) else sentence(error)
+        words = flags.hinted(error.format_message(), _command(error)) if isinstance(error, TyperException) else sentence(error)
         return _fail(words, 2) if words.strip() else 2  # no command was named: the help was printed
+
+
+def _command(error: TyperException) -> str:
+    """The command whose words were wrong, "" where none was reached."""
+    return getattr(getattr(error, "ctx", None), "info_name", None) or ""
 
 
 def _fail(sentence: str, code: int) -> int:

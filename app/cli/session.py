@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 from app.drawing.overlay import sheet as draw_places
 from app.drawing.strip import strip
 from app.workbench import Workbench
-from composition import Receipt, Refused, Request, Result, record
+from composition import Refused, Request, Result, record
 
 if TYPE_CHECKING:
     pass
 
 
-def pictures(at: Workbench, request: Request, folder: Path, stem: str = "") -> Iterator[tuple[Path, Result]]:
+def pictures(at: Workbench, request: Request, folder: Path, stem: str = "", *, keep_paths: bool = False) -> Iterator[tuple[Path, Result]]:
     """Every picture of the request by itself, written as soon as it is made: each one's record makes it again."""
     for index in range(request.count):
         result = at.run(request.alone(index), request.method)
         name = f"{stem}-{record.free(folder, f'{stem}-'):04d}" if stem else ""
-        yield at.save(result, folder, name), result
+        yield at.save(result, folder, name, keep_paths=keep_paths), result
 
 
 def places(path: Path, result: Result) -> Path | None:
@@ -78,16 +78,3 @@ def _tile(at: Workbench, request: Request, title: str, folder: Path, stem: str) 
         at.skip(request)
         return Tile(title, refused=str(error))
     return Tile(title, at.save(result, folder, stem), result)
-
-
-def reproduction(made: record.Record, receipts: Mapping[str, Receipt]) -> list[str]:
-    """How this run differs from the recorded one: LoRA files that changed, other versions of the libraries."""
-    if not made.ours:
-        return []
-    found = [f"LoRA {name} is not the file it was made with (sha256 {str(old.get('sha256'))[:12]}, now "
-             f"{receipts[name].sha256[:12]})" + ("; its tensors are the same" if old.get("tensor_sha256") ==
-                                                  receipts[name].tensor_sha256 else "; the picture will differ")
-             for name, old in made.receipts.items() if name in receipts and old.get("sha256") != receipts[name].sha256]
-    now = record.versions()
-    return found + [f"made with {name} {old}, this is {now[name]}" for name, old in made.versions.items()
-                    if now.get(name, old) != old]

@@ -1,6 +1,7 @@
 """What the command line prints: tables, panels and lines, for people and as JSON."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -18,12 +19,14 @@ from app.terminal import printable
 from composition import Receipt, Request, Result
 
 if TYPE_CHECKING:
+    from composition.loras.library import Listed
     from composition.methods import Method
     from composition.profiles.frequency import Profile
 
 
 def as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2, default=str)
+    text = json.dumps(value, ensure_ascii=False, indent=2, default=str)
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)  # bytes of a file's name that are no text
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
@@ -33,25 +36,34 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
     return made
 
 
-def megabytes(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:.1f} MB"
-
-
-def loras(console: Console, found: Sequence[tuple[Path, Receipt | None, str]], folder: Path) -> None:
+def loras(console: Console, listed: Sequence["Listed"], folder: Path) -> None:
     """Files with what they say of themselves, or why they could not be read; and where to put more."""
     rows = table("name", "category", "trigger words", "rank", "size", "for", right=("rank", "size"))
-    for path, receipt, trouble in found:
+    for path, receipt, trouble, size in listed:
+        name, bytes = Text(printable(path.stem)), "" if size is None else f"{size / 1e6:.1f} MB"
         if receipt is None:
-            rows.add_row(Text(printable(path.stem)), "", Text(printable(trouble), style="red"), "", megabytes(path), "")
+            rows.add_row(name, "", Text(printable(trouble), style="red"), "", bytes, "")
             continue
         ranks = "/".join(str(rank) for rank in sorted(receipt.ranks))
-        rows.add_row(Text(printable(path.stem)), receipt.category, Text(printable(", ".join(receipt.triggers))), ranks, megabytes(path),
-                     _made_for(receipt))
-    if found:
+        rows.add_row(name, receipt.category, Text(printable(", ".join(receipt.triggers))), ranks, bytes, Text(printable(_made_for(receipt))))
+    if listed:
         console.print(rows)
     else:
         console.print("no LoRA files found")
     console.print(Text(f"your own: put .safetensors files into {folder}, or name a folder with --lora-dir", style="dim"))
+
+
+def loras_json(listed: Sequence["Listed"]) -> str:
+    """The same as JSON; the hashes are there where they were computed."""
+    rows = []
+    for path, receipt, trouble, size in listed:
+        row: dict[str, Any] = {"name": path.stem, "path": str(path), "bytes": size, "error": trouble}
+        if receipt is not None:
+            row |= {"title": receipt.title, "category": receipt.category, "triggers": list(receipt.triggers), "ranks": sorted(receipt.ranks),
+                    "family": receipt.family, "layout": receipt.layout, "tensors": receipt.tensors}
+            row |= {"sha256": receipt.sha256, "tensor_sha256": receipt.tensor_sha256} if receipt.sha256 else {}
+        rows.append(row)
+    return as_json(rows)
 
 
 def receipt(console: Console, of: Receipt, base: str) -> None:
@@ -72,6 +84,7 @@ def receipt(console: Console, of: Receipt, base: str) -> None:
     row("layout", of.layout)
     row("rank", _counted(of.ranks))
     row("alpha", _counted(of.alphas))
+    row("alpha from", " and ".join(of.alpha_from))
     row("sha256", of.sha256)
     row("of the tensors", of.tensor_sha256)
     if base:
@@ -83,6 +96,8 @@ def receipt(console: Console, of: Receipt, base: str) -> None:
         row("tensors", of.tensors)
     for reason, keys in of.ignored.items() if base else ():
         row("ignored", f"{len(keys)}: {reason}, as {keys[0]}" if keys else reason)
+    for remark in of.remarks:
+        row("note", remark)
     if of.no_effect:
         row("no effect", f"{len(of.no_effect)} modules, as {of.no_effect[0]}")
     console.print(Panel(rows, title=escape(printable(of.name)), title_align="left", expand=False))

@@ -11,43 +11,43 @@ WIDE, HIGH = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 30
 
 
-def colours(ways: Sequence[str]) -> dict[str, str]:
-    """A way's colour; `X@equal` has that of `X`."""
-    plain = [way for way in ways if way != "none" and "@" not in way]
-    table = {way: PALETTE[index % len(PALETTE)] for index, way in enumerate(plain)}
-    return {way: GREY if way == "none" else table.get(way.partition("@")[0], PALETTE[-1]) for way in ways}
+def colours(variants: Sequence[str]) -> dict[str, str]:
+    """A variant's colour; `X@equal` has that of `X`."""
+    plain = [variant for variant in variants if variant != "none" and "@" not in variant]
+    table = {variant: PALETTE[index % len(PALETTE)] for index, variant in enumerate(plain)}
+    return {variant: GREY if variant == "none" else table.get(variant.partition("@")[0], PALETTE[-1]) for variant in variants}
 
 
-def lines(parts: Mapping[str, Any], ways: Sequence[str], titles: Mapping[str, str], metric: Any) -> str:
-    """Score against number of LoRAs, a line a way, whiskers for its 95 % interval. parts: size or "all" to what was found."""
+def lines(parts: Mapping[str, Any], variants: Sequence[str], titles: Mapping[str, str], metric: Any) -> str:
+    """Score against number of LoRAs, a line a variant, whiskers for its 95 % interval. parts: size or "all" to what was found."""
     sizes = sorted(int(name) for name in parts if name != ALL)
-    points = {way: [(size, parts[str(size)]["means"][way]) for size in sizes if way in parts[str(size)]["means"]] for way in ways}
+    points = {variant: [(size, parts[str(size)]["means"][variant]) for size in sizes if variant in parts[str(size)]["means"]] for variant in variants}
     scale = _Scale([one for rows in points.values() for _, one in rows], metric)
     step = (WIDE - LEFT - RIGHT) / max(1, len(sizes))
     place = {size: LEFT + step * (index + 0.5) for index, size in enumerate(sizes)}
     drawn = [*scale.axis(), *(_text(place[size], HIGH - 10, f"{size} LoRAs" if size == sizes[0] else str(size), "middle") for size in sizes)]
-    table = colours(ways)
-    for index, (way, rows) in enumerate(points.items()):
-        shift = (index - (len(ways) - 1) / 2) * min(7.0, step * 0.6 / len(ways))
-        dash = ' stroke-dasharray="4 3"' if "@" in way else ""
+    table = colours(variants)
+    for index, (variant, rows) in enumerate(points.items()):
+        shift = (index - (len(variants) - 1) / 2) * min(7.0, step * 0.6 / len(variants))
+        dash = ' stroke-dasharray="4 3"' if "@" in variant else ""
         spots = [(place[size] + shift, one) for size, one in rows]
         if len(spots) > 1:
             path = " ".join(f"{x:.1f},{scale(one['mean']):.1f}" for x, one in spots)
-            drawn.append(f'<polyline points="{path}" fill="none" stroke="{table[way]}" stroke-width="1.5"{dash}/>')
-        drawn += [_mark(x, one, scale, table[way], f"{titles[way]}, {size} LoRAs", metric) for (x, one), (size, _) in zip(spots, rows, strict=True)]
+            drawn.append(f'<polyline points="{path}" fill="none" stroke="{table[variant]}" stroke-width="1.5"{dash}/>')
+        drawn += [_mark(x, one, scale, table[variant], f"{titles[variant]}, {size} LoRAs", metric) for (x, one), (size, _) in zip(spots, rows, strict=True)]
     return _svg(drawn, f"{metric.title} against the number of LoRAs")
 
 
-def bars(part: Mapping[str, Any], ways: Sequence[str], titles: Mapping[str, str], metric: Any) -> str:
-    """The same for pictures of one size: a mark a way."""
-    known = [way for way in ways if way in part["means"]]
-    scale, table = _Scale([part["means"][way] for way in known], metric), colours(ways)
+def bars(part: Mapping[str, Any], variants: Sequence[str], titles: Mapping[str, str], metric: Any) -> str:
+    """The same for pictures of one size: a mark a variant."""
+    known = [variant for variant in variants if variant in part["means"]]
+    scale, table = _Scale([part["means"][variant] for variant in known], metric), colours(variants)
     step = (WIDE - LEFT - RIGHT) / max(1, len(known))
     drawn = scale.axis()
-    for index, way in enumerate(known):
+    for index, variant in enumerate(known):
         x = LEFT + step * (index + 0.5)
-        drawn.append(_mark(x, part["means"][way], scale, table[way], titles[way], metric))
-        drawn.append(_text(x, HIGH - 10, titles[way].replace(", equal evaluations", " =")[:13], "middle"))
+        drawn.append(_mark(x, part["means"][variant], scale, table[variant], titles[variant], metric))
+        drawn.append(_text(x, HIGH - 10, titles[variant].replace(", equal evaluations", " =")[:13], "middle"))
     return _svg(drawn, f"{metric.title} by method")
 
 

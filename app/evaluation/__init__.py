@@ -1,1 +1,1 @@
-"""Evaluation: pictures made or given, scored, compared with their uncertainty, and reported."""
+"""Evaluation: pictures generated or supplied, scored, compared with their uncertainty, and reported."""

@@ -1,4 +1,4 @@
-"""What is asked for, whatever answers it: cases of an evaluation, and the pictures that answer them."""
+"""The cases of an evaluation: prompts with their noise and the concepts that a picture of them should show."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ class ExpectedConcept:
     """One thing a picture should show.
 
     name: the LoRA's, or the phrase. phrase: what the judge is asked ("a raccoon"). category: as a Lora's. alone: a prompt for
-    it by itself, "" for none. references: pictures of it that the user gave.
+    it by itself, "" for none. references: pictures of it from the user.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Case:
 
     group: what is resampled as one (a set of LoRAs, a prompt): pictures of one group are not independent. seed: number of
     the seed within its group. text: what CLIPScore is asked. request: as asked, method included. method: how the request or
-    the given picture came to be, "" when it is not known. picture: a picture that is there already. line: of the manifest.
+    the picture came to be, "" when it is not known. picture: a picture that is there already. line: of the manifest.
     """
 
     group: str

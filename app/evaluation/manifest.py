@@ -2,23 +2,20 @@
 
 A line with `file_name` is a picture that is there (relative to the manifest, as Hugging Face's imagefolder has it), with its
 prompt as `text`. Other lines are requests, with the fields of a Request. Besides: `concepts` (phrases, or objects with
-`phrase` and, if you like, `name`, `category`, `references`), `group` (what is resampled as one: the prompt, unless told
-otherwise), `method` (what made a given picture), `text` (what CLIPScore is asked, when it is not the prompt). Columns that
+`phrase` and, if you like, `name`, `category`, `references`), `group` (what is resampled as one: the prompt, when nothing
+else is said), `method` (what made a picture that is there), `text` (what CLIPScore is asked, when it is not the prompt). Columns that
 mean nothing here are left alone beside `file_name`. Lines that `medley generate` wrote need nothing added.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from app.evaluation.cases import Asked, Case, ExpectedConcept, Problem
-from app.evaluation.variants import GIVEN
-from composition import Receipt, Refused, Request
+from app.evaluation.variants import SUPPLIED
+from composition import Receipt, Refused, Request, manifest
 
-OURS = ("file_name", "concepts", "group", "text", "request")
-USUAL = 25, 5.0  # steps and guidance of a request that says neither
 CONCEPT = {"phrase", "name", "category", "references"}
 
 
@@ -35,14 +32,14 @@ def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "p
     asked = Asked()
     seen: dict[tuple[str, str], set[int]] = {}
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise Refused(f"{path}: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            case = _case(_object(line), path.parent, inspect, model, number)
+            case = _case(manifest.row_of(line), path.parent, inspect, model, number)
         except Refused as error:
             asked.problems.append(Problem(str(path), str(error), number))
             continue
@@ -55,19 +52,9 @@ def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "p
     return asked
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"not readable as JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise Refused(f"expected an object with the fields of a request, found {type(row).__name__}")
-    return row
-
-
 def _case(row: dict[str, Any], folder: Path, inspect: Callable[[str], Receipt | None], model: str, line: int) -> Case:
     picture = row.get("file_name")
-    request = _request(row, model, given=picture is not None)
+    request = _request(row, model, supplied=picture is not None)
     path = None
     if picture is not None:
         path = _inside(folder, picture)
@@ -76,31 +63,28 @@ def _case(row: dict[str, Any], folder: Path, inspect: Callable[[str], Receipt | 
     text = row.get("text", request.prompt if request else None)
     if not isinstance(text, str) or not text.strip():
         raise Refused('a text is needed: the prompt, as "text" beside file_name or as "prompt" of a request')
-    told = row["concepts"] if "concepts" in row else None
-    concepts = _concepts(told, folder) if told is not None else _of_loras(request, inspect, finished=path is not None)
-    group, method = row.get("group", text), row.get("method", GIVEN if path else "")
+    listed = row.get("concepts")
+    concepts = _concepts(listed, folder) if listed is not None else _of_loras(request, inspect, finished=path is not None)
+    group, method = row.get("group", text), row.get("method", SUPPLIED if path else "")
     if not isinstance(group, str) or not isinstance(method, str):
         raise Refused("group and method are texts")
     if request and not request.loras and path and "method" not in row:
-        method = GIVEN
+        method = SUPPLIED
     seed = row.get("seed", -1) if path else (request.seed if request else -1)
     return Case(group, seed if isinstance(seed, int) and not isinstance(seed, bool) else -1, text, concepts, request, method, path, line)
 
 
-def _request(row: dict[str, Any], model: str, *, given: bool) -> Request | None:
+def _request(row: dict[str, Any], model: str, *, supplied: bool) -> Request | None:
     """The request a line is, or holds; None beside a picture that came without one."""
-    held = row.get("request")
-    if held is not None:
-        return Request.read(held if isinstance(held, str) else json.dumps(held)).settled(*USUAL)
-    if given:
+    if supplied and row.get("request") is None:
         return None
-    fields = {key: value for key, value in row.items() if key not in OURS}
-    fields.setdefault("model", model)
-    if "prompt" not in fields and isinstance(row.get("text"), str):
-        fields["prompt"] = row["text"]
-    if "prompt" not in fields:
-        raise Refused('neither a picture ("file_name") nor a request ("prompt") is named')
-    return replace(Request.read(json.dumps(fields)), count=1).settled(*USUAL)
+    request = manifest.request_of(row, model)
+    if supplied:
+        return request
+    if request.model != model:
+        raise Refused(f"this line is for the model {request.model}, and this evaluation runs on {model}: name one with --model, or leave "
+                      "it out of the line")  # fmt: skip
+    return replace(request, count=1)
 
 
 def _inside(folder: Path, name: Any) -> Path:
@@ -114,7 +98,7 @@ def _of_loras(request: Request | None, inspect: Callable[[str], Receipt | None],
 
     finished: the picture is there, so that a LoRA whose file is elsewhere by now costs its concept and not the picture.
     """
-    found = []
+    concepts = []
     for name, lora in zip(request.names, request.loras, strict=True) if request else ():
         try:
             receipt = inspect(lora.source)
@@ -126,8 +110,8 @@ def _of_loras(request: Request | None, inspect: Callable[[str], Receipt | None],
         if not triggers:
             continue
         category = lora.category or (receipt.category if receipt else "")
-        found.append(ExpectedConcept(name, phrase(triggers[0], category), category, phrase(triggers[0], category)))
-    return tuple(found)
+        concepts.append(ExpectedConcept(name, phrase(triggers[0], category), category, phrase(triggers[0], category)))
+    return tuple(concepts)
 
 
 def phrase(trigger: str, category: str) -> str:
@@ -139,25 +123,25 @@ def phrase(trigger: str, category: str) -> str:
     return f"{'an' if trigger[0] in 'aeio' else 'a'} {trigger}"
 
 
-def _concepts(given: Any, folder: Path) -> tuple[ExpectedConcept, ...]:
-    if not isinstance(given, list):
+def _concepts(listed: Any, folder: Path) -> tuple[ExpectedConcept, ...]:
+    if not isinstance(listed, list):
         raise Refused("concepts is a list of phrases, or of objects with a phrase")
-    return tuple(_concept(one, folder) for one in given)
+    return tuple(_concept(entry, folder) for entry in listed)
 
 
-def _concept(given: Any, folder: Path) -> ExpectedConcept:
-    row = {"phrase": given} if isinstance(given, str) else given
+def _concept(entry: Any, folder: Path) -> ExpectedConcept:
+    row = {"phrase": entry} if isinstance(entry, str) else entry
     if not isinstance(row, dict) or not isinstance(row.get("phrase"), str) or not row["phrase"].strip():
-        raise Refused(f"a concept is a phrase or an object with a phrase, not {given!r}")
+        raise Refused(f"a concept is a phrase or an object with a phrase, not {entry!r}")
     if unknown := set(row) - CONCEPT:
         raise Refused(f"a concept has {', '.join(sorted(CONCEPT))}, not {', '.join(sorted(unknown))}")
     references = row.get("references", [])
-    if not isinstance(references, list) or not all(isinstance(one, str) for one in references):
+    if not isinstance(references, list) or not all(isinstance(name, str) for name in references):
         raise Refused(f"references of {row['phrase']!r} is a list of picture files")
-    lost = [one for one in references if not (folder / one).is_file()]
+    lost = [name for name in references if not (folder / name).is_file()]
     if lost:
         raise Refused(f"the reference picture {lost[0]!r} of {row['phrase']!r} is missing")
     name, category = row.get("name", row["phrase"]), row.get("category", "")
     if not isinstance(name, str) or not isinstance(category, str):
         raise Refused(f"name and category of {row['phrase']!r} are texts")
-    return ExpectedConcept(name, row["phrase"], category, references=tuple(folder / one for one in references))
+    return ExpectedConcept(name, row["phrase"], category, references=tuple(folder / name for name in references))

@@ -23,10 +23,12 @@ from PIL import Image
 from app.evaluation import statistics
 from app.evaluation.variants import EQUAL, NONE
 from composition import Refused
+from composition.log import Log
 
 LOG = "mllm.jsonl"
 KEY = "MEDLEY_MLLM_KEY"
 TRIES, WAIT, TIMEOUT = 4, 2.0, 120.0
+POINTS = {"first": 1, "second": -1, "tie": 0}
 SIDE = 512  # pixels that small pictures are enlarged to
 QUESTION = (
     "Two pictures, the first and the second, were made for this prompt: {prompt!r}. Which shows better what the prompt asks "
@@ -62,10 +64,10 @@ class Endpoint:
             text = answer["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
             raise Refused(f"{self.url} answered without a message: {str(answer)[:200]}") from None
-        found = re.search(r'"better"\s*:\s*"(first|second|tie)"', str(text).lower())
-        if not found:
+        match = re.search(r'"better"\s*:\s*"(first|second|tie)"', str(text).lower())
+        if not match:
             raise Refused(f"{self.model} did not answer as asked: {str(text)[:200]!r}")
-        return found[1]
+        return match[1]
 
     def _post(self, body: bytes) -> Any:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
@@ -96,7 +98,7 @@ def _data(path: Path) -> str:
 
 
 def compare(
-    endpoint: Endpoint, folder: Path, rows: Sequence[Mapping[str, Any]], ways: Sequence[str], limit: int, *, resamples: int,
+    endpoint: Endpoint, folder: Path, rows: Sequence[Mapping[str, Any]], variants: Sequence[str], limit: int, *, resamples: int,
     seed: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Every two methods on up to `limit` cases both have, each in both orders; answers are kept in mllm.jsonl.
@@ -104,32 +106,26 @@ def compare(
     Returns for each two: wins of the first and second, ties, share of cases where the order decided, and the mean of
     +1, 0, -1 with its interval over groups.
     """
-    log, known = folder / LOG, {}
-    for line in log.read_text("utf-8").splitlines() if log.is_file() else ():
-        try:
-            row = json.loads(line)
-            known[row["model"], row["first"], row["second"]] = row["better"]
-        except (ValueError, KeyError, TypeError):
-            continue
-    by = {(row["way"], row["group"], row["number"]): row for row in rows}
-    found = []
-    for a, b in combinations([way for way in ways if way != NONE and not way.endswith(EQUAL)], 2):
-        cases = [(group, number) for way, group, number in by if way == a and (b, group, number) in by][:limit]
+    log = Log(folder / LOG)
+    known = {(row["model"], row["first"], row["second"]): row["better"] for row in log.rows() if {"model", "first", "second", "better"} <= set(row)}
+    by = {(row["variant"], row["group"], row["number"]): row for row in rows}
+    opinions = []
+    for a, b in combinations([variant for variant in variants if variant != NONE and not variant.endswith(EQUAL)], 2):
+        cases = [(group, number) for variant, group, number in by if variant == a and (b, group, number) in by][:limit]
         points, turned = [], 0
         for group, number in cases:
-            one, two = by[a, group, number], by[b, group, number]
+            of_a, of_b = by[a, group, number], by[b, group, number]
             votes = []
-            for first, second in ((one, two), (two, one)):
+            for first, second in ((of_a, of_b), (of_b, of_a)):
                 key = (endpoint.model, first["id"], second["id"])
                 if key not in known:
-                    known[key] = endpoint.better(one["text"], folder / first["picture"], folder / second["picture"])
-                    with log.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(dict(zip(("model", "first", "second"), key, strict=True)) | {"better": known[key]}) + "\n")
-                votes.append({"first": 1, "second": -1, "tie": 0}[known[key]] * (1 if first is one else -1))
+                    known[key] = endpoint.better(of_a["text"], folder / first["picture"], folder / second["picture"])
+                    log.append(dict(zip(("model", "first", "second"), key, strict=True)) | {"better": known[key]})
+                votes.append(POINTS[known[key]] * (1 if first is of_a else -1))
             turned += votes[0] * votes[1] < 0
             points.append(float((sum(votes) > 0) - (sum(votes) < 0)) if votes[0] * votes[1] >= 0 else 0.0)
         if cases:
             mean = statistics.interval(points, [group for group, _ in cases], resamples=resamples, seed=seed)
-            found.append({"first": a, "second": b, "first_wins": points.count(1.0), "second_wins": points.count(-1.0),
+            opinions.append({"first": a, "second": b, "first_wins": points.count(1.0), "second_wins": points.count(-1.0),
                           "ties": points.count(0.0), "order_decided": turned / len(cases), "difference": asdict(mean)})  # fmt: skip
-    return found
+    return opinions

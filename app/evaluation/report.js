@@ -33,13 +33,13 @@ function value(row, key) {
   if (key === "order") return Number(row.dataset.order);
   const read = (cell, name) => (cell === null || cell.dataset[name] === undefined || cell.dataset[name] === "" ? null : Number(cell.dataset[name]));
   if (key === "spread") {
-    const found = [...row.cells].slice(1).filter((cell) => cell.dataset.way !== "none");
-    const of = (name) => found.map((cell) => read(cell, name)).filter((score) => score !== null);
+    const cells = [...row.cells].slice(1).filter((cell) => cell.dataset.variant !== "none");
+    const of = (name) => cells.map((cell) => read(cell, name)).filter((score) => score !== null);
     const range = (scores) => (scores.length ? Math.max(...scores) - Math.min(...scores) : 0);
     return -(1000 * range(of("presence")) + range(of("clipscore")));
   }
-  const [name, way] = [key.slice(0, key.indexOf("/")), key.slice(key.indexOf("/") + 1)];
-  return read([...row.cells].find((cell) => cell.dataset.way === way) ?? null, name);
+  const [name, variant] = [key.slice(0, key.indexOf("/")), key.slice(key.indexOf("/") + 1)];
+  return read([...row.cells].find((cell) => cell.dataset.variant === variant) ?? null, name);
 }
 function arrange() {
   const rows = [...grid.tBodies[0].rows];
@@ -55,15 +55,15 @@ const detail = document.getElementById("detail");
 document.addEventListener("click", (event) => {
   const tile = event.target.closest(".tile");
   if (!tile) return;
-  const found = inside[tile.dataset.id];
+  const entry = inside[tile.dataset.id];
   const image = tile.querySelector("img");
   detail.querySelector("img").src = image.src;
   detail.querySelector("img").alt = image.alt;
   detail.querySelector("h3").textContent = image.alt;
   const link = detail.querySelector(".file a");
-  link.textContent = found.picture;
-  link.href = found.picture;
-  detail.querySelector(".scores").textContent = JSON.stringify(found.scores, null, 1);
-  detail.querySelector(".request").textContent = found.request === null ? "not known: the picture was given" : JSON.stringify(found.request, null, 1);
+  link.textContent = entry.picture;
+  link.href = entry.picture;
+  detail.querySelector(".scores").textContent = JSON.stringify(entry.scores, null, 1);
+  detail.querySelector(".request").textContent = entry.request === null ? "not known: the picture came with the manifest" : JSON.stringify(entry.request, null, 1);
   detail.showModal();
 });

@@ -4,8 +4,6 @@ import base64
 import csv
 import io
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,36 +14,27 @@ from PIL import Image
 from app.drawing import charts
 from app.evaluation.scoring import METRICS
 from app.evaluation.summary import ALL
+from composition import atomic
 
 HERE = Path(__file__).parent
 THUMB = 128  # pixels of a picture's longer side in the page
 SHOWN = 1500  # pictures in the page's grid; the files have them all
-WORST = 4  # cases shown as worst and as best of each way
+WORST = 4  # cases shown as worst and as best of each variant
 FILES = ("scores.jsonl", "scores.csv", "summary.json", "index.html")
 
 
 def write(folder: Path, rows: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) -> Path:
     """All files of the report, each whole or not at all; returns the page. rows: a scored picture each, in order."""
     folder.mkdir(parents=True, exist_ok=True)
-    _put(folder / FILES[0], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _put(folder / FILES[1], table(rows))
-    _put(folder / FILES[2], json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-    return _put(folder / FILES[3], page(folder, rows, document))
-
-
-def _put(path: Path, text: str) -> Path:
-    part = path.with_name(f".{secrets.token_hex(6)}.tmp")
-    try:
-        part.write_text(text, "utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    atomic.write(folder / FILES[0], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    atomic.write(folder / FILES[1], table(rows))
+    atomic.write(folder / FILES[2], json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+    return atomic.write(folder / FILES[3], page(folder, rows, document))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """CSV: what a picture is, its scores, and for each of its concepts the score and the presence."""
-    plain = ["id", "way", "group", "number", "size", "seed", "prompt", "picture", "cut", *(metric.key for metric in METRICS)]
+    plain = ["id", "variant", "group", "number", "size", "seed", "prompt", "picture", "cut", *(metric.key for metric in METRICS)]
     most = max((len(row["concepts"]) for row in rows), default=0)
     heads = [f"concept{k + 1}{part}" for k in range(most) for part in ("", "_score", "_present")]
     text = io.StringIO()
@@ -68,22 +57,22 @@ def page(folder: Path, rows: Sequence[Mapping[str, Any]], document: Mapping[str,
     """The HTML page: style, script and small pictures inside."""
     environment = Environment(autoescape=select_autoescape(default=True, default_for_string=True), trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"score": shown, "chance": chance}
-    ways, titles, found = document["ways"], document["titles"], document["metrics"]
-    metrics = [metric for metric in METRICS if metric.key in found]
-    cases = grid(rows, ways)
-    kept = cases[: max(1, SHOWN // max(1, len(ways)))]
-    extremes = worst_and_best(cases, ways)
+    variants, titles, summary = document["variants"], document["titles"], document["metrics"]
+    metrics = [metric for metric in METRICS if metric.key in summary]
+    cases = grid(rows, variants)
+    kept = cases[: max(1, SHOWN // max(1, len(variants)))]
+    extremes = worst_and_best(cases, variants)
     wanted = {row["id"]: row for case in [*kept, *(case for pair in extremes.values() for side in pair for case in side)]
               for row in case["cells"].values()}  # fmt: skip
     thumbs = {name: thumb(folder / row["picture"]) for name, row in wanted.items()}
     parts = [ALL, *(str(size) for size in document["sizes"])] if len(document["sizes"]) > 1 else [ALL]
-    plots = [(metric, charts.lines(found[metric.key], ways, titles, metric)) for metric in metrics if len(parts) > 1]
-    plots = plots or [(metric, charts.bars(found[metric.key][ALL], ways, titles, metric)) for metric in metrics]
+    plots = [(metric, charts.lines(summary[metric.key], variants, titles, metric)) for metric in metrics if len(parts) > 1]
+    plots = plots or [(metric, charts.bars(summary[metric.key][ALL], variants, titles, metric)) for metric in metrics]
     inside = {name: {"request": row["request"], "picture": row["picture"], "scores": _scores(row)} for name, row in wanted.items()}
     return environment.from_string((HERE / "report.html").read_text("utf-8")).render(
-        document=document, metrics=metrics, ways=ways, titles=titles, parts=parts, found=found, plots=plots, cases=kept,
+        document=document, metrics=metrics, variants=variants, titles=titles, parts=parts, summary=summary, plots=plots, cases=kept,
         cases_in_all=len(cases), extremes=extremes, thumbs=thumbs, style=(HERE / "report.css").read_text("utf-8"),
-        script=(HERE / "report.js").read_text("utf-8"), inside=_embedded(inside), colours=charts.colours(ways),
+        script=(HERE / "report.js").read_text("utf-8"), inside=_embedded(inside), colours=charts.colours(variants),
         size_word="LoRAs" if any(row["request"] for row in rows) else "concepts")  # fmt: skip
 
 
@@ -97,28 +86,28 @@ def _embedded(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def grid(rows: Sequence[Mapping[str, Any]], ways: Sequence[str]) -> list[dict[str, Any]]:
-    """One entry a case (group and seed number), in order: prompt, size, and way to row."""
+def grid(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[dict[str, Any]]:
+    """One entry a case (group and seed number), in order: prompt, size, and variant to row."""
     cases: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
         case = cases.setdefault((row["group"], row["number"]), {
             "group": row["group"], "number": row["number"], "size": row["size"], "prompt": row["text"], "cells": {}})  # fmt: skip
-        case["cells"].setdefault(row["way"], row)
+        case["cells"].setdefault(row["variant"], row)
     for case in cases.values():
-        case["cells"] = {way: case["cells"][way] for way in ways if way in case["cells"]}
+        case["cells"] = {variant: case["cells"][variant] for variant in variants if variant in case["cells"]}
     return list(cases.values())
 
 
-def worst_and_best(cases: Sequence[dict[str, Any]], ways: Sequence[str]) -> dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Way to its worst and its best cases: by presence where it is known, then by CLIPScore."""
-    found = {}
-    for way in ways:
-        mine = [case for case in cases if way in case["cells"]]
-        mine.sort(key=lambda case: (case["cells"][way]["presence"] or 0.0, case["cells"][way]["clipscore"]))
+def worst_and_best(cases: Sequence[dict[str, Any]], variants: Sequence[str]) -> dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Variant to its worst and its best cases: by presence where it is known, then by CLIPScore."""
+    extremes = {}
+    for variant in variants:
+        mine = [case for case in cases if variant in case["cells"]]
+        mine.sort(key=lambda case: (case["cells"][variant]["presence"] or 0.0, case["cells"][variant]["clipscore"]))
         count = min(WORST, len(mine) // 2)
         if count:
-            found[way] = (mine[:count], mine[::-1][:count])
-    return found
+            extremes[variant] = (mine[:count], mine[::-1][:count])
+    return extremes
 
 
 def thumb(path: Path) -> str:

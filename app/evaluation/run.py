@@ -14,13 +14,14 @@ from rich.console import Console
 from app import engines
 from app.evaluation import manifest, mllm, report, statistics, testbed
 from app.evaluation.cases import Asked, Case, ExpectedConcept, Problem
-from app.evaluation.generate import Made, Maker, Store
-from app.evaluation.summary import mean, per_concept, summary
-from app.evaluation.variants import GIVEN, NONE, Row, Ways, equal, interleaved, title
+from app.evaluation.generate import Picture, generate, supplied
+from app.evaluation.summary import per_concept, summary
+from app.evaluation.variants import NONE, SUPPLIED, Row, Variants, equal, interleaved, title
 from composition import Receipt, Refused, Request
 
 if TYPE_CHECKING:
     from app.evaluation.scoring import Scorer
+    from composition import Engine
 
 FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)  # of every LoRA's weight, tried when a method is tuned
 PILOTS = 8  # sets of each size that weights are tried on, with noise that is used for nothing else
@@ -28,7 +29,7 @@ PILOTS = 8  # sets of each size that weights are tried on, with noise that is us
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What the user asked for. testbed or manifest: one of them. sets None: all. like: settings of every picture. of: a category
+    """What the user asked for. testbed or manifest: one of the two. sets None: all. like: settings of every picture. of: a category
     of which all LoRAs of a set are. boxes: they have regions side by side."""
 
     folder: Path
@@ -68,11 +69,12 @@ class Outcome:
 
 
 class Evaluation:
-    """One evaluation at work. Make it and call `run`; Ctrl-C raises Cancelled, and the same config go on from there."""
+    """One evaluation at work. Make it and call `run`; Ctrl-C raises Cancelled, and the same config goes on from there."""
 
     def __init__(self, config: EvaluationConfig, console: Console) -> None:
         self.config, self.console = config, console
         self.tuned: list[dict[str, Any]] = []
+        self._problems: list[Problem] = []  # of pictures that could not be made
         self._stack = ExitStack()
 
     def run(self) -> Outcome:
@@ -85,17 +87,17 @@ class Evaluation:
                 raise Refused("nothing can be evaluated: " + "; ".join(map(str, asked.problems[:3])))
             scorer = self._scorer()
             self.config.folder.mkdir(parents=True, exist_ok=True)
-            ways = self._ways(cases, scorer)
-            made = self._made(cases, ways)
+            variants = self._variants(cases, scorer)
+            pictures = self._pictures(cases, variants)
             references, trouble = self._references(cases, scorer)
-            seen = scorer.see(made)
-            scorer.settle(made, seen)
-            scores = scorer.score(made, seen, references)
-            rows = [self._row(made[index], score) for index, score in zip(seen, scores, strict=True)]
-            problems = [*asked.problems, *(self.maker.problems if self._opened else []), *scorer.problems, *trouble]
+            seen = scorer.see(pictures)
+            scorer.settle(pictures, seen)
+            scores = scorer.score(pictures, seen, references)
+            rows = [self._row(pictures[index], score) for index, score in zip(seen, scores, strict=True)]
+            problems = [*asked.problems, *self._problems, *scorer.problems, *trouble]
             if not rows:
                 raise Refused("no picture could be made or read: " + "; ".join(map(str, problems[:3])))
-            document = self._document(rows, problems, scorer)
+            document = self._document(rows, pictures, problems, scorer)
             return Outcome(document, rows, problems, report.write(self.config.folder, rows, document))
 
     # what is asked ---------------------------------------------------------------------------------------------------
@@ -105,10 +107,10 @@ class Evaluation:
             return manifest.read(self.config.manifest, self._inspect, self.config.like.model)
         asked, lost = Asked(), {}
         for size in self.config.sizes:
-            for one in testbed.drawn(self._table, size, self.config.sets, self.config.seed, self.config.of):
-                missing = [entry.id for entry in one if not self._there(entry.id, lost)]
+            for chosen in testbed.drawn(self._table, size, self.config.sets, self.config.seed, self.config.of):
+                missing = [entry.id for entry in chosen if not self._there(entry.id, lost)]
                 if not missing:
-                    asked.cases += testbed.cases([one], self.config.seeds, self.config.like, weight=self.config.weight, prefix=self.config.prefix, boxes=self.config.boxes)
+                    asked.cases += testbed.cases([chosen], self.config.seeds, self.config.like, weight=self.config.weight, prefix=self.config.prefix, boxes=self.config.boxes)
         asked.problems += [Problem(f"LoRA {name}", f"{why}; every set with it is left out") for name, why in lost.items()]
         return asked
 
@@ -138,158 +140,152 @@ class Evaluation:
     _opened = False
 
     @cached_property
-    def maker(self) -> Maker:
-        """The engine, opened when the first picture is to be made."""
+    def _engine(self) -> "Engine":
+        """Opened when the first picture is to be made."""
         engine = self._stack.enter_context(engines.open_engine(self.config.like.model, self.config.place))
         self._opened = True
-        return Maker(engine, Store(self.config.folder), self.console)
+        return engine
 
-    def _make(self, rows: Sequence[Row], what: str) -> list[Made]:
+    def _generate(self, rows: Sequence[Row], stage: str) -> list[Picture]:
         if all(row.request is None for row in rows):
-            return [Made(row, row.picture, f"given-{index}") for index, row in enumerate(rows) if row.picture]
-        return self.maker.make(rows, what)
+            return list(supplied(rows).values())
+        pictures, problems = generate(self._engine, rows, self.config.folder, stage, self.console)
+        self._problems += problems
+        return pictures
 
-    def _ways(self, cases: Sequence[Case], scorer: "Scorer") -> Ways:
+    def _variants(self, cases: Sequence[Case], scorer: "Scorer") -> Variants:
         """The methods, with weights tuned on other sets' and other noise's pictures where that was asked."""
-        ways = Ways({name: self.config.options.get(name, {}) for name in self.config.methods}, pin=self._pin)
+        variants = Variants({name: self.config.options.get(name, {}) for name in self.config.methods})
         if not self.config.tune or self.config.manifest is not None:
-            return ways
+            return variants
         factors = {}
         for size in sorted({case.size for case in cases}):
-            sets = [one for one in testbed.drawn(self._table, size, PILOTS, self.config.seed + 1, self.config.of)
-                    if all(self._there(entry.id, {}) for entry in one)]  # fmt: skip
+            sets = [chosen for chosen in testbed.drawn(self._table, size, PILOTS, self.config.seed + 1, self.config.of)
+                    if all(self._there(entry.id, {}) for entry in chosen)]  # fmt: skip
             pilots = testbed.cases(sets, 1, self.config.like, weight=self.config.weight, prefix=self.config.prefix, pilot=True,
                                   boxes=self.config.boxes)
             for name in self.config.tune:
-                rows = [ways.row(case, name, factor) for factor in FACTORS for case in pilots]
-                made = self._make(rows, f"tuning {name}, {size} LoRAs")
-                factors[name, size] = self._best(name, size, made, scorer)
-        return replace(ways, factors=factors)
+                rows = [variants.row(case, name, factor) for factor in FACTORS for case in pilots]
+                pictures = self._generate(rows, f"tuning {name}, {size} LoRAs")
+                factors[name, size] = self._best(name, size, pictures, scorer)
+        return replace(variants, factors=factors)
 
-    def _pin(self, request: Request) -> Request:
-        """The request with its LoRAs' measured order. Raises Refused when one was never profiled."""
-        return self.maker.engine.settle(request)[0]
-
-    def _best(self, name: str, size: int, made: Sequence[Made], scorer: "Scorer") -> float:
+    def _best(self, name: str, size: int, pictures: Sequence[Picture], scorer: "Scorer") -> float:
         """The factor with the highest presence (where it is known) and CLIPScore on the pilots."""
-        seen = scorer.see(made)
-        scores = dict(zip(seen, scorer.score(made, seen, {}), strict=True))
+        seen = scorer.see(pictures)
+        scores = dict(zip(seen, scorer.score(pictures, seen, {}), strict=True))
         tried = {}
         for factor in FACTORS:
-            mine = [row for index, row in scores.items() if _factor(made[index], self.config.weight) == factor]
+            mine = [row for index, row in scores.items() if _factor(pictures[index], self.config.weight) == factor]
             if mine:
-                found = [row["presence"] for row in mine if row["presence"] is not None]
-                tried[factor] = (sum(found) / len(mine), sum(row["clipscore"] for row in mine) / len(mine))
+                presences = [row["presence"] for row in mine if row["presence"] is not None]
+                tried[factor] = (sum(presences) / len(mine), sum(row["clipscore"] for row in mine) / len(mine))
         best = max(tried, key=lambda factor: tried[factor], default=1.0)
-        self.tuned.append({"method": name, "size": size, "factor": best, "pictures": len(made), "tried": {
+        self.tuned.append({"method": name, "size": size, "factor": best, "pictures": len(pictures), "tried": {
             f"{factor:g}": {"presence": round(a, 4), "clipscore": round(b, 3)} for factor, (a, b) in tried.items()}})  # fmt: skip
         return best
 
-    def _made(self, cases: Sequence[Case], ways: Ways) -> list[Made]:
-        """Pictures of all ways of all cases, those at equal evaluations last; in the order of the cases."""
+    def _pictures(self, cases: Sequence[Case], variants: Variants) -> list[Picture]:
+        """Pictures of all variants of all cases, those at equal evaluations last; in the order of the cases."""
         rows: list[Row] = []
         for case in cases:
             if case.picture is not None:
-                rows.append(Row(case, case.method or (case.request.method if case.request else GIVEN), None, case.picture))
-            elif ways.options:
-                rows += ways.rows(case)
+                rows.append(Row(case, case.method or (case.request.method if case.request else SUPPLIED), None, case.picture))
+            elif variants.options:
+                rows += variants.rows(case)
             elif case.request:
-                rows += [ways.alone(case)] if case.request.loras else []
+                rows += [variants.alone(case)] if case.request.loras else []
                 rows.append(Row(case, case.request.method if case.request.loras else NONE, case.request))
         rows = [row for _, row in sorted(enumerate(rows), key=lambda pair: self._order(pair[1], pair[0]))]
-        made = self._make(rows, "making")
-        plain = {one.row.case.key: one.evaluations for one in made if one.row.way == NONE and one.evaluations}
-        more = [further for one in made if one.evaluations and self.config.equal
-                and (further := equal(one.row, one.evaluations, plain.get(one.row.case.key, one.evaluations)))]  # fmt: skip
-        made += self._make(more, "at equal evaluations") if more else []
+        pictures = self._generate(rows, "making")
+        plain = {picture.row.case.key: picture.evaluations for picture in pictures if picture.row.variant == NONE and picture.evaluations}
+        more = [further for picture in pictures if self.config.equal and picture.evaluations and picture.request and (further := equal(
+            picture.row, picture.request, picture.evaluations, plain.get(picture.row.case.key, picture.evaluations)))]  # fmt: skip
+        pictures += self._generate(more, "at equal evaluations") if more else []
         place = {(case.group, case.seed): index for index, case in enumerate(cases)}
-        return sorted(made, key=lambda one: place[one.row.case.key])
+        return sorted(pictures, key=lambda picture: place[picture.row.case.key])
 
     def _order(self, row: Row, index: int) -> tuple[Any, ...]:
-        """One set's pictures together, a way's seeds in a row: LoRAs are read, and folded, once."""
-        ways = (NONE, *self.config.methods)
-        return (row.case.size, row.case.group, ways.index(row.way) if row.way in ways else len(ways), index)
+        """One set's pictures together, a variant's seeds in a row: LoRAs are read, and folded, once."""
+        variants = (NONE, *self.config.methods)
+        return (row.case.size, row.case.group, variants.index(row.variant) if row.variant in variants else len(variants), index)
 
     def _references(self, cases: Sequence[Case], scorer: "Scorer") -> tuple[dict[str, Any], list[Problem]]:
         """Vectors of pictures of each LoRA alone, or of the user's own."""
         from app.evaluation.scoring import gather
 
-        given: dict[str, ExpectedConcept] = {}
+        with_pictures: dict[str, ExpectedConcept] = {}  # the user's own
         alone: dict[str, Row] = {}
         for case in cases:
             for concept in case.concepts:
                 if concept.references:
-                    given.setdefault(concept.name, concept)
+                    with_pictures.setdefault(concept.name, concept)
                 elif self.config.references and case.request and concept.alone and concept.name in case.request.names:
                     lora = case.request.loras[case.request.names.index(concept.name)]
                     request = replace(case.request, prompt=f"{self.config.prefix}{concept.alone}", loras=[replace(lora, weight=1.0)],
                                       method="merge", options={}, count=1)  # fmt: skip
                     alone.setdefault(concept.name, Row(Case(f"reference/{concept.name}", 0, concept.alone, (concept,), request), "reference", request))
         rows = [Row(row.case, "reference", replace(row.request, seed=testbed.noise(row.case.group, number, True)))
-                for name, row in alone.items() if name not in given and row.request for number in range(self.config.references)]  # fmt: skip
-        made = self._make(rows, "references") if rows else []
-        return gather(made, scorer.see(made), scorer.judge, list(given.values()))
+                for name, row in alone.items() if name not in with_pictures and row.request for number in range(self.config.references)]  # fmt: skip
+        pictures = self._generate(rows, "references") if rows else []
+        return gather(pictures, scorer.see(pictures), scorer.judge, list(with_pictures.values()))
 
     # scores ----------------------------------------------------------------------------------------------------------
 
     def _scorer(self) -> "Scorer":
         from app.evaluation.scoring import Scorer
+        from composition.backbones.loading import placement
         from retrieval.judge import Judge
 
-        return Scorer(Judge.open(self.config.judge, self.config.place.device or "cpu"), self.config.scale)
+        device = placement.choose(self.config.place.device).device  # where the engine is, or would be
+        return Scorer(Judge.open(self.config.judge, str(device)), self.config.scale)
 
-    def _row(self, one: Made, score: Mapping[str, Any]) -> dict[str, Any]:
-        case, request = one.row.case, one.row.request or one.row.case.request
-        return {"id": one.id, "way": one.row.way, "group": case.group, "number": case.seed, "size": case.size,
+    def _row(self, picture: Picture, score: Mapping[str, Any]) -> dict[str, Any]:
+        case, request = picture.row.case, picture.request or picture.row.case.request
+        return {"id": picture.id, "variant": picture.row.variant, "group": case.group, "number": case.seed, "size": case.size,
                 "seed": request.seed if request else None, "prompt": request.prompt if request else case.text, "text": case.text,
-                "picture": Path(os.path.relpath(one.path, self.config.folder)).as_posix(), **score,
+                "picture": Path(os.path.relpath(picture.path, self.config.folder)).as_posix(), **score,
                 "request": json.loads(request.json()) if request else None, "line": case.line}  # fmt: skip
 
-    def _second(self, rows: Sequence[Mapping[str, Any]], ways: Sequence[str], problems: list[Problem]) -> list[dict[str, Any]] | None:
+    def _second(self, rows: Sequence[Mapping[str, Any]], variants: Sequence[str], problems: list[Problem]) -> list[dict[str, Any]] | None:
         """The second opinion, where one was asked for; an endpoint's trouble is a problem, the report is written all the same."""
         config = self.config
         if config.endpoint is None:
             return None
         try:
-            return mllm.compare(config.endpoint, config.folder, rows, ways, config.pairs, resamples=config.resamples, seed=config.seed)
+            return mllm.compare(config.endpoint, config.folder, rows, variants, config.pairs, resamples=config.resamples, seed=config.seed)
         except Refused as error:
             problems.append(Problem("the second opinion", f"{error}; the answers so far are kept"))
             return None
 
-    def _document(self, rows: Sequence[Mapping[str, Any]], problems: list[Problem], scorer: "Scorer") -> dict[str, Any]:
-        config, found = self.config, list(dict.fromkeys(row["way"] for row in rows))
-        first = (NONE, *(way for name in config.methods for way in (name, f"{name}@equal")))
-        ways = [*(way for way in first if way in found), *sorted(way for way in found if way not in first)]
+    def _document(
+        self, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Picture], problems: list[Problem], scorer: "Scorer"
+    ) -> dict[str, Any]:
+        config, present = self.config, list(dict.fromkeys(row["variant"] for row in rows))
+        first = (NONE, *(variant for name in config.methods for variant in (name, f"{name}@equal")))
+        variants = [*(variant for variant in first if variant in present), *sorted(variant for variant in present if variant not in first)]
         texts = {row["text"]: row["cut"] for row in rows}
-        metrics = summary(rows, ways, resamples=config.resamples, seed=config.seed)
-        second = self._second(rows, ways, problems)
+        metrics = summary(rows, variants, resamples=config.resamples, seed=config.seed)
+        second = self._second(rows, variants, problems)
         from app.evaluation import wording
 
         return {
-            "title": f"Evaluation: {config.testbed or config.manifest}", "ways": ways, "titles": {way: title(way) for way in ways},
+            "title": f"Evaluation: {config.testbed or config.manifest}", "variants": variants, "titles": {variant: title(variant) for variant in variants},
             "pictures": len(rows), "groups": len({row["group"] for row in rows}),
             "group_word": "set" if config.testbed else "prompt", "sizes": sorted({row["size"] for row in rows}),
-            "model": config.like.model if self._opened else "", "metrics": metrics, "concepts": per_concept(rows, ways),
+            "model": config.like.model if self._opened else "", "metrics": metrics, "concepts": per_concept(rows, variants),
             "resamples": config.resamples, "resample_seed": config.seed, "tuned": self.tuned, "mllm": second,
-            "judge": wording.judge(scorer, texts, {c["phrase"] for row in rows for c in row["concepts"]}), "remarks": wording.remarks(self.tuned, ways, second, len({row["group"] for row in rows}), scorer.judge.name),
-            "problems": wording.grouped(problems), "settings": wording.settings(config),
+            "judge": wording.judge(scorer, texts, {c["phrase"] for row in rows for c in row["concepts"]}),
+            "remarks": [*wording.remarks(self.tuned, variants, second, len({row["group"] for row in rows}), scorer.judge.name),
+                        *wording.orders(pictures)],
+            "problems": wording.grouped(problems),
+            "settings": wording.settings(replace(config, like=self._engine.settle(config.like)[0]) if self._opened else config),
         }  # fmt: skip
 
 
-def _factor(one: Made, weight: float) -> float:
+def _factor(picture: Picture, weight: float) -> float:
     """The factor of a pilot, from its first LoRA."""
-    case, request = one.row.case, one.row.request
+    case, request = picture.row.case, picture.request
     assert case.request and request
     ratio = request.loras[0].weight / case.request.loras[0].weight if weight else 1.0
     return min(FACTORS, key=lambda factor: abs(factor - ratio))
-
-
-def below(outcome: Outcome, bars: Sequence[tuple[str, str, float]]) -> list[str]:
-    """What does not reach its bar, as sentences: (way or "" for every method, metric, value)."""
-    found = []
-    for way, metric, bar in bars:
-        for name in [way] if way else [way for way in outcome.document["ways"] if way != NONE]:
-            value = mean(outcome.document["metrics"], metric, name)
-            if value is None or value < bar:
-                found.append(f"{metric} of {title(name)} is {'not known' if value is None else f'{value:.4g}'}, below {bar:g}")
-    return found

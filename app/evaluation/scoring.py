@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from app.evaluation.cases import ExpectedConcept, Problem
-from app.evaluation.generate import Made
+from app.evaluation.generate import Picture
 from retrieval.judge import SCALES, Judge, clip_score, sides, threshold
 
 PART = 64  # pictures open at a time
@@ -64,43 +64,42 @@ class Scorer:
         self.thresholds: dict[str, float] = {phrase: row.score for phrase, row in judge.thresholds.items()}
         self.settled: dict[str, int] = {}  # phrase to the number of pictures its threshold was set on
 
-    def see(self, made: Sequence[Made]) -> dict[int, Seen]:
+    def see(self, pictures: Sequence[Picture]) -> dict[int, Seen]:
         """Index to vectors; a picture that cannot be opened is a problem and left out."""
-        found: dict[int, Seen] = {}
-        for first in range(0, len(made), PART):
+        vectors: dict[int, Seen] = {}
+        for first in range(0, len(pictures), PART):
             opened = {}
-            for index in range(first, min(first + PART, len(made))):
-                picture = self._open(made[index])
-                if picture is not None:
-                    opened[index] = picture
+            for index in range(first, min(first + PART, len(pictures))):
+                image = self._open(pictures[index])
+                if image is not None:
+                    opened[index] = image
             if not opened:
                 continue
             whole = self.judge.see(list(opened.values()))
-            parts = {index: sides(picture) for index, picture in opened.items() if len(_things(made[index].row.case.concepts)) > 1}
+            parts = {index: sides(image) for index, image in opened.items() if len(_things(pictures[index].row.case.concepts)) > 1}
             beside = self.judge.see([side for pair in parts.values() for side in pair]) if parts else None
             at = {index: 2 * place for place, index in enumerate(parts)}
             for place, index in enumerate(opened):
                 two = beside[at[index] : at[index] + 2] if beside is not None and index in at else None
-                found[index] = Seen(whole[place], two)
-        return found
+                vectors[index] = Seen(whole[place], two)
+        return vectors
 
-    def _open(self, one: Made) -> Image.Image | None:
+    def _open(self, picture: Picture) -> Image.Image | None:
         try:
-            with Image.open(one.path) as image:
+            with Image.open(picture.path) as image:
                 return image.convert("RGB")
         except FileNotFoundError:
-            why = f"{one.path} is missing"
+            why = f"{picture.path} is missing"
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            why = f"{one.path} is no readable picture: {error}"
-        case = one.row.case
-        self.problems.append(Problem(str(one.path), why, case.line))
+            why = f"{picture.path} is no readable picture: {error}"
+        self.problems.append(Problem(str(picture.path), why, picture.row.case.line))
         return None
 
-    def settle(self, made: Sequence[Made], seen: Mapping[int, Seen]) -> None:
+    def settle(self, pictures: Sequence[Picture], seen: Mapping[int, Seen]) -> None:
         """Set a threshold for every phrase that has none, on the pictures of cases without it: 5 % of them pass."""
-        phrases = {concept.phrase for one in made for concept in one.row.case.concepts} - self.thresholds.keys()
+        phrases = {concept.phrase for picture in pictures for concept in picture.row.case.concepts} - self.thresholds.keys()
         for phrase in sorted(phrases):
-            others = [index for index in seen if phrase not in {c.phrase for c in made[index].row.case.concepts}]
+            others = [index for index in seen if phrase not in {c.phrase for c in pictures[index].row.case.concepts}]
             if len(others) < FEW:
                 continue
             text = self.judge.read([phrase])[0]
@@ -109,17 +108,17 @@ class Scorer:
             self.settled[phrase] = len(others)
 
     def score(
-        self, made: Sequence[Made], seen: Mapping[int, Seen], references: Mapping[str, Float[Tensor, "n D"]]
+        self, pictures: Sequence[Picture], seen: Mapping[int, Seen], references: Mapping[str, Float[Tensor, "n D"]]
     ) -> list[dict[str, Any]]:
         """One row of scores for each picture seen, in order. references: concept's name to vectors of pictures of it."""
-        texts = list(dict.fromkeys(made[index].row.case.text for index in seen))
+        texts = list(dict.fromkeys(pictures[index].row.case.text for index in seen))
         cut = dict(zip(texts, self.judge.cut(texts), strict=True))
-        return [self._row(made[index], one, cut, references) for index, one in seen.items()]
+        return [self._row(pictures[index], vectors, cut, references) for index, vectors in seen.items()]
 
     def _row(
-        self, one: Made, seen: Seen, cut: Mapping[str, bool], references: Mapping[str, Float[Tensor, "n D"]]
+        self, picture: Picture, seen: Seen, cut: Mapping[str, bool], references: Mapping[str, Float[Tensor, "n D"]]
     ) -> dict[str, Any]:
-        case = one.row.case
+        case = picture.row.case
         cosine = seen.whole @ self.judge.read([case.text])[0]
         row: dict[str, Any] = {"clipscore": float(clip_score(cosine, self.scale)), "cut": cut[case.text]}
         concepts = [self._concept(concept, seen.whole, references) for concept in case.concepts]
@@ -136,8 +135,8 @@ class Scorer:
             "clip_i": sum(likeness) / len(likeness) if likeness else None,
             "clip_i_min": min(likeness, default=None),
             "leakage": self._leakage(case.concepts, seen),
-            "evaluations": one.evaluations,
-            "seconds": one.seconds,
+            "evaluations": picture.evaluations,
+            "seconds": picture.seconds,
         }  # fmt: skip
         return row
 
@@ -166,24 +165,24 @@ def _things(concepts: Sequence[ExpectedConcept]) -> list[ExpectedConcept]:
     return [concept for concept in concepts if concept.category in THINGS]
 
 
-def gather(made: Sequence[Made], seen: Mapping[int, Seen], judge: Judge, given: Sequence[ExpectedConcept]) -> tuple[
+def gather(pictures: Sequence[Picture], seen: Mapping[int, Seen], judge: Judge, with_pictures: Sequence[ExpectedConcept]) -> tuple[
     dict[str, Float[Tensor, "n D"]], list[Problem]
 ]:  # fmt: skip
-    """Vectors of reference pictures by concept: those made by the LoRA alone, or the user's own where there are any."""
+    """Vectors of reference pictures by concept: those by the LoRA alone, or the user's own of the concepts `with_pictures`."""
     vectors: dict[str, list[Tensor]] = defaultdict(list)
     problems = []
-    for index, one in seen.items():
-        vectors[made[index].row.case.concepts[0].name].append(one.whole)
-    for concept in given:
-        pictures = []
+    for index, picture in seen.items():
+        vectors[pictures[index].row.case.concepts[0].name].append(picture.whole)
+    for concept in with_pictures:
+        images = []
         for path in concept.references:
             try:
                 with Image.open(Path(path)) as image:
-                    pictures.append(image.convert("RGB"))
+                    images.append(image.convert("RGB"))
             except (OSError, ValueError) as error:
                 problems.append(Problem(str(path), f"a reference of {concept.name} cannot be read: {error}"))
-        if pictures:
-            vectors[concept.name] = list(judge.see(pictures))
+        if images:
+            vectors[concept.name] = list(judge.see(images))
     return {name: torch.stack(rows) for name, rows in vectors.items()}, problems
 
 

@@ -42,11 +42,11 @@ class Paired:
     better: float
 
     @property
-    def parted(self) -> bool:
+    def significant(self) -> bool:
         """Whether the two are told apart: the interval leaves 0 out and the permutation test agrees (adjusted p <= 0.05).
 
         Both, because an interval over few groups is too short; with five groups or fewer no test can agree. Adjusted, because
-        among many ways some two always part by chance.
+        among many variants some two always part by chance.
         """
         low, high = self.difference.low, self.difference.high
         return low is not None and high is not None and (low > 0 or high < 0) and self.holm <= 1 - LEVEL
@@ -83,7 +83,7 @@ def _tail(count: int) -> float:
 
 
 def permuted(differences: Sequence[float], groups: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """Two-sided p of "no difference": the signs of whole groups are flipped, all ways where there are few enough.
+    """Two-sided p of "no difference": the signs of whole groups are flipped, every combination where there are few enough.
 
     Drawn at random otherwise, and then the observed signs count as one of the draws.
     """
@@ -109,7 +109,7 @@ def paired(
     scores: dict[str, dict[tuple[str, int], float]], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[Paired]:
     """Every two methods on the cases both have: method to case (group, seed) to score, in the order of the methods."""
-    found = []
+    pairs = []
     names = list(scores)
     for index, first in enumerate(names):
         for second in names[index + 1 :]:
@@ -119,11 +119,11 @@ def paired(
             more = [scores[first][key] - scores[second][key] for key in both]
             groups = [group for group, _ in both]
             better = float(np.mean([1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in more]))
-            found.append(Paired(
+            pairs.append(Paired(
                 first, second, interval(more, groups, resamples=resamples, seed=seed),
                 permuted(more, groups, resamples=resamples, seed=seed), 1.0, _effect(more, groups), better))  # fmt: skip
-    adjusted = holm([one.p for one in found])
-    return [Paired(**{**vars(one), "holm": p}) for one, p in zip(found, adjusted, strict=True)]
+    adjusted = holm([pair.p for pair in pairs])
+    return [Paired(**{**vars(pair), "holm": p}) for pair, p in zip(pairs, adjusted, strict=True)]
 
 
 def _effect(differences: Sequence[float], groups: Sequence[str]) -> float | None:
@@ -139,8 +139,8 @@ def ranks(means: dict[str, float], pairs: Sequence[Paired], *, larger: bool = Tr
     Methods that the pictures do not tell apart may share a rank; that is no proof that they are alike.
     """
     beaten = dict.fromkeys(means, 0)
-    for one in pairs:
-        if one.parted:
-            first_wins = (one.difference.mean > 0) == larger
-            beaten[one.second if first_wins else one.first] += 1
+    for pair in pairs:
+        if pair.significant:
+            first_wins = (pair.difference.mean > 0) == larger
+            beaten[pair.second if first_wins else pair.first] += 1
     return {name: 1 + beaten[name] for name in means}

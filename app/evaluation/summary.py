@@ -7,62 +7,74 @@ from typing import Any
 from app.drawing.charts import ALL
 from app.evaluation import statistics
 from app.evaluation.scoring import METRICS, Metric
+from app.evaluation.variants import NONE, title
 
 Rows = Sequence[Mapping[str, Any]]
 
 
-def summary(rows: Rows, ways: Sequence[str], *, resamples: int, seed: int) -> dict[str, Any]:
-    """{metric: {size or "all": {"means": way to interval, "pairs": [...], "ranks": way to rank}}}.
+def summary(rows: Rows, variants: Sequence[str], *, resamples: int, seed: int) -> dict[str, Any]:
+    """{metric: {size or "all": {"means": variant to interval, "pairs": [...], "ranks": variant to rank}}}.
 
-    rows: scored pictures with way, group, number and size. Pairs are formed on (group, number); ways as they stand in the
-    report. Sizes are told apart only where there are several.
+    rows: scored pictures with variant, group, number and size. Pairs are formed on (group, number); variants as they stand in the
+    report. Sizes are kept apart only where there are several.
     """
     sizes = sorted({row["size"] for row in rows})
     parts = {ALL: rows} | ({str(size): [row for row in rows if row["size"] == size] for size in sizes} if len(sizes) > 1 else {})
-    found: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for metric in METRICS:
         if any(row[metric.key] is not None for row in rows):
-            found[metric.key] = {name: _part(part, metric, ways, resamples, seed) for name, part in parts.items()}
-    return found
+            metrics[metric.key] = {name: _part(part, metric, variants, resamples, seed) for name, part in parts.items()}
+    return metrics
 
 
-def _part(rows: Rows, metric: Metric, ways: Sequence[str], resamples: int, seed: int) -> dict[str, Any]:
+def _part(rows: Rows, metric: Metric, variants: Sequence[str], resamples: int, seed: int) -> dict[str, Any]:
     scores: dict[str, dict[tuple[str, int], float]] = {}
     means = {}
-    for way in ways:
-        mine = [row for row in rows if row["way"] == way and row[metric.key] is not None]
+    for variant in variants:
+        mine = [row for row in rows if row["variant"] == variant and row[metric.key] is not None]
         if mine:
-            means[way] = statistics.interval([row[metric.key] for row in mine], [row["group"] for row in mine],
+            means[variant] = statistics.interval([row[metric.key] for row in mine], [row["group"] for row in mine],
                                              resamples=resamples, seed=seed)  # fmt: skip
-            scores[way] = {(row["group"], row["number"]): row[metric.key] for row in mine}
+            scores[variant] = {(row["group"], row["number"]): row[metric.key] for row in mine}
     pairs = statistics.paired(scores, resamples=resamples, seed=seed)
-    ranks = statistics.ranks({way: one.mean for way, one in means.items()}, pairs, larger=metric.larger)
-    return {"means": {way: asdict(one) for way, one in means.items()},
-            "pairs": [{**asdict(one), "parted": one.parted} for one in pairs], "ranks": ranks}  # fmt: skip
+    ranks = statistics.ranks({variant: interval.mean for variant, interval in means.items()}, pairs, larger=metric.larger)
+    return {"means": {variant: asdict(interval) for variant, interval in means.items()},
+            "pairs": [{**asdict(pair), "significant": pair.significant} for pair in pairs], "ranks": ranks}  # fmt: skip
 
 
-def mean(found: Mapping[str, Any], metric: str, way: str, part: str = ALL) -> float | None:
-    """The mean of a metric for a way, None where there is none."""
-    row = found.get(metric, {}).get(part, {}).get("means", {}).get(way)
+def mean(metrics: Mapping[str, Any], metric: str, variant: str, part: str = ALL) -> float | None:
+    """The mean of a metric for a variant, None where there is none."""
+    row = metrics.get(metric, {}).get(part, {}).get("means", {}).get(variant)
     return None if row is None else row["mean"]
 
 
-def per_concept(rows: Rows, ways: Sequence[str]) -> list[dict[str, Any]]:
-    """Presence and score of every concept by way, and in how many pictures: which LoRA gets lost."""
+def per_concept(rows: Rows, variants: Sequence[str]) -> list[dict[str, Any]]:
+    """Presence and score of every concept by variant, and in how many pictures: which LoRA gets lost."""
     table: dict[str, dict[str, list[tuple[float, bool | None]]]] = {}
     kinds = {}
     for row in rows:
         for concept in row["concepts"]:
             kinds[concept["name"]] = (concept["phrase"], concept["category"])
-            table.setdefault(concept["name"], {}).setdefault(row["way"], []).append((concept["score"], concept["present"]))
-    made = []
-    for name, by_way in sorted(table.items(), key=lambda item: (kinds[item[0]][1], item[0])):
-        entry: dict[str, Any] = {"name": name, "phrase": kinds[name][0], "category": kinds[name][1], "ways": {}}
-        for way in ways:
-            if way in by_way:
-                seen = by_way[way]
+            table.setdefault(concept["name"], {}).setdefault(row["variant"], []).append((concept["score"], concept["present"]))
+    concepts = []
+    for name, by_variant in sorted(table.items(), key=lambda item: (kinds[item[0]][1], item[0])):
+        entry: dict[str, Any] = {"name": name, "phrase": kinds[name][0], "category": kinds[name][1], "variants": {}}
+        for variant in variants:
+            if variant in by_variant:
+                seen = by_variant[variant]
                 known = [present for _, present in seen if present is not None]
-                entry["ways"][way] = {"pictures": len(seen), "score": sum(score for score, _ in seen) / len(seen),
+                entry["variants"][variant] = {"pictures": len(seen), "score": sum(score for score, _ in seen) / len(seen),
                                       "presence": sum(known) / len(known) if known else None}  # fmt: skip
-        made.append(entry)
-    return made
+        concepts.append(entry)
+    return concepts
+
+
+def below(document: Mapping[str, Any], bars: Sequence[tuple[str, str, float]]) -> list[str]:
+    """What does not reach its bar, as sentences: (variant or "" for every method, metric, value)."""
+    missed = []
+    for variant, metric, bar in bars:
+        for name in [variant] if variant else [variant for variant in document["variants"] if variant != NONE]:
+            value = mean(document["metrics"], metric, name)
+            if value is None or value < bar:
+                missed.append(f"{metric} of {title(name)} is {'not known' if value is None else f'{value:.4g}'}, below {bar:g}")
+    return missed

@@ -105,22 +105,22 @@ def drawn(table: dict[str, list[Entry]], size: int, count: int | None, seed: int
     used: Counter[str] = Counter()
     chosen = []
     for _ in range(count):
-        best = min(left, key=lambda one: sum(used[entry.id] for entry in one))  # the first of equals: as shuffled
+        best = min(left, key=lambda each: sum(used[entry.id] for entry in each))  # the first of equals: as shuffled
         left.remove(best)
         chosen.append(best)
         used.update(entry.id for entry in best)
     return chosen
 
 
-def prompt(one: Set) -> str:
+def prompt(chosen: Set) -> str:
     """The phrases one after the other, those of one category as "a, b and c"; where an entry has none, all triggers joined by
     commas."""
-    if len(one) > 1 and all(entry.phrase and entry.category == one[0].category for entry in one):
-        phrases = [entry.phrase.strip().removeprefix("and ") for entry in one]
+    if len(chosen) > 1 and all(entry.phrase and entry.category == chosen[0].category for entry in chosen):
+        phrases = [entry.phrase.strip().removeprefix("and ") for entry in chosen]
         return f"{', '.join(phrases[:-1])} and {phrases[-1]}"
-    if all(entry.phrase for entry in one):
-        return "".join(entry.phrase for entry in one).strip()
-    return ", ".join(word.strip() for entry in one for word in entry.triggers)
+    if all(entry.phrase for entry in chosen):
+        return "".join(entry.phrase for entry in chosen).strip()
+    return ", ".join(word.strip() for entry in chosen for word in entry.triggers)
 
 
 def noise(group: str, number: int, pilot: bool = False) -> int:
@@ -129,21 +129,21 @@ def noise(group: str, number: int, pilot: bool = False) -> int:
 
 
 def cases(
-    chosen: Sequence[Set], seeds: int, like: Request, *, weight: float = 1.0, prefix: str = "", pilot: bool = False,
+    several: Sequence[Set], seeds: int, like: Request, *, weight: float = 1.0, prefix: str = "", pilot: bool = False,
     boxes: bool = False,
 ) -> list[Case]:
     """Each set with each seed number. like: the request's other settings. prefix: put before the prompt, never scored. boxes:
     the LoRAs' regions are columns of equal width, in the order of the set."""
-    made = []
-    for one in chosen:
-        text, group = prompt(one), "+".join(map(str, one))
-        columns = [(k / len(one), 0.0, (k + 1) / len(one), 1.0) if boxes else None for k in range(len(one))]
+    of_sets = []
+    for chosen in several:
+        text, group = prompt(chosen), "+".join(map(str, chosen))
+        columns = [(k / len(chosen), 0.0, (k + 1) / len(chosen), 1.0) if boxes else None for k in range(len(chosen))]
         loras = [Lora(entry.id, weight=weight, triggers=entry.triggers, category=_category(entry.category), region=column)
-                 for entry, column in zip(one, columns, strict=True)]  # fmt: skip
+                 for entry, column in zip(chosen, columns, strict=True)]  # fmt: skip
         for number in range(seeds):
             request = replace(like, prompt=f"{prefix}{text}", loras=loras, seed=noise(group, number, pilot), count=1)
-            made.append(Case(group, number, text, tuple(entry.concept for entry in one), request))
-    return made
+            of_sets.append(Case(group, number, text, tuple(entry.concept for entry in chosen), request))
+    return of_sets
 
 
 def _category(name: str) -> Any:

@@ -1,45 +1,38 @@
-"""The ways an evaluation compares: the prompt alone, each method, and each dearer method at the cost of the plain one."""
+"""The variants an evaluation compares: the prompt alone, each method, and each dearer method at the cost of the plain one."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from app import options
 from app.evaluation.cases import Case
-from composition import Lora, Refused, Request
+from composition import Refused, Request
 
-NONE, GIVEN, EQUAL = "none", "given", "@equal"
-MEASURED = ("change", "level")  # values of the option order that a profile answers
-MANY = 1.05  # times the prompt alone's evaluations, from which a way is also made at equal evaluations
+NONE, SUPPLIED, EQUAL = "none", "supplied", "@equal"
+MANY = 1.05  # times the prompt alone's evaluations, from which a variant is also made at equal evaluations
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture to be: a case answered in one way. request None: the picture was given."""
+    """One picture to be: a case by one variant. request None: the picture came with the manifest."""
 
     case: Case
-    way: str
+    variant: str
     request: Request | None = None
     picture: Path | None = None
 
-    @property
-    def title(self) -> str:
-        return f"{self.way} {self.case.group}"
-
 
 @dataclass(frozen=True)
-class Ways:
-    """Ways with their methods' options, and the factor on every LoRA's weight that tuning found for (way, size).
+class Variants:
+    """Variants with their methods' options, and the factor on every LoRA's weight that tuning found for (variant, size).
 
-    A way is a method's name, or that and options after it: "cmlora:cache=false". pin: writes the measured order of its LoRAs
-    into a request, for the options order=change and order=level.
+    A variant is a method's name, or that and options after it: "cmlora:cache=false".
     """
 
     options: Mapping[str, Mapping[str, Any]]
     factors: Mapping[tuple[str, int], float] = field(default_factory=dict)
-    pin: Callable[[Request], Request] | None = None
 
     def rows(self, case: Case) -> list[Row]:
         """The prompt alone first, then every method."""
@@ -52,72 +45,62 @@ class Ways:
     def row(self, case: Case, name: str, factor: float | None = None) -> Row:
         assert case.request
         factor = self.factors.get((name, case.size), 1.0) if factor is None else factor
-        loras = [scaled(lora, factor) for lora in case.request.loras]
-        request = replace(case.request, loras=loras, method=method_of(name), options=self.options[name])
-        measured = self.pin is not None and request.options.get("order") in MEASURED
-        return Row(case, name, self.pin(request) if measured and self.pin else request)
+        loras = [lora.scaled(factor) for lora in case.request.loras]
+        return Row(case, name, replace(case.request, loras=loras, method=method_of(name), options=self.options[name]))
 
 
-def scaled(lora: Lora, factor: float) -> Lora:
-    """The LoRA at `factor` times its weights."""
-    if factor == 1.0:
-        return lora
-    text = None if lora.text_weight is None else round(lora.text_weight * factor, 6)
-    return replace(lora, weight=round(lora.weight * factor, 6), text_weight=text)
-
-
-def equal(row: Row, evaluations: int, plain: int) -> Row | None:
+def equal(row: Row, settled: Request, evaluations: int, plain: int) -> Row | None:
     """The same with as many steps as make its evaluations those of the prompt alone; None where they are already.
 
-    plain: evaluations of the prompt alone. A method that asks K LoRAs in each of T steps gets about T / K steps: what it is
+    settled: its request with the model's own steps. plain: evaluations of the prompt alone. A method that asks K LoRAs in each of T steps gets about T / K steps: what it is
     worth at Merge's cost.
     """
-    if row.request is None or row.way == NONE or evaluations <= MANY * plain:
+    if row.variant == NONE or evaluations <= MANY * plain:
         return None
-    return Row(row.case, row.way + EQUAL, replace(row.request, steps=max(1, round(row.request.length * plain / evaluations))))
+    return Row(row.case, row.variant + EQUAL, replace(settled, steps=max(1, round(settled.length * plain / evaluations))))
 
 
-def method_of(way: str) -> str:
-    """The method of a way: "cmlora" of "cmlora:cache=false"."""
-    return way.removesuffix(EQUAL).partition(":")[0]
+def method_of(variant: str) -> str:
+    """The method of a variant: "cmlora" of "cmlora:cache=false"."""
+    return variant.removesuffix(EQUAL).partition(":")[0]
 
 
-def title(way: str) -> str:
-    """What a way is called in tables."""
+def title(variant: str) -> str:
+    """What a variant is called in tables."""
     from composition import methods
 
-    if way == NONE:
+    if variant == NONE:
         return "Prompt only"
-    if way.endswith(EQUAL):
-        return f"{title(way.removesuffix(EQUAL))}, equal evaluations"
-    name, _, options = way.partition(":")
+    if variant.endswith(EQUAL):
+        return f"{title(variant.removesuffix(EQUAL))}, equal evaluations"
+    name, _, options = variant.partition(":")
     known = methods.all()
-    return f"{known[name].title} {options.replace(':', ' ')}".strip() if name in known else way
+    return f"{known[name].title} {options.replace(':', ' ')}".strip() if name in known else variant
 
 
 def read_methods(text: str, shared: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """Way to options, from "merge,cmlora,cmlora:cache=false"; `none` is left out: it is always there.
+    """Variant to options, from "merge,cmlora,cmlora:cache=false"; `none` is left out: it is always there.
 
-    shared: key=value pairs for all methods that have them; a way's own come over them. Raises Refused for an unknown one.
+    shared: key=value pairs for all methods that have them; a variant's own come over them. Raises Refused for an unknown one.
     """
     from composition import methods
 
-    ways = dict.fromkeys(name for part in text.split(",") if (name := part.strip()) and name != NONE)
-    names = {way: methods.find(method_of(way)).name for way in ways}
+    variants = dict.fromkeys(name for part in text.split(",") if (name := part.strip()) and name != NONE)
+    names = {variant: methods.find(method_of(variant)).name for variant in variants}
     common = options.options_of_each(shared, list(dict.fromkeys(names.values()))) if shared else {}
-    own = {way: options.options(way.split(":")[1:], name) for way, name in names.items()}
-    return {way: {**common.get(name, {}), **own[way]} for way, name in names.items()}
+    own = {variant: options.options(variant.split(":")[1:], name) for variant, name in names.items()}
+    return {variant: {**common.get(name, {}), **own[variant]} for variant, name in names.items()}
 
 
 def numbers(text: str, flag: str) -> list[int]:
     """"2,3" or "2-5" as numbers in order. Raises Refused."""
-    found: set[int] = set()
+    values: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?", part)
         if not match or match[2] and int(match[2]) < int(match[1]):
             raise Refused(f"{flag} {text}: write numbers, as 2,3,4 or 2-5")
-        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return sorted(found)
+        values.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(values)
 
 
 def interleaved(cases: Sequence[Case], limit: int | None) -> list[Case]:

@@ -6,9 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from app.evaluation.cases import Problem
+from app.evaluation.generate import Picture
 from app.evaluation.scoring import FEW, Scorer, formula
 from app.evaluation.variants import EQUAL, NONE, title
-from composition import record
+from composition import Request, methods, record
+from composition.methods.shared.dominance import CATEGORY
+from composition.methods.shared.measured_order import DEFAULT_MEASURE, MEASURES
 from retrieval.judge import CONFUSION
 
 LEAST = 6  # groups from which a permutation test can reach p <= 0.05
@@ -42,32 +45,60 @@ def judge(scorer: Scorer, texts: Mapping[str, bool], phrases: Collection[str]) -
 
 
 def remarks(
-    tuned: Sequence[Mapping[str, Any]], ways: Sequence[str], second: Sequence[Mapping[str, Any]] | None, groups: int, judge: str
+    tuned: Sequence[Mapping[str, Any]], variants: Sequence[str], second: Sequence[Mapping[str, Any]] | None, groups: int, judge: str
 ) -> list[str]:
     """Sentences under the table of scores."""
     lines = []
-    if groups < LEAST and len(ways) > 1:
-        lines.append(f"Only {groups} groups: with fewer than {LEAST} no test can tell two ways apart, and intervals mean little.")
+    if groups < LEAST and len(variants) > 1:
+        lines.append(f"Only {groups} groups: with fewer than {LEAST} no test can tell two variants apart, and intervals mean little.")
     if judge.startswith("pocket"):
         lines.append("Pocket's judge knows Pocket's world and the names of some 700 emoji, at 64 px; what lies beyond them scores near nothing.")
-    for name in dict.fromkeys(one["method"] for one in tuned):
-        found = [one for one in tuned if one["method"] == name]
-        told = ", ".join(f"{one['factor']:g} for {one['size']} LoRAs" for one in found)
-        lines.append(f"{title(name)}: the factor on every weight was tuned on {sum(one['pictures'] for one in found)} pictures of other "
-                     f"noise: {told} (of {', '.join(found[0]['tried'])}).")  # fmt: skip
-    if any(way.endswith(EQUAL) for way in ways):
+    for name in dict.fromkeys(row["method"] for row in tuned):
+        sizes = [row for row in tuned if row["method"] == name]
+        factors = ", ".join(f"{row['factor']:g} for {row['size']} LoRAs" for row in sizes)
+        lines.append(f"{title(name)}: the factor on every weight was tuned on {sum(row['pictures'] for row in sizes)} pictures of other "
+                     f"noise: {factors} (of {', '.join(sizes[0]['tried'])}).")  # fmt: skip
+    if any(variant.endswith(EQUAL) for variant in variants):
         lines.append("Equal evaluations: as many steps as cost what one evaluation in each plain step costs.")
-    if NONE in ways:
+    if NONE in variants:
         lines.append("Prompt only: the same prompt and noise without any LoRA.")
-    for one in second or ():
-        lines.append(f"Second opinion: {title(one['first'])} against {title(one['second'])}: {one['first_wins']} to {one['second_wins']}, "
-                     f"{one['ties']} ties; the order decided {100 * one['order_decided']:.0f} % (counted as ties).")  # fmt: skip
+    for pair in second or ():
+        lines.append(f"Second opinion: {title(pair['first'])} against {title(pair['second'])}: {pair['first_wins']} to {pair['second_wins']}, "
+                     f"{pair['ties']} ties; the order decided {100 * pair['order_decided']:.0f} % (counted as ties).")  # fmt: skip
     return lines
+
+
+def orders(pictures: Sequence[Picture]) -> list[str]:
+    """For every variant whose method orders LoRAs: by what, in how many of its pictures of two LoRAs or more."""
+    counts: dict[str, Counter[str]] = {}
+    for picture in pictures:
+        row = picture.row
+        if row.request and picture.request and len(picture.request.loras) > 1 and not row.variant.endswith(EQUAL):
+            if order := _order(row.request, picture.request):
+                counts.setdefault(row.variant, Counter())[order] += 1
+    return [f"{title(variant)}: LoRAs ordered {'; '.join(_of(order, times, kinds.total()) for order, times in kinds.items())}."
+            for variant, kinds in counts.items()]  # fmt: skip
+
+
+def _order(asked: Request, settled: Request) -> str:
+    """By what the LoRAs of a settled request are ordered; "" for a method without an order."""
+    if "order" not in methods.find(settled.method).options.__dataclass_fields__:
+        return ""
+    wanted, order = asked.options.get("order", ""), settled.options.get("order", "")
+    if wanted == CATEGORY or not order:
+        return "by category"
+    if order == CATEGORY:
+        return "by category, as not all are profiled on this model"
+    return f"by the measured {wanted or DEFAULT_MEASURE} of frequency" if wanted in ("", *MEASURES) else "as the option says"
+
+
+def _of(order: str, times: int, total: int) -> str:
+    return order if times == total else f"{order} in {times} of {total} pictures"
 
 
 def grouped(problems: Sequence[Problem]) -> list[str]:
     """Problems as sentences, the same trouble of many pictures once, those of lines first and in their order."""
-    lines = [str(problem) for problem in sorted((one for one in problems if one.line), key=lambda one: one.line)]
+    lines = [str(problem) for problem in sorted((problem for problem in problems if problem.line), key=lambda problem: problem.line)]
     whys = Counter(problem.why for problem in problems if not problem.line)
     for why, times in whys.items():
         where = next(problem.where for problem in problems if problem.why == why and not problem.line)
@@ -79,13 +110,13 @@ def settings(config: Any) -> str:
     """Everything that makes it again, as JSON."""
     scoring = {"judge": config.judge, "scale": config.scale, "resamples": config.resamples, "seed": config.seed, "versions": record.versions()}
     if config.manifest is not None:
-        told = {"manifest": str(config.manifest), "methods": list(config.methods), "limit": config.limit, "references": config.references}
-        return json.dumps({**told, **scoring}, indent=1)
+        source = {"manifest": str(config.manifest), "methods": list(config.methods), "limit": config.limit, "references": config.references}
+        return json.dumps({**source, **scoring}, indent=1)
     like = json.loads(config.like.json())
     kept = {key: like[key] for key in ("model", "negative", "sampler", "steps", "guidance", "size")}
     return json.dumps({
         "testbed": config.testbed, "methods": list(config.methods),
-        "options": {name: dict(given) for name, given in config.options.items() if given}, "sizes": list(config.sizes),
+        "options": {name: dict(options) for name, options in config.options.items() if options}, "sizes": list(config.sizes),
         "sets": "all" if config.sets is None else config.sets, "of": config.of, "boxes": config.boxes, "seeds": config.seeds, "limit": config.limit, "weight": config.weight,
         "prefix": config.prefix, "tune": list(config.tune), "references": config.references, **kept, **scoring,
     }, indent=1)  # fmt: skip

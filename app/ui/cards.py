@@ -3,6 +3,7 @@
 import base64
 import binascii
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
-from composition.loras import metadata
+from composition import prompts
+from composition.loras import library, metadata
+from composition.loras.reader import shown
+from composition.loras.safetensors import load_header
 from composition.request import Category
 
 PREVIEW = "preview"  # metadata key: a PNG in base64
@@ -46,11 +49,12 @@ class Card:
 def cards(files: Iterable[Path]) -> dict[str, Card]:
     """Every file's card by key, in the order of the categories, then of the titles. A header is read once per change."""
     paths = list(dict.fromkeys(files))
-    stems = [path.stem for path in paths]
+    stems = [shown(path.stem) for path in paths]
+    counts = Counter(stems)
     found: dict[str, Card] = {}
-    for path in paths:
-        alone = stems.count(path.stem) == 1
-        key = path.stem if alone else f"{path.stem} ({path.parent.name})"
+    for path, stem in zip(paths, stems, strict=True):
+        alone = counts[stem] == 1
+        key = stem if alone else f"{stem} ({shown(path.parent.name)})"
         while key in found:
             key += "'"
         title, category, triggers, preview, trouble = _read(path, _stamp(path))
@@ -60,14 +64,13 @@ def cards(files: Iterable[Path]) -> dict[str, Card]:
 
 def lacking(prompt: str, chosen: Iterable[Card]) -> list[Card]:
     """The cards of which the prompt has no trigger word, as the engine counts them."""
-    return [card for card in chosen
-            if card.triggers and not any(word.lower() in prompt.lower() for word in card.triggers)]
+    return [card for card in chosen if prompts.lacks(prompt, card.triggers)]
 
 
 def with_words(prompt: str, words: Sequence[str]) -> str:
     """The prompt with these words at its end, those it has already left out."""
     for word in words:
-        if word.lower() not in prompt.lower():
+        if not prompts.says(prompt, word):
             prompt = f"{prompt.rstrip().rstrip(',')}, {word}" if prompt.strip() else word
     return prompt
 
@@ -84,10 +87,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _read(path: Path, stamp: tuple[int, int]) -> tuple[str, str, tuple[str, ...], str, str]:
     """(title, category, triggers, preview, trouble) of a file in the state that `stamp` stands for."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            said = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        return "", "", (), "", f"cannot be read: {' '.join(str(error).split())[:200]}"
+        said = load_header(path).metadata
+    except Exception as error:  # one file, whatever is wrong with it, does not take the others down
+        return "", "", (), "", library.trouble(error)
     return metadata.title(said), metadata.category(said), metadata.triggers(said), _picture(said.get(PREVIEW, "")), ""
 
 

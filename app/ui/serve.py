@@ -49,10 +49,9 @@ def opened(engine: "Engine", folder: Path, number: int, *, browse: bool = False)
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from app.ui.page import HERE, Page
-    from composition.backbones import schedulers
 
     def keep(result: Result) -> Path:
-        return record.save(result, folder, sampler=schedulers.title(result.request.sampler, engine.backbone.scheduler))
+        return record.save(result, folder)
 
     look = gr.themes.Default(
         primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg",

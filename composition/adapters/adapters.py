@@ -7,6 +7,7 @@ stacks; `use`, `rows`, `regional` and `combined` write the gates; `folded` write
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from composition.loop import Step
 from composition.loras import reader
 from composition.request import Lora, Receipt
 
-KEPT_FILES = 32  # parsed LoRA files held in memory, least recently used first out
+KEPT_BYTES = 2 * 2**30  # main memory for the factors of LoRA files, least recently used first out
 
 
 class Adapters:
@@ -32,12 +33,12 @@ class Adapters:
 
     components: "unet", "text_encoder", ... to the modules LoRAs may touch; the first is the denoiser, the others are
     text encoders, whose rows are prompts and whose gates are their own. block: layer path of the denoiser to its block;
-    axis: to what its tokens are (for `regional`).
+    axis: to what its tokens are (for `regional`). kept_bytes: main memory for factors of files that may be asked for again.
     """
 
     def __init__(
         self, components: Mapping[str, nn.Module], *, family: str, block: Callable[[str], str],
-        axis: Callable[[str], Any] = lambda _: None,
+        axis: Callable[[str], Any] = lambda _: None, kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self.components = dict(components)
         self.family = family
@@ -45,8 +46,9 @@ class Adapters:
         self._axis = axis
         self._denoiser = self._model.denoiser
         self._layers = self._model.modules
-        self._files: dict[tuple[str, bool], reader.LoraFile] = {}
-        self._stamps: dict[tuple[Path, int, int, bool], tuple[str, bool]] = {}
+        self._kept_bytes = kept_bytes
+        self._files: dict[tuple[str, str, bool], reader.LoraFile] = {}  # by what they hold, the last used last
+        self._stamps: dict[tuple[object, ...], tuple[str, str, bool]] = {}  # state of a file on disk to what it holds
 
     def close(self) -> None:
         """Take every hook off again."""
@@ -64,24 +66,36 @@ class Adapters:
     def load(self, path: Path, lora: Lora, *, allow_partial: bool = False) -> Receipt:
         """Read a LoRA file for this base and keep its factors; a file already held is not read again.
 
-        Raises Refused when it is unsafe, of another family, or not fully applicable and allow_partial is not set.
+        The receipt has the name of the LoRA and the path given, whichever file of the same content was read first. Raises Refused when
+        the file is unsafe, of another family, or not fully applicable and allow_partial is not set.
         """
         return self._read(path, lora, allow_partial).receipt
 
     def _read(self, path: Path, lora: Lora, allow_partial: bool) -> reader.LoraFile:
-        path = path.resolve()
-        stamp = (path, path.stat().st_mtime_ns, path.stat().st_size, allow_partial) if path.is_file() else None
-        key = self._stamps.get(stamp) if stamp else None
-        if key is None or key not in self._files:
-            read = reader.read(path, self.components, self.family, name=lora.name, allow_partial=allow_partial)
-            key = (read.receipt.sha256, allow_partial)
-            self._files[key] = read
-            if stamp:
-                self._stamps[stamp] = key
-        self._files[key] = self._files.pop(key)  # most recently used last
-        while len(self._files) > KEPT_FILES:
-            self._files.pop(next(iter(self._files)))
-        return self._files[key]
+        path = path.absolute()  # as it was named: beside a link lie other files than beside what it leads to
+        stamp = (allow_partial, *reader.stamp(path)) if path.is_file() else ()
+        key = self._stamps.get(stamp)
+        file = self._files.pop(key, None) if key else None
+        if file is None:
+            file = reader.read(path, self.components, self.family, name=lora.name, allow_partial=allow_partial)
+            key = (file.receipt.sha256, file.outside, allow_partial)
+            file = self._files.pop(key, file)
+        assert key is not None
+        self._files[key] = file  # most recently used last
+        self._stamps[stamp] = key
+        self._forget()
+        return replace(file, receipt=replace(file.receipt, name=lora.name, path=reader.shown(path)))
+
+    def _forget(self) -> None:
+        """Let go of the files used longest ago until those that stay fit into their memory."""
+        held = {key: file.nbytes for key, file in self._files.items()}
+        total = sum(held.values())
+        for key, size in held.items():
+            if total <= self._kept_bytes:
+                break
+            total -= size
+            del self._files[key]
+        self._stamps = {stamp: key for stamp, key in self._stamps.items() if key in self._files}
 
     # one set of LoRAs ----------------------------------------------------------------------------------------------
 

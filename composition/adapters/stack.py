@@ -41,7 +41,7 @@ class Stack:
     ) -> None:
         self._factors = tuple(factors)
         self.gates, self.block, self.axis, self.path = gates, block, axis, path
-        ends = list(accumulate(0 if part is None else part.down.shape[0] for part in factors))
+        ends = list(accumulate(0 if part is None else part.rank for part in factors))
         self.spans = tuple(zip([0, *ends[:-1]], ends, strict=True))
         self._product: Product | None = None
         self._slots: tuple[Int[Tensor, "K r"], Bool[Tensor, "K r"]] | None = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from composition.adapters.gates import Gates
 from composition.adapters.stack import Product, Stack
-from composition.loras.writer import Factors
+from composition.loras.kinds.lora import Factors
 
 
 class Shape(NamedTuple):

@@ -1,15 +1,16 @@
 """The model families. `open` turns a name, a folder, a file or a hub id into a Backbone."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from composition.backbones.base import Backbone
+if TYPE_CHECKING:  # the command line reads names from below here without loading torch
+    from composition.backbones.base import Backbone
 
 
 def open(
     source: str, *, device: str | None = None, dtype: str | None = None, offload: str = "auto", quantize: str | None = None,
     denoiser: str | None = None,
-) -> Backbone:
+) -> "Backbone":
     """Find, load and place a model; `loading.open`, `.quantize` and `.placement` say what may be refused."""
     from composition.backbones.loading import open as opening
     from composition.backbones.loading import placement
@@ -23,7 +24,7 @@ def open(
     return of(pipeline, family, placement.place(pipeline, plan))
 
 
-def of(pipeline: Any, family: str, placement: Any = None) -> Backbone:
+def of(pipeline: Any, family: str, placement: Any = None) -> "Backbone":
     """The backbone of an open stock pipeline of this family."""
     from composition.backbones.flux import FluxBackbone
     from composition.backbones.sd3 import SD3Backbone

@@ -26,6 +26,7 @@ from diffusers import (
 )
 
 from composition.request import Refused
+from composition.sampler_names import BY_TITLE, FLOW, TITLES, canonical
 
 
 @dataclass(frozen=True)
@@ -52,26 +53,26 @@ _2M = {"algorithm_type": "dpmsolver++", "solver_order": 2}
 _2M_SDE = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
 _KARRAS = {"use_karras_sigmas": True}
 
-# From diffusers' schedulers; titles as the A1111 web UI writes them.
+# From diffusers' schedulers.
 NAMES: Mapping[str, Sampler] = {
-    "default": Sampler(None, ""),
-    "euler": Sampler(EulerDiscreteScheduler, "Euler"),
-    "euler-karras": Sampler(EulerDiscreteScheduler, "Euler Karras", _KARRAS),
-    "euler-a": Sampler(EulerAncestralDiscreteScheduler, "Euler a", noisy=True, predictions=_NO_SAMPLE),
-    "heun": Sampler(HeunDiscreteScheduler, "Heun", evaluations=2),
-    "dpm2": Sampler(KDPM2DiscreteScheduler, "DPM2", evaluations=2, predictions=_NO_SAMPLE),
-    "dpm2-a": Sampler(KDPM2AncestralDiscreteScheduler, "DPM2 a", noisy=True, evaluations=2, predictions=_NO_SAMPLE),
-    "dpm++2m": Sampler(DPMSolverMultistepScheduler, "DPM++ 2M", _2M, predictions=_FLOW),
-    "dpm++2m-karras": Sampler(DPMSolverMultistepScheduler, "DPM++ 2M Karras", {**_2M, **_KARRAS}, predictions=_FLOW),
-    "dpm++2m-sde": Sampler(DPMSolverMultistepScheduler, "DPM++ 2M SDE", _2M_SDE, noisy=True, predictions=_FLOW),
+    "default": Sampler(None, TITLES["default"]),
+    "euler": Sampler(EulerDiscreteScheduler, TITLES["euler"]),
+    "euler-karras": Sampler(EulerDiscreteScheduler, TITLES["euler-karras"], _KARRAS),
+    "euler-a": Sampler(EulerAncestralDiscreteScheduler, TITLES["euler-a"], noisy=True, predictions=_NO_SAMPLE),
+    "heun": Sampler(HeunDiscreteScheduler, TITLES["heun"], evaluations=2),
+    "dpm2": Sampler(KDPM2DiscreteScheduler, TITLES["dpm2"], evaluations=2, predictions=_NO_SAMPLE),
+    "dpm2-a": Sampler(KDPM2AncestralDiscreteScheduler, TITLES["dpm2-a"], noisy=True, evaluations=2, predictions=_NO_SAMPLE),
+    "dpm++2m": Sampler(DPMSolverMultistepScheduler, TITLES["dpm++2m"], _2M, predictions=_FLOW),
+    "dpm++2m-karras": Sampler(DPMSolverMultistepScheduler, TITLES["dpm++2m-karras"], {**_2M, **_KARRAS}, predictions=_FLOW),
+    "dpm++2m-sde": Sampler(DPMSolverMultistepScheduler, TITLES["dpm++2m-sde"], _2M_SDE, noisy=True, predictions=_FLOW),
     "dpm++2m-sde-karras": Sampler(
-        DPMSolverMultistepScheduler, "DPM++ 2M SDE Karras", {**_2M_SDE, **_KARRAS}, noisy=True, predictions=_FLOW
+        DPMSolverMultistepScheduler, TITLES["dpm++2m-sde-karras"], {**_2M_SDE, **_KARRAS}, noisy=True, predictions=_FLOW
     ),
-    "ddim": Sampler(DDIMScheduler, "DDIM"),
-    "unipc": Sampler(UniPCMultistepScheduler, "UniPC", predictions=_FLOW),
-    "deis": Sampler(DEISMultistepScheduler, "DEIS", predictions=_FLOW),
-    "pndm": Sampler(PNDMScheduler, "PLMS", {"skip_prk_steps": True}, predictions=_NO_SAMPLE),
-    "lcm": Sampler(LCMScheduler, "LCM", noisy=True, most=50),
+    "ddim": Sampler(DDIMScheduler, TITLES["ddim"]),
+    "unipc": Sampler(UniPCMultistepScheduler, TITLES["unipc"], predictions=_FLOW),
+    "deis": Sampler(DEISMultistepScheduler, TITLES["deis"], predictions=_FLOW),
+    "pndm": Sampler(PNDMScheduler, TITLES["pndm"], {"skip_prk_steps": True}, predictions=_NO_SAMPLE),
+    "lcm": Sampler(LCMScheduler, TITLES["lcm"], noisy=True, most=50),
 }
 
 # A name means one thing, whatever the model's own scheduler was set to; what the model's noise is stays the model's.
@@ -96,7 +97,7 @@ def make(name: str, scheduler: Any, steps: int | None = None) -> Any:
         raise Refused(f"sampler {name!r} does at most {sampler.most} steps, {steps} were asked for")
     prediction = config.get("prediction_type")
     if type(scheduler).__name__.startswith("FlowMatch"):
-        if name == "euler":
+        if canonical(name) == "euler":
             return FlowMatchEulerDiscreteScheduler.from_config(config)
         raise Refused(f"sampler {name!r} cannot run this model, which follows a flow from noise to picture: use default or euler")
     if prediction not in sampler.predictions:
@@ -112,12 +113,11 @@ def make(name: str, scheduler: Any, steps: int | None = None) -> Any:
 
 
 def named(name: str) -> Sampler:
-    """The sampler of that name. Raises Refused with the nearest names for an unknown one."""
-    if name in NAMES:
-        return NAMES[name]
-    by_title = {entry.title.lower(): key for key, entry in NAMES.items() if entry.title}
-    near = get_close_matches(name.lower(), [*NAMES, *by_title], n=3, cutoff=0.5)
-    guesses = list(dict.fromkeys(by_title.get(guess, guess) for guess in near))
+    """The sampler of that name or title. Raises Refused with the nearest names for an unknown one."""
+    if canonical(name) in NAMES:
+        return NAMES[canonical(name)]
+    near = get_close_matches(name.lower(), [*NAMES, *BY_TITLE], n=3, cutoff=0.5)
+    guesses = list(dict.fromkeys(BY_TITLE.get(guess, guess) for guess in near))
     hint = f"did you mean {' or '.join(guesses)}? " if guesses else ""
     raise Refused(f"there is no sampler {name!r}: {hint}Samplers are {', '.join(NAMES)}")
 
@@ -125,6 +125,8 @@ def named(name: str) -> Sampler:
 def title(name: str, scheduler: Any) -> str:
     """What A1111 calls it, for the text in a picture; for "default" what the model's own scheduler amounts to."""
     sampler = named(name)
+    if type(scheduler).__name__.startswith("FlowMatchEuler"):
+        return FLOW
     if sampler.title:
         return sampler.title
     same = [entry for entry in NAMES.values() if entry.kind is type(scheduler)]

@@ -6,16 +6,16 @@ owns what nobody claims.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from composition.request import Lora, Refused
+from composition import pictures
+from composition.request import Lora
 
 EPSILON = 1e-6
 
@@ -102,7 +102,7 @@ def shares(masks: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K1 h w"]:
 
 
 def region(lora: Lora, size: tuple[int, int]) -> Float[Tensor, "h w"]:
-    """A LoRA's region, a box in fractions of the picture or the path of a mask image (white is its place), on this grid.
+    """A LoRA's region, a box in fractions of the picture or a mask image (white is its place; its path or a data URL), on this grid.
 
     A place that a box covers in part has that part. Raises Refused for an image that cannot be read.
     """
@@ -111,14 +111,8 @@ def region(lora: Lora, size: tuple[int, int]) -> Float[Tensor, "h w"]:
     if isinstance(lora.region, tuple):
         x0, y0, x1, y1 = lora.region
         return _covered(y0, y1, size[0])[:, None] * _covered(x0, x1, size[1])[None]
-    path = Path(lora.region)
-    try:
-        with Image.open(path) as image:
-            grey = np.asarray(image.convert("L").resize((size[1], size[0]), Image.Resampling.BOX), np.float32)
-    except (OSError, UnidentifiedImageError) as error:
-        raise Refused(f"the region of LoRA {lora.name}: {path} is no picture that can be read ({error.__class__.__name__}); give a box "
-                      "[left, top, right, bottom] in fractions of the picture, as [0, 0, 0.5, 1] for its left half, or the path of a black and white image") from None
-    return torch.from_numpy(grey.copy() / 255)
+    grey = pictures.mask(lora.region, lora.name).resize((size[1], size[0]), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(grey, np.float32) / 255)
 
 
 def _covered(low: float, high: float, count: int) -> Float[Tensor, " count"]:

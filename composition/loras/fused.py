@@ -70,6 +70,15 @@ TRANSFORMER = re.compile(
     r"pos_embed|norm_out|proj_out)(?:[._]|$)")
 
 
+def words() -> Iterator[str]:
+    """Every name in the tables above, the authors' and diffusers', without the numbers of blocks."""
+    yield from ("double_blocks", "single_blocks", "joint_blocks", "transformer_blocks", "single_transformer_blocks", "final_layer.linear")
+    for table in (_DOUBLE, _SINGLE, _JOINT):
+        yield from (*table, *(path for paths in table.values() for path in paths))
+    for outer in (_FLUX_OUTER, _SD3_OUTER):
+        yield from (*outer, *outer.values())
+
+
 def names(transformer: nn.Module) -> dict[str, tuple[Part, ...]]:
     """Name of the authors' code, dotted, to the layers it stands for. {} for a model that is no transformer of these kinds."""
     layers = {path: module for path, module in transformer.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}

@@ -6,7 +6,7 @@ original code (input_blocks, middle_block, output_blocks: "SGM" names), the text
 (transformers 5.6 dropped it), and, for first-generation files, by number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from composition.loras import fused
 from composition.loras.fused import Part
 
 Layer = nn.Linear | nn.Conv2d
+_MAX_PARTS = 64  # of a name, at its dots and underscores
 
 # Parts of a residual block and single layers: path in diffusers -> name in the original code.
 _RESIDUAL = {
@@ -30,6 +31,14 @@ _SINGLE = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
+
+# Names with the words that a base may lack: blocks and layers of its larger relatives.
+_KNOWN = (
+    *_RESIDUAL, *_RESIDUAL.values(), *_SINGLE, *_SINGLE.values(), *fused.words(),
+    "down_blocks.attentions.transformer_blocks.attn1.to_q", "up_blocks.resnets.attn2.to_k", "mid_block.to_v.to_out", "proj_in.proj_out",
+    "ff.net.proj", "downsamplers.upsamplers.conv", "input_blocks.middle_block.output_blocks.op", "encoder.layers.self_attn.q_proj",
+    "k_proj.v_proj.out_proj", "mlp.fc1.fc2", "text_model.text_projection", "single_transformer_blocks.norm_out.linear",
+)
 
 
 def layers(module: nn.Module) -> dict[str, Layer]:
@@ -71,6 +80,35 @@ def names(component: str, module: nn.Module) -> dict[str, str]:
         if original := _original(path, blocks):
             found.setdefault(flat(original), path)
     return found
+
+
+def words(module: nn.Module) -> frozenset[tuple[str, ...]]:
+    """The words of which names of layers of such a base are made, whatever its depth, each split at its underscores.
+
+    Its own, and those of the original code and of its relatives with parts that this base lacks.
+    """
+    own = {word for path in (*layers(module), *fused.names(module), *_KNOWN) for word in path.split(".")}
+    return frozenset(tuple(word.split("_")) for word in own if not word.isdecimal())
+
+
+def spelled(name: str, known: Collection[tuple[str, ...]], there: Collection[str]) -> bool:
+    """True when a module's name could be a layer's, of a deeper or wider base: it is made of known words and numbers, dotted or with
+    underscores, and is no name of a layer that is `there` (flat names) with more before or behind it. "#12" is a layer's too.
+    """
+    if name.startswith("#"):
+        return True
+    parts = flat(name).split("_")
+    if len(parts) > _MAX_PARTS:
+        return False
+    longest = max(map(len, known), default=0)
+    ends = {0}  # numbers of parts that words and numbers fill
+    for start in range(len(parts)):
+        if start in ends:
+            ends |= {stop for stop in range(start + 1, min(start + longest, len(parts)) + 1) if tuple(parts[start:stop]) in known}
+            ends |= {start + 1} if parts[start].isdecimal() else set()
+    more_behind = any("_".join(parts[:stop]) in there for stop in range(1, len(parts)))
+    more_before = any("_".join(parts[start:]) in there and any(map(str.isdecimal, parts[start:])) for start in range(1, len(parts)))
+    return len(parts) in ends and not more_behind and not more_before
 
 
 def numbered(component: str, module: nn.Module, count: int) -> dict[str, str]:

@@ -1,52 +1,50 @@
 """A LoRA file -> its factors by layer of a base, and the receipt of what was applied and what was not, and why.
 
 Every tensor of the raw file is either applied or listed under a reason; less than all of them is refused unless the
-caller allows it. Only alpha / rank is folded into the factors, here, once; a weight is always a gate (`adapters`).
+caller allows it. Factors stay as they are stored, with alpha beside them; a weight is always a gate (`adapters`).
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from composition.loras import family as lora_family
 from composition.loras import layers as layer_map
-from composition.loras import metadata
+from composition.loras import metadata, scale
 from composition.loras.fused import Part
 from composition.loras.keys import TWICE, Module, modules
-from composition.loras.safetensors import SafeFile, load_safely
+from composition.loras.kinds.lora import Factors, fitted
+from composition.loras.safetensors import SafeFile, load_header, load_safely
 from composition.request import Receipt, Refused
 
 NO_BASE = "no base model given"
 NO_LAYER = "no such layer in this base"
+NO_NAME = "a layer's name in a spelling that is not known"
 NO_PAIR = "incomplete pair (down without up, or up without down)"
 NO_FLOAT = "not stored as floating-point numbers"
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
-    """One module's LoRA: the update of its weight is up @ down (alpha / rank is folded into up).
-
-    down: (r, in) for a linear, (r, in, kh, kw) for a convolution. up: (out, r) or (out, r, 1, 1). Both on the CPU,
-    contiguous, float32 (float64 where the file has float64). alpha is as the file says, or what makes
-    alpha / rank its factor where the file scales otherwise.
-    """
-
-    down: Tensor
-    up: Tensor
-    rank: int
-    alpha: float
-
-
-@dataclass(frozen=True, eq=False)
 class LoraFile:
-    """factors: component ("unet", "text_encoder", "text_encoder_2") to module path in that component to Factors."""
+    """factors: component ("unet", "text_encoder", "text_encoder_2") to module path in that component to Factors.
+
+    outside: what beside the file's own bytes its factors come from, "" for nothing: files of equal bytes with equal `outside` are alike.
+    """
 
     factors: Mapping[str, Mapping[str, Factors]]
     receipt: Receipt
+    outside: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of main memory that its factors hold; memory that several share counts once."""
+        stored = [tensor for inside in self.factors.values() for factors in inside.values()
+                  for tensor in (factors.stored_down, factors.stored_up)]  # fmt: skip
+        return sum({(storage := tensor.untyped_storage()).data_ptr(): storage.nbytes() for tensor in stored}.values())
 
 
 def read(
@@ -68,7 +66,7 @@ def read(
     raw = load_safely(path)
     found, ignored = modules(raw.tensors)
     found = [_settled(module, components) for module in found]
-    settings = metadata.adapter(raw.metadata, path.name)
+    stated = scale.statements(path, raw.metadata)
     made_for = lora_family.detect(found, raw.tensors)
     foreign = lora_family.foreign(made_for, components, family)
     names = {part: _names(part, module, found) for part, module in components.items()}
@@ -77,16 +75,19 @@ def read(
     applied: Counter[str] = Counter()
     places = [names.get(module.component, {}).get(layer_map.flat(module.module), ()) for module in found]
     claims = Counter((module.component, part.path) for module, parts in zip(found, places, strict=True) for part in parts)
+    known = {part: (layer_map.words(module), names[part].keys()) for part, module in components.items()} if not all(places) else {}
+    sources: list[tuple[scale.Alpha, ...]] = []
     for module, parts in zip(found, places, strict=True):
-        reason = _obstacle(module, raw.tensors, components, parts)
+        reason = _obstacle(module, raw.tensors, components, parts, known)
         if not reason and any(claims[module.component, part.path] > 1 for part in parts):
             reason = TWICE  # nothing says which of them is meant
         if reason:
             ignored.setdefault(reason, []).extend(module.all)
             continue
-        alpha = _alpha(module, raw.tensors, settings, path.name)
+        sources.append(scale.alphas(module, raw.tensors, stated, path.name))
+        down, up = (raw.tensors[module.keys[role]] for role in ("down", "up"))
         try:
-            made = _factors(module, raw.tensors, layers[module.component], parts, alpha)
+            made = fitted(down, up, sources[-1][0].value, layers[module.component], parts)
         except ValueError as error:
             raise Refused(f"{path.name}: {foreign or f'{module.component}.{parts[0].path}: {error}'}") from None
         factors.setdefault(module.component, {}).update(made)
@@ -100,17 +101,17 @@ def read(
         for part in components
         if part in factors
     }
-    flat = {f"{part}.{where}": one for part, inside in factors.items() for where, one in inside.items()}
+    flat = {f"{part}.{where}": layer for part, inside in factors.items() for where, layer in inside.items()}
     receipt = _receipt(
         path, name, raw, found, made_for.family,
         components={part: {"tensors": applied[part], "modules": len(inside)} for part, inside in factors.items()},
         ignored=ignored,
-        no_effect=tuple(where for where, one in flat.items() if not (one.up.any() and one.down.any())),
-        ranks=Counter(one.rank for one in flat.values()),
-        alphas=Counter(one.alpha for one in flat.values()),
+        no_effect=tuple(where for where, layer in flat.items() if not layer.live),
+        ranks=Counter(layer.rank for layer in flat.values()),
+        alphas=Counter(layer.alpha for layer in flat.values() if layer.alpha is not None), sources=sources,
     )
     _covered(receipt, path.name, lora_family.base(components, family), allow_partial)
-    return LoraFile(factors, receipt)
+    return LoraFile(factors, receipt, "".join(repr(statement) for statement in stated if statement.order == scale.BESIDE))
 
 
 def inspect(path: Path) -> Receipt:
@@ -122,21 +123,44 @@ def inspect(path: Path) -> Receipt:
     path = Path(path)
     raw = load_safely(path)
     found, _ = modules(raw.tensors)
-    settings = metadata.adapter(raw.metadata, path.name)
+    stated = scale.statements(path, raw.metadata)
     pairs = [module for module in found if _pair(module, raw.tensors)]
-    alphas = [_alpha(module, raw.tensors, settings, path.name) for module in pairs]
+    sources = [scale.alphas(module, raw.tensors, stated, path.name) for module in pairs]
     no_effect = []
-    for module, alpha in zip(pairs, alphas, strict=True):
-        if not alpha or not all(raw.tensors[module.keys[role]].float().any() for role in ("down", "up")):
+    for module, (alpha, *_) in zip(pairs, sources, strict=True):
+        if not alpha.value or not all(raw.tensors[module.keys[role]].float().any() for role in ("down", "up")):
             no_effect.append(f"{module.component}.{module.module}")
+    return _alone(path, raw, found, pairs, no_effect=tuple(no_effect), alphas=Counter(rows[0].value for rows in sources), sources=sources)
+
+
+def describe(path: Path) -> Receipt:
+    """What the header of a LoRA file tells, for lists: as `inspect`, without alphas, hashes and what has no effect.
+
+    Costs the header's bytes, whatever the size of the file. Raises Refused for a file that is no safetensors file; broken numbers
+    are not seen.
+    """
+    path = Path(path)
+    raw = load_header(path)
+    found, _ = modules(raw.tensors)
+    return _alone(path, raw, found, [module for module in found if _pair(module, raw.tensors)])
+
+
+def stamp(path: Path) -> tuple[object, ...]:
+    """What changes when a file, or what is read beside it, does. Raises OSError without the file."""
+    read = (path, scale.beside(path))
+    return tuple((str(part), part.stat().st_mtime_ns, part.stat().st_size) for part in read if part)
+
+
+def shown(path: Path | str) -> str:
+    """A path as text; bytes of it that are no text become question marks."""
+    return str(path).encode("utf-8", "replace").decode()
+
+
+def _alone(path: Path, raw: SafeFile, found: Sequence[Module], pairs: Sequence[Module], **more: Any) -> Receipt:
+    """The receipt of a file for which no base was given."""
     return _receipt(
-        path, "", raw, found, lora_family.detect(found, raw.tensors).family,
-        components={},
-        ignored={NO_BASE: sorted(raw.tensors)},
-        no_effect=tuple(no_effect),
-        ranks=Counter(raw.tensors[module.keys["down"]].shape[0] for module in pairs),
-        alphas=Counter(alphas),
-    )
+        path, "", raw, found, lora_family.detect(found, raw.tensors).family, components={}, ignored={NO_BASE: sorted(raw.tensors)},
+        ranks=Counter(raw.tensors[module.keys["down"]].shape[0] for module in pairs), **more)
 
 
 def _settled(module: Module, components: Mapping[str, nn.Module]) -> Module:
@@ -146,7 +170,7 @@ def _settled(module: Module, components: Mapping[str, nn.Module]) -> Module:
 
 
 def _names(component: str, module: nn.Module, found: Sequence[Module]) -> dict[str, tuple[Part, ...]]:
-    count = sum(one.component == component and one.layout == "first-generation" for one in found)
+    count = sum(part.component == component and part.layout == "first-generation" for part in found)
     numbered = layer_map.numbered(component, module, count) if count else {}
     return layer_map.parts(component, module) | {number: (Part(path),) for number, path in numbered.items()}
 
@@ -154,13 +178,17 @@ def _names(component: str, module: nn.Module, found: Sequence[Module]) -> dict[s
 def _pair(module: Module, tensors: Mapping[str, Tensor]) -> bool:
     """True when it has a down and an up in floating point, with at least two dimensions."""
     pair = [tensors[module.keys[role]] for role in ("down", "up") if role in module.keys]
-    return len(pair) == 2 and all(one.dtype.is_floating_point and one.ndim >= 2 for one in pair)
+    return len(pair) == 2 and all(factor.dtype.is_floating_point and factor.ndim >= 2 for factor in pair)
 
 
 def _obstacle(
-    module: Module, tensors: Mapping[str, Tensor], components: Mapping[str, nn.Module], where: Sequence[Part]
+    module: Module, tensors: Mapping[str, Tensor], components: Mapping[str, nn.Module], where: Sequence[Part],
+    known: Mapping[str, tuple[Collection[tuple[str, ...]], Collection[str]]],
 ) -> str:
-    """Why a module cannot be applied at `where` (empty: the base has no such layer), or ""."""
+    """Why a module cannot be applied at `where` (empty: the base has no layer of that name), or "".
+
+    known: by component, the words that names of layers are made of, and the names of those that are there.
+    """
     if module.blocked:
         return module.blocked
     if not {"down", "up"} <= set(module.keys):
@@ -169,59 +197,16 @@ def _obstacle(
         return NO_FLOAT
     if module.component and module.component not in components:
         return f"this base has no {module.component}"
-    return "" if where else NO_LAYER
-
-
-def _alpha(module: Module, tensors: Mapping[str, Tensor], settings: Mapping[str, object], file: str) -> float:
-    """alpha of a pair: its own tensor, else the adapter settings in the header, else its rank."""
-    rank = tensors[module.keys["down"]].shape[0]
-    if "alpha" not in module.keys:
-        return metadata.alpha(settings, module.component, module.module, rank, file)
-    stored = tensors[module.keys["alpha"]]
-    if stored.numel() != 1 or stored.is_complex():
-        raise Refused(f"{file}: {module.keys['alpha']!r} is not one number but of shape {tuple(stored.shape)}")
-    return float(stored.item())
-
-
-def _factors(
-    module: Module, tensors: Mapping[str, Tensor], layers: Mapping[str, layer_map.Layer], parts: Sequence[Part], alpha: float
-) -> dict[str, Factors]:
-    """By path, the factors in the shape each layer has. Raises ValueError when they do not fit.
-
-    A linear and a 1x1 convolution are the same thing written as 2-D or 4-D: each is taken for the other.
-    """
-    down, up = tensors[module.keys["down"]], tensors[module.keys["up"]]
-    if down.ndim < 2 or not down.numel() or not up.numel():
-        raise ValueError(f"its factors {tuple(up.shape)} and {tuple(down.shape)} are empty or no matrices")
-    rank = down.shape[0]
-    shapes = [layer_map.shape(layers[part.path]) for part in parts]
-    _, inputs, *kernel = shapes[0]
-    outputs = sum(shape[0] for shape in shapes)
-    expected = ((rank, inputs, *kernel), (outputs, rank, *(1 for _ in kernel)))
-    fitted = []
-    for given, wanted in zip((down, up), expected, strict=True):
-        if _bare(tuple(given.shape)) != _bare(wanted):
-            raise ValueError(
-                f"its factors {tuple(up.shape)} x {tuple(down.shape)} do not fit a layer of shape "
-                f"{(outputs, inputs, *kernel)} (out, in): it was made for a model of another width"
-            )
-        fitted.append(given.reshape(wanted))
-    dtype = torch.float64 if torch.float64 in (down.dtype, up.dtype) else torch.float32
-    down, up = (one.to(dtype, copy=True).contiguous() for one in fitted)
-    up *= alpha / rank
-    if not torch.isfinite(up).all():
-        raise ValueError(f"alpha {alpha} makes its numbers infinite")
-    return {part.path: Factors(down, part.rows(up).contiguous(), rank, alpha) for part in parts}
-
-
-def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:2] if shape[2:] == (1, 1) else shape
+    if where:
+        return ""
+    return NO_LAYER if module.component and layer_map.spelled(module.module, *known[module.component]) else NO_NAME
 
 
 def _receipt(
     path: Path, name: str, raw: SafeFile, found: Sequence[Module], family: str, *,
     components: Mapping[str, Mapping[str, int]], ignored: Mapping[str, Sequence[str]],
-    no_effect: tuple[str, ...], ranks: Mapping[int, int], alphas: Mapping[float, int],
+    ranks: Mapping[int, int], no_effect: tuple[str, ...] = (), alphas: Mapping[float, int] | None = None,
+    sources: Sequence[Sequence[scale.Alpha]] = (),
 ) -> Receipt:
     """The receipt, with the law checked: every tensor of the file is applied or ignored."""
     applied = sum(part["tensors"] for part in components.values())
@@ -229,14 +214,18 @@ def _receipt(
     if applied + left_out != len(raw.tensors):
         raise AssertionError(f"{path.name}: {applied} applied + {left_out} ignored != {len(raw.tensors)} tensors")
     layouts = Counter(module.layout for module in found).most_common()
+    remarks = scale.remarks(sources)
+    if any(rows[0].source == scale.NOBODY for rows in sources) and (passed := scale.passed_over(path)):
+        remarks = (*remarks, passed)
     return Receipt(
-        name=name or path.stem, path=str(path), sha256=raw.sha256, tensor_sha256=raw.tensor_sha256, family=family,
+        name=name or shown(path.stem), path=shown(path), sha256=raw.sha256, tensor_sha256=raw.tensor_sha256, family=family,
         layout=" + ".join(layout for layout, _ in layouts) or "unknown",
         tensors=len(raw.tensors), applied=applied, components=components,
         ignored={reason: tuple(sorted(keys)) for reason, keys in ignored.items()},
-        no_effect=no_effect, ranks=dict(ranks), alphas=dict(alphas),
+        no_effect=no_effect, ranks=dict(ranks), alphas=dict(alphas or {}),
+        alpha_from=dict(Counter(rows[0].source for rows in sources)), remarks=remarks,
         title=metadata.title(raw.metadata), category=metadata.category(raw.metadata),
-        triggers=metadata.triggers(raw.metadata), metadata=dict(raw.metadata),
+        triggers=metadata.triggers(raw.metadata), metadata=dict(raw.metadata), data_sha256=raw.data_sha256,
     )
 
 

@@ -1,21 +1,24 @@
-"""Opening a .safetensors file somebody else wrote: read once, checked before it is believed.
+"""Safe reading of .safetensors files: the header alone, or all of the file in one pass.
 
-The format is 8 bytes of header length, a JSON header, then raw numbers; nothing in it is ever executed. The bytes are
-read once, so the hashes, the header and the tensors are of one and the same file even when it is replaced meanwhile.
-Lengths, counts and duplicate names are checked here, offsets and sizes by the safetensors library, values here again
-(NaN and infinity are legal in the format).
+No code of a file can run, a file that is broken or no safetensors file is refused in plain words, and nothing read aliases the
+file, so that nothing changes when it is replaced meanwhile. Everything is checked here: lengths, counts, duplicate names, kinds of
+number, offsets (no hole, no overlap, no byte left over), and the values, since NaN and infinity are legal in the format. A header
+that other writers make a little differently is read all the same: spaces around it, "__metadata__": null, metadata that is not text,
+tensors in any order, tensors without an element.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from composition.request import Refused
@@ -23,7 +26,17 @@ from composition.request import Refused
 MAX_BYTES = 4 * 2**30
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 20_000
+MAX_DIMENSIONS = 16
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+ENDING = ".safetensors"
+
+_FIRST = 4096  # bytes read to see what a file is
+_CHUNK = 2**22  # numbers checked at a time
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
+}
 
 # What people have in place of the file they meant, by its first bytes.
 _IMPOSTORS = (
@@ -39,74 +52,114 @@ _IMPOSTORS = (
 class SafeFile:
     """tensors: name to CPU tensor as stored, every value finite. metadata: the header's own words, untrusted.
 
-    sha256 is of the whole file, tensor_sha256 of the sorted names, dtypes, shapes and bytes.
+    sha256 is of the whole file, tensor_sha256 of the sorted names, dtypes, shapes and bytes, data_sha256 of all
+    bytes after the header. Of a file whose header alone was read,
+    the tensors are on the device "meta" and the hashes are "".
     """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    sha256: str
-    tensor_sha256: str
+    sha256: str = ""
+    tensor_sha256: str = ""
+    data_sha256: str = ""
+
+
+class _Entry(NamedTuple):
+    """One tensor of a header: the format's name of its numbers, its shape, and its bytes from the first number on."""
+
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class _Header(NamedTuple):
+    """raw: its bytes, the length before it included. entries: in the order of their bytes."""
+
+    raw: bytes
+    entries: Mapping[str, _Entry]
+    metadata: Mapping[str, str]
 
 
 def load_safely(path: Path) -> SafeFile:
-    """The tensors and metadata of a .safetensors file. Raises Refused, in plain words, for anything else."""
-    data = _bytes(path)
-    start, header = _header(path, data)
-    metadata = header.pop("__metadata__", {})
-    try:
-        tensors = load(data)
-    except SafetensorError as error:
-        raise Refused(f"{path.name} is damaged ({error}): download it again") from None
-    except (KeyError, ValueError, RuntimeError, AssertionError, OverflowError) as error:
-        raise Refused(f"{path.name} holds a kind of number that cannot be read ({error})") from None
+    """The tensors and metadata of a .safetensors file. Raises Refused, in plain words, for anything else.
+
+    Needs the file's size in memory, once.
+    """
+    with _opened(path) as file:
+        header = _header(path, file)
+        whole, data = hashlib.sha256(header.raw), hashlib.sha256()
+        file.seek(len(header.raw))
+        tensors = {name: _tensor(path, file, entry, (whole, data)) for name, entry in header.entries.items()}
     for name in sorted(tensors):
-        if tensors[name].dtype.is_floating_point and not torch.isfinite(tensors[name].float()).all():
+        if not _finite(tensors[name]):
             raise Refused(f"{path.name}: tensor {name!r} holds NaN or infinity: the file is broken, do not use it")
-    return SafeFile(tensors, metadata, hashlib.sha256(data).hexdigest(), _tensor_hash(header, memoryview(data)[start:]))
+    return SafeFile(tensors, header.metadata, whole.hexdigest(), _tensor_hash(header.entries, tensors), data.hexdigest())
 
 
-def _bytes(path: Path) -> bytes:
+def load_header(path: Path) -> SafeFile:
+    """The names, shapes and metadata of a .safetensors file, from its header: no number is read. Raises Refused as `load_safely`."""
+    with _opened(path) as file:
+        header = _header(path, file)
+        tensors = {name: torch.empty(entry.shape, dtype=_DTYPES[entry.kind], device="meta") for name, entry in header.entries.items()}
+    return SafeFile(tensors, header.metadata)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[FileIO]:
     if path.suffix.lower() in PICKLES:
         raise Refused(f"{path.name} is a pickle file: opening it can run code. Get the .safetensors version")
     try:
         if path.is_dir():
             raise Refused(f"{path.name} is a folder: name the .safetensors file in it")
         if not path.exists():
-            raise Refused(f"there is no file {path.name}")
-        if path.suffix.lower() != ".safetensors" or not path.is_file():
+            raise Refused(f"{path.name} is a link to a file that is not there" if path.is_symlink() else f"there is no file {path.name}")
+        if path.suffix.lower() != ENDING or not path.is_file():
             raise Refused(f"{path.name} is not a .safetensors file, the only kind that is read")
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise Refused(f"{path.name} has {size} bytes; at most {MAX_BYTES} are read")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        if isinstance(error, Refused):
-            raise
-        raise Refused(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        with path.open("rb", buffering=0) as file:
+            yield file
+    except Refused:
+        raise
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch has no memory: RuntimeError
+        raise Refused(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or str(error)[:200] or 'no memory for it'}") from None
 
 
-def _header(path: Path, data: bytes) -> tuple[int, dict[str, Any]]:
-    """Where the numbers start, and the JSON header: at most MAX_TENSORS entries, no name twice."""
+def _header(path: Path, file: FileIO) -> _Header:
+    """The header of an open file, checked against its size: at most MAX_TENSORS entries, no name twice, every byte in one tensor."""
+    size = os.fstat(file.fileno()).st_size
+    if size > MAX_BYTES:
+        raise Refused(f"{path.name} has {size} bytes; at most {MAX_BYTES} are read")
+    raw = _read(file, min(size, _FIRST))
+    json_follows = raw[8:].lstrip(b" \t\r\n").startswith(b"{")
     for magic, what in _IMPOSTORS:
-        if data.startswith(magic) and data[8:9] != b"{":
+        if raw.startswith(magic) and not json_follows:
             raise Refused(f"{path.name} is {what}")
-    if len(data) < 10:
-        raise Refused(f"{path.name} is damaged ({len(data)} bytes is too short): download it again")
-    length = int.from_bytes(data[:8], "little")
-    if data[8:9] != b"{":
+    if size < 10:
+        raise Refused(f"{path.name} is damaged ({size} bytes is too short): download it again")
+    if not json_follows:
         raise Refused(f"{path.name} is not a safetensors file, whatever its name says")
+    length = int.from_bytes(raw[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise Refused(f"{path.name} has a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
-    if 8 + length > len(data):
+    if 8 + length > size:
         raise Refused(f"{path.name} is damaged (it ends inside its header): download it again")
+    raw = (raw + _read(file, 8 + length - len(raw)))[: 8 + length]
     try:
-        header = json.loads(data[8 : 8 + length], object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        said = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_unique)
+        metadata = _metadata(said.pop("__metadata__", None))
+        if 0 < len(said) <= MAX_TENSORS:
+            entries = _entries(said, size - 8 - length)
+    except _Kind as error:
+        raise Refused(f"{path.name} holds a kind of number that cannot be read ({error})") from None
+    except (ValueError, RecursionError, AttributeError) as error:
         raise Refused(f"{path.name} is damaged (its header: {str(error)[:200]}): download it again") from None
-    count = len(header) - ("__metadata__" in header)
-    if not 0 < count <= MAX_TENSORS:
-        raise Refused(f"{path.name} holds {count} tensors; 1 to {MAX_TENSORS} are read")
-    return 8 + length, header
+    if not 0 < len(said) <= MAX_TENSORS:
+        raise Refused(f"{path.name} holds {len(said)} tensors; 1 to {MAX_TENSORS} are read")
+    return _Header(raw, entries, metadata)
+
+
+class _Kind(Exception):
+    """A kind of number that the format has and torch has not."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -116,12 +169,96 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _tensor_hash(header: Mapping[str, Any], numbers: memoryview) -> str:
-    """sha256 over the tensors in the order of their names; header without metadata, already checked by `load`."""
-    made = hashlib.sha256()
-    for name in sorted(header):
-        entry = header[name]
-        first, last = entry["data_offsets"]
-        made.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        made.update(numbers[first:last])
-    return made.hexdigest()
+def _metadata(said: object) -> dict[str, str]:
+    """The words of a header as text: what other writers leave as numbers, lists or null too. Raises ValueError."""
+    if said is None:
+        return {}
+    if not isinstance(said, dict):
+        raise ValueError("its __metadata__ is no JSON object")
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items() if value is not None}
+    return {_text(key): _text(value) for key, value in texts.items()}
+
+
+def _text(value: str) -> str:
+    """The same without halves of letters, which JSON can hold and no other text."""
+    return value.encode("utf-8", "replace").decode()
+
+
+def _entries(said: Mapping[str, Any], size: int) -> dict[str, _Entry]:
+    """The tensors of a header in the order of their bytes, which fill `size` without hole or overlap. Raises ValueError, _Kind."""
+    entries = {name: _entry(name, value) for name, value in said.items()}
+    entries = dict(sorted(entries.items(), key=lambda pair: pair[1][2:]))
+    end = 0
+    for name, entry in entries.items():
+        if entry.start != end:
+            raise ValueError(f"the bytes of {name[:80]!r} do not begin where those before it end")
+        end = entry.stop
+    if end != size:
+        raise ValueError(f"its tensors have {end} bytes, the file has {size}")
+    return entries
+
+
+def _entry(name: str, value: Any) -> _Entry:
+    if _text(name) != name or not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= set(value):
+        raise ValueError(f"{_text(name)[:80]!r} is no tensor")
+    kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(kind, str) or kind not in _DTYPES:
+        raise _Kind(str(kind)[:80])
+    if not _counts(shape) or len(shape) > MAX_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"the shape or the place of {name[:80]!r} cannot be read")
+    if max(shape, default=0) >= 2**63 or offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[kind].itemsize:
+        raise ValueError(f"{name[:80]!r} has not as many bytes as its shape says")
+    return _Entry(kind, tuple(shape), *offsets)
+
+
+def _counts(value: Any) -> bool:
+    """True for a list of whole numbers from 0."""
+    return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
+
+
+def _tensor(path: Path, file: FileIO, entry: _Entry, hashes: Sequence[Any]) -> Tensor:
+    """The next tensor of an open file, its bytes added to these hashes."""
+    if entry.start == entry.stop:
+        return torch.empty(entry.shape, dtype=_DTYPES[entry.kind])
+    numbers = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+    room = _bytes(numbers)
+    while room:
+        count = file.readinto(room)
+        if not count:
+            raise Refused(f"{path.name} was cut short while it was read: try again")
+        room = room[count:]
+    for digest in hashes:
+        digest.update(_bytes(numbers))
+    return numbers.view(_DTYPES[entry.kind]).reshape(entry.shape)
+
+
+def _bytes(numbers: Tensor) -> memoryview:
+    """A tensor of bytes as the memory it lies in."""
+    array: Any = numbers.numpy()
+    return memoryview(array)
+
+
+def _read(file: FileIO, count: int) -> bytes:
+    """Up to `count` bytes, less only at the end of the file."""
+    parts = []
+    while count > 0 and (part := file.read(count)):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.dtype.is_floating_point:
+        return True
+    parts = tensor.reshape(-1).split(_CHUNK)
+    return all(bool(torch.isfinite(part.float() if part.itemsize == 1 else part).all()) for part in parts)
+
+
+def _tensor_hash(entries: Mapping[str, _Entry], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the tensors in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(entries):
+        digest.update(json.dumps([name, entries[name].kind, list(entries[name].shape)]).encode())
+        if tensors[name].numel():
+            digest.update(_bytes(tensors[name].reshape(-1).view(torch.uint8)))
+    return digest.hexdigest()

@@ -5,19 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-
-class Factors(NamedTuple):
-    """One layer's factors of one adapter; the update of its weight is up @ down."""
-
-    down: Float[Tensor, "r in *kernel"]
-    up: Float[Tensor, "out r"]
+from composition import atomic
+from composition.loras.kinds.lora import Factors
 
 
 def write(
@@ -35,7 +29,8 @@ def write(
     settings: dict[str, object] = {}
     for component, layers in factors.items():
         text = component.startswith("text_encoder")
-        for path, (down, up) in layers.items():
+        for path, layer in layers.items():
+            down, up = layer.down, layer.up
             path = f"text_model.{path.removeprefix('text_model.')}" if text else path
             wide = up[(..., *[None] * (down.ndim - 2))].cpu() / scale
             tensors[f"{component}.{path}.lora_A.weight"] = down.to("cpu", dtype).contiguous()
@@ -46,10 +41,7 @@ def write(
     if scale != 1:
         header["lora_adapter_metadata"] = json.dumps(settings, sort_keys=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    part.write_bytes(_settled(save(tensors, metadata=header)))
-    part.chmod(0o644)
-    part.replace(file)
+    atomic.write(file, _settled(save(tensors, metadata=header)))
 
 
 def _settled(data: bytes) -> bytes:

@@ -25,7 +25,8 @@ CALM = 3  # steps in a row under the threshold that end the early phase when it 
 @dataclass(frozen=True)
 class Options:
     order: str = field(default="", metadata={
-        "help": "LoRAs by falling frequency, separated by commas; others follow by category (character first)."})
+        "help": "LoRAs by falling frequency, separated by commas, the others after them by category (character first); or change or "
+        "level: as measured; category: by category alone; empty: as measured where all were."})
     low: str = field(default="", metadata={"help": "LoRAs of low frequency, which lead late; empty: places; none: no LoRA."})
     boundary: float = field(default=0.6, metadata={"ge": 0.0, "le": 1.0, "help": "Share of the steps after which the low lead."})
     low_only: bool = field(default=False, metadata={"help": "Late, only the low lead, not all but the first."})

@@ -18,7 +18,8 @@ class Options:
     tau: int = field(default=5, metadata={"ge": 1, "le": 1000, "help": "Steps before the next LoRA takes over."})
     boundary: float = field(default=0.6, metadata={"ge": 0.0, "le": 1.0, "help": "Share of the steps after which the low lead."})
     order: str = field(default="", metadata={
-        "help": "LoRAs by falling frequency, separated by commas; others follow by category (character first)."})
+        "help": "LoRAs by falling frequency, separated by commas, the others after them by category (character first); or change or "
+        "level: as measured; category: by category alone; empty: as measured where all were."})
     low: str = field(default="", metadata={"help": "LoRAs of low frequency, which lead late; empty: places; none: no LoRA."})
 
 

@@ -1,13 +1,11 @@
 """Measurements of LoRAs, kept as files by the LoRA's tensors and the model: the user's own first, then the bundled ones."""
 
-import os
 import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from composition import bundled
+from composition import atomic, bundled
 from composition.profiles.frequency import Profile
 
 
@@ -32,13 +30,7 @@ class ProfileStore:
         if self.folder is None:
             raise ValueError("this store has no folder to write to")
         self.folder.mkdir(parents=True, exist_ok=True)
-        file, part = self.folder / _file_name(profile.tensor_sha256, profile.model), self.folder / f".{secrets.token_hex(6)}.tmp"
-        try:
-            part.write_text(profile.json() + "\n", "utf-8")
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
-        return file
+        return atomic.write(self.folder / _file_name(profile.tensor_sha256, profile.model), profile.json() + "\n")
 
     def _folders(self, model: str) -> Sequence[Path]:
         own = [self.folder] if self.folder is not None else []

@@ -67,6 +67,4 @@ def search(
 
 def weighted(request: Request, factors: Sequence[float]) -> Request:
     """The request with each LoRA's weights times its factor."""
-    loras = [replace(lora, weight=lora.weight * x, text_weight=None if lora.text_weight is None else lora.text_weight * x)
-             for lora, x in zip(request.loras, factors, strict=True)]
-    return replace(request, loras=loras)
+    return replace(request, loras=[lora.scaled(factor) for lora, factor in zip(request.loras, factors, strict=True)])

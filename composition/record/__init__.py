@@ -1,9 +1,10 @@
 """The picture's record: save(result, folder) writes it with its whole request inside, read(path) gives that back.
 
-What belongs here: how a request is stored in and read from a picture file, ours and other tools'. What does not: making pictures,
-words for people. May import what lies below the engine.
+What belongs here: how a request is stored in and read from a picture file, ours and other tools', and what a recalled request
+needs to be made again; details(path) is all that a file says. What does not: making pictures. May import what lies below the engine.
 """
 
-from composition.record.png import MANIFEST, Record, free, publish, read, ready, save, versions
+from composition.record.png import MANIFEST, details, free, publish, read, ready, relist, save, versions
+from composition.record.recall import Record, by_name, differences, is_path, located
 
-__all__ = ["MANIFEST", "Record", "free", "publish", "read", "ready", "save", "versions"]
+__all__ = ["MANIFEST", "Record", "by_name", "details", "differences", "free", "is_path", "located", "publish", "read", "ready", "relist", "save", "versions"]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from composition.prompts import says
 from composition.request import Refused
 
 TABLE = "metadata.jsonl"
@@ -64,7 +65,7 @@ def beside(folder: Path, pictures: Sequence[Path]) -> dict[str, str]:
 
 def with_trigger(caption: str, trigger: str, category: str) -> str:
     """The caption as it is when the trigger is in it; else with the trigger in front, for styles and places at the end."""
-    if trigger.lower() in caption.lower():
+    if says(caption, trigger):
         return caption
     return f"{caption.rstrip(' .,')}, {trigger}" if category in LAST else f"{trigger}, {caption}"
 
@@ -98,7 +99,7 @@ def article(word: str) -> str:
 
 def added(captions: Mapping[str, str], trigger: str, category: str) -> str:
     """One sentence on what was done to the captions, "" when every one has the trigger."""
-    without = sum(trigger.lower() not in caption.lower() for caption in captions.values())
+    without = sum(not says(caption, trigger) for caption in captions.values())
     where = "at the end of" if category in LAST else "in front of"
     return f"{trigger!r} was put {where} {without} of {len(captions)} captions that lack it" if without else ""
 

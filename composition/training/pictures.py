@@ -6,8 +6,6 @@ out), drawn from (seed, concept, number of the view) alone.
 
 import hashlib
 import random
-import struct
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +16,11 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from composition import pictures as door
 from composition.request import Refused
 from composition.training import captions
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MAX_PIXELS = 100_000_000  # of one file; more is a mistake or an attack
 SMALLEST = 16  # pixels of the shorter side
 SHIFT = 0.12  # share of a side by which a view may be cropped
 WHITE = (255, 255, 255)
@@ -63,21 +61,9 @@ def read(path: Path, trigger: str, category: str) -> Folder:
 
 def _open(file: Path) -> Image.Image:
     """One picture as RGB or RGBA, upright."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            with Image.open(file, formats=("PNG", "JPEG", "WEBP", "BMP")) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise Refused(f"{file} has {opened.width}x{opened.height} pixels, over {MAX_PIXELS:,}: make it smaller")
-                upright = ImageOps.exif_transpose(opened)
-                clear = upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info
-                picture = upright.convert("RGBA" if clear else "RGB")
-    except Refused:
-        raise
-    except Image.DecompressionBombError:
-        raise Refused(f"{file} has far more than {MAX_PIXELS:,} pixels: make it smaller") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error):  # Pillow's ways of saying so
-        raise Refused(f"{file} cannot be read as a picture: save it anew, or remove it") from None
+    upright = door.load(file)
+    clear = upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info
+    picture = upright.convert("RGBA" if clear else "RGB")
     if min(picture.size) < SMALLEST:
         raise Refused(f"{file} is only {picture.width}x{picture.height} pixels: give one of at least {SMALLEST} a side")
     return picture

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from composition import atomic
 from composition.adapters.trainable import Trainable
 from composition.request import Refused
 from composition.training.plan import Concept, Plan
@@ -30,7 +31,7 @@ class State:
         for k, name in enumerate(self.names):
             generator = torch.Generator().manual_seed(random.Random(f"{plan.seed}/{name}").getrandbits(63))
             for layers in trained.factors(k).values():
-                for down, _ in layers.values():
+                for down in (factors.stored_down for factors in layers.values()):
                     fresh = torch.rand(down.shape, generator=generator, dtype=torch.float64)
                     down.copy_((fresh * 2 - 1) / down[0].numel() ** 0.5)
         fused = trained.leaf.device.type in ("cpu", "cuda")
@@ -68,10 +69,9 @@ class State:
         """Write the checkpoint whole or not at all. Raises as `check` does."""
         self.check()
         file.parent.mkdir(parents=True, exist_ok=True)
-        half = file.with_suffix(".part")
-        torch.save({"plan": repr(asdict(self.plan)), "names": self.names, "origins": self.origins, "step": self.step,
-                    "leaf": self.trained.leaf.detach(), "optimiser": self.optimiser.state_dict()}, half)  # fmt: skip
-        half.replace(file)
+        held = {"plan": repr(asdict(self.plan)), "names": self.names, "origins": self.origins, "step": self.step,
+                "leaf": self.trained.leaf.detach(), "optimiser": self.optimiser.state_dict()}  # fmt: skip
+        atomic.write(file, lambda part: torch.save(held, part))
 
     def load(self, file: Path) -> None:
         """Go on from a checkpoint. Raises Refused when it is damaged, or of another plan, concepts, pictures or version."""

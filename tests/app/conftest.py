@@ -80,7 +80,7 @@ def result() -> Result:
     request = Request(prompt="a fox, 50% off: \"now\"", negative="blur, (bad:1.2)", loras=loras, method="switch",
                       options={"tau": 3}, sampler="euler-a", steps=12, guidance=4.5, seed=41, count=2)
     receipts = tuple(
-        Receipt(name=lora.name, path=f"/somewhere/{lora.name}.safetensors", sha256=digit * 64, tensor_sha256=digit * 64,
+        Receipt(name=lora.name, path=f"/somewhere/{lora.name}.safetensors", sha256=digit * 64, tensor_sha256=digit * 64, data_sha256=digit * 64,
                 family="sd", layout="kohya", tensors=9, applied=8, components={"unet": {"tensors": 8, "modules": 4}},
                 ignored={"no such layer": ("a.b",)}, ranks={4: 4}, alphas={2.0: 4}, triggers=("inky",),
                 metadata={"ss_output_name": "x"})

@@ -1,9 +1,13 @@
 """Adapters: hooks once, files once, sessions that give everything back, folds that are exact, gates that recompute."""
 
+import gc
+import json
 import threading
+import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from composition import Lora
 from composition.adapters import Adapters
@@ -77,6 +81,62 @@ def test_a_file_is_read_once_while_it_is_the_same(pipe, held, sources, monkeypat
     toys.lora(pipe, path, seed=9, rank=2)  # replaced on disk: its factors must not be the old ones
     assert held.load(path, Lora("one")).ranks == {2: held.load(path, Lora("one")).ranks[2]}
     assert len(read) == 2
+
+
+def test_every_receipt_is_of_the_file_that_was_named(pipe, held, sources, tmp_path):
+    """A copy and a link of a file share its factors in memory, and keep their own names and paths."""
+    path = sources[0][2]
+    copy, link = tmp_path / "copy.safetensors", tmp_path / "link.safetensors"
+    copy.write_bytes(path.read_bytes())
+    link.symlink_to(path)
+    for _ in range(2):
+        for name, file in (("one", path), ("copy", copy), ("link", link), ("one", path)):
+            receipt = held.load(file, Lora(name))
+            assert (receipt.name, receipt.path) == (name, str(file))
+        with held.session([("copy", Lora("copy"), copy), ("link", Lora("link"), link)]) as receipts:
+            assert [(receipt.name, receipt.path) for receipt in receipts] == [("copy", str(copy)), ("link", str(link))]
+    assert len(held._files) == 1
+
+
+def test_files_of_equal_bytes_and_different_configs_are_different(pipe, held, tmp_path):
+    """The scale may lie beside a file (PEFT): the file with alpha 8 is not the one with alpha 4, nor the one before it was changed."""
+    for folder, alpha in (("a", 4), ("b", 8)):
+        (tmp_path / folder).mkdir()
+        path = toys.lora(pipe, tmp_path / folder / "adapter_model.safetensors", rank=4)
+        (path.parent / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": alpha}))
+        assert set(held.load(path, Lora(folder)).alphas) == {float(alpha)}
+    for folder, alpha in (("a", 4), ("b", 8)):
+        assert set(held.load(tmp_path / folder / "adapter_model.safetensors", Lora(folder)).alphas) == {float(alpha)}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 16}))
+    assert set(held.load(tmp_path / "a" / "adapter_model.safetensors", Lora("a")).alphas) == {16.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_memory_follows_bytes(pipe, tmp_path, dtype):
+    """Files are kept in as much memory as they may have, in the numbers they are stored in, those used longest ago let go of first."""
+    from composition.backbones.unet import UNetBackbone
+
+    backbone, paths = UNetBackbone(pipe, "sd"), []
+    for seed in range(5):
+        path = toys.lora(pipe, tmp_path / f"{seed}.safetensors", seed=seed, layout="kohya", alpha=1.0)
+        save_file({key: value.to(dtype) for key, value in load_file(path).items()}, path)
+        paths.append(path)
+    size = sum(value.nbytes for key, value in load_file(paths[0]).items() if not key.endswith("alpha"))
+    held = Adapters(backbone.components, family="sd", block=backbone.block, kept_bytes=3 * size)
+    for path in paths[:3]:
+        held.load(path, Lora(path.stem))
+    assert sum(file.nbytes for file in held._files.values()) == 3 * size
+    gone = [weakref.ref(factors.stored_up) for file in list(held._files.values())[1:2] for factors in file.factors["unet"].values()]
+    assert gone and all(reference() is not None for reference in gone)
+    held.load(paths[0], Lora("0"))  # used again, so the second is the oldest now
+    held.load(paths[3], Lora("3"))
+    assert [file.receipt.name for file in held._files.values()] == ["2", "0", "3"] and len(held._stamps) == 3
+    gc.collect()
+    assert all(reference() is None for reference in gone)
+    small = Adapters(backbone.components, family="sd", block=backbone.block, kept_bytes=size - 1)
+    assert small.load(paths[0], Lora("0")).coverage == 1.0 and not small._files and not small._stamps
+    held.close()
+    small.close()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The engine's doors and promises: what it refuses, what it notes, schedules, groups, samplers, one generator a picture."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,23 @@ def test_what_a_user_should_know_is_noted(engine):
     assert result.request.model == "toy" and [r.name for r in result.receipts] == ["fox", "owl"]
     fine = engine.run(laws.request("merge", Lora("fox", triggers=("FOX",))))
     assert "missing triggers" not in fine.notes and "prompt cut" not in fine.notes
+
+
+def test_a_trigger_inside_another_word_is_missing(engine):
+    lora = Lora("owl", triggers=("owl",))
+    assert engine.run(laws.request("merge", lora, prompt="a bowl of owls")).notes["missing triggers"] == {"owl": ["owl"]}
+    assert "missing triggers" not in engine.run(laws.request("merge", lora, prompt="an Owl")).notes
+
+
+def test_files_are_inspected_one_request_at_a_time(engine):
+    """The files in memory are changed by whoever has the device, and by nobody else meanwhile."""
+    done, threads = threading.Event(), []
+    with engine._lock:
+        threads.append(threading.Thread(target=lambda: (engine.inspect("fox"), done.set())))
+        threads[0].start()
+        assert not done.wait(0.3)
+    assert done.wait(30)
+    threads[0].join()
 
 
 @pytest.mark.parametrize("method, evaluations", [("merge", 1), ("switch", 1), ("composite", 2)])

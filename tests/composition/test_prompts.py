@@ -2,7 +2,7 @@
 
 import pytest
 
-from composition import Lora, Refused, prompts
+from composition import Lora, Receipt, Refused, Request, prompts
 
 
 def taken(prompt, *loras, triggers=None, categories=None):
@@ -41,6 +41,33 @@ def test_a_place_with_a_binding_is_a_concept_and_without_it_is_everywhere():
     place = {"moon": "place"}
     assert taken("a fox on the moon", Lora("moon"), triggers={"moon": ("on the moon",)}, categories=place).everywhere == ("moon",)
     assert taken("a fox on the moon", Lora("moon", binds="the moon"), categories=place).concepts == ("moon",)
+
+
+@pytest.mark.parametrize(("prompt", "words", "said"), [
+    ("a bowl", "owl", False), ("an owl", "owl", True), ("An OWL, flying", "owl", True), ("owls", "owl", False), ("owl's nest", "owl", True),
+    ("snow-owl", "owl", True), ("(owl:1.2)", "owl", True), ("owl_2", "owl", False), ("a pink drawing", "ink drawing", False),
+    ("an ink  drawing", "ink drawing", True), ("an ink, drawing", "ink drawing", False), ("owl\nand fox", "owl and", True),
+    ("c++ code", "c++", True), ("<s1><s2> cat", "<s1><s2>", True), ("ärger", "rger", False), ("cafe\u0301", "caf\u00e9", True),
+    ("caf\u00e9", "cafe\u0301", True), ("cafe\u0301", "cafe", False), ("雪中的狐狸", "狐狸", True), ("キツネの絵", "キツネ", True),
+    ("여우가 있다", "여우", True), ("a.c", "abc", False), ("abc", "a.c", False), ("owl", "", False), ("owl", "  ", False), ("", "owl", False),
+])  # fmt: skip
+def test_whole_words_are_said(prompt, words, said):
+    assert prompts.says(prompt, words) is said
+    assert prompts.lacks(prompt, (words,)) is not said
+    assert not prompts.lacks(prompt, ()) and not prompts.lacks(f"{prompt} zebra", (words, "zebra"))
+
+
+def test_missing_trigger_words_are_put_in():
+    words = {"owl": ("owl",), "ink": ("ink drawing",), "fox": ("vulpes",)}
+
+    def inspect(source):
+        return Receipt(name=source, path="", sha256="", tensor_sha256="", family="sd", layout="kohya", tensors=1, applied=1,
+                       triggers=words.get(source, ()))
+
+    request = Request(prompt="a pink drawing of a bowl", loras=[Lora("owl"), Lora("ink"), Lora("fox", triggers=("bowl",)), Lora("mute")])
+    made, added = prompts.with_triggers(request, inspect)
+    assert (made.prompt, added) == ("a pink drawing of a bowl, owl, ink drawing", ["owl", "ink drawing"])
+    assert prompts.with_triggers(made, inspect) == (made, [])
 
 
 @pytest.mark.parametrize("prompt, lora, triggers, said", [
@@ -87,3 +114,21 @@ def test_words_in_the_part_that_was_cut_are_refused(family, engines):
     with pytest.raises(Refused, match="end of the prompt"):
         prompts.tokens(text, (len(text) - 3, len(text)), offsets, cut=True)
     assert prompts.tokens(text, (0, 3), offsets, cut=True) == (1,)
+
+
+@pytest.mark.parametrize(("caption", "category", "captioned"), [
+    ("a bowl on a table", "character", "owl, a bowl on a table"), ("an Owl on a table", "character", "an Owl on a table"),
+    ("a bowl on a table.", "style", "a bowl on a table, owl"), ("night owls", "character", "owl, night owls"),
+])
+def test_captions_that_lack_the_trigger_get_it(caption, category, captioned):
+    """Training counts a trigger as said by the same rule."""
+    from composition.training import captions
+
+    assert captions.with_trigger(caption, "owl", category) == captioned
+    assert bool(captions.added({"1.png": caption}, "owl", category)) == (caption != captioned)
+
+
+def test_a_scaled_lora():
+    lora = Lora("owl", weight=0.8, text_weight=0.5, start=0.2)
+    assert lora.scaled(1.1) == Lora("owl", weight=0.88, text_weight=0.55, start=0.2) and lora.scaled(1.0) is lora
+    assert Lora("owl").scaled(0.5) == Lora("owl", weight=0.5)

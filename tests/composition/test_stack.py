@@ -8,7 +8,7 @@ from composition.adapters.gates import Gates
 from composition.adapters.stack import Stack
 from composition.adapters.trainable import Shape, Trainable, TrainableStack
 from composition.loop import Step
-from composition.loras.reader import Factors
+from composition.loras.kinds.lora import Factors
 from tests.composition.devices.pretended import pretended
 
 RANKS = (2, 5, 3)
@@ -27,7 +27,7 @@ def build(kind, missing=(), ranks=RANKS):
     layer, shape = LAYERS[kind][0]().double(), LAYERS[kind][1]
     shape_in = layer.weight.shape[1:]
     factors = [None if k in missing else Factors(
-        torch.randn(r, *shape_in, dtype=torch.float64), torch.randn(20, r, dtype=torch.float64), r, float(r))
+        torch.randn(r, *shape_in, dtype=torch.float64), torch.randn(20, r, dtype=torch.float64))
         for k, r in enumerate(ranks)]
     gates = Gates(torch.tensor([[1.0, 1.0, 1.0], [0.5, 2.0, 0.0]], dtype=torch.float64))
     stack = Stack(factors, gates, 1, path="the.layer")
@@ -115,15 +115,14 @@ def test_gradients_are_the_dense_ones(kind, rows):
     source.leaf = source.leaf.detach().double().requires_grad_(True)
     with torch.no_grad():
         for k, factor in enumerate(factors):
-            down, up = source.factors(k)["unet"]["layer"]
-            down.copy_(factor.down)
-            up.copy_(factor.up)
+            layer_of = source.factors(k)["unet"]["layer"]
+            layer_of.stored_down.copy_(factor.down)
+            layer_of.stored_up.copy_(factor.up)
     gates.per_row(ROWS[rows])
     out = TrainableStack(source, 0, gates, 1)(layer, x, layer(x))
     gates.per_row([(0, 0.3, 0)] * 5 + [(0.1, 0, 0)])  # written before backward: the gates of the forward count
     out.square().sum().backward()
-    leaves = [Factors(f.down.clone().requires_grad_(True), f.up.clone().requires_grad_(True), f.rank, f.alpha)
-              for f in factors]
+    leaves = [Factors(f.down.clone().requires_grad_(True), f.up.clone().requires_grad_(True)) for f in factors]
 
     def update(weights):
         parts = [w * c * (f.up @ f.down.flatten(1)) for f, w, c in zip(leaves, weights, (0.5, 2.0, 0.0), strict=True)]

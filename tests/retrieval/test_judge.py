@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from composition import Refused
 from retrieval.judge import Judge, Threshold, read_thresholds, threshold, write_thresholds
@@ -41,6 +42,32 @@ def test_a_model_without_weights_is_refused_not_scored_at_random(name):
     """open-clip would make one with random weights."""
     with pytest.raises(Refused, match="say which weights.*openai"):
         Judge.open(name)
+
+
+class Recording(torch.nn.Module):
+    """Stands for a model: refuses what is not where its weights are, and answers with ones."""
+
+    context_length = 4
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def encode_image(self, batch):
+        assert batch.device == self.weight.device, f"pictures on {batch.device}, weights on {self.weight.device}"
+        return torch.ones(len(batch), 3)
+
+    encode_text = encode_image
+
+
+def test_what_is_asked_goes_where_the_model_is():
+    """Also when it was moved after the judge was made; answers are on the CPU."""
+    model = Recording()
+    judge = Judge(model, lambda picture: torch.zeros(3, 8, 8), lambda texts: torch.zeros(len(texts), 4, dtype=torch.long))
+    for device in ("cpu", "meta"):
+        model.to(device)
+        assert judge.device == torch.device(device)
+        assert judge.cosine([Image.new("RGB", (8, 8))], [f"a fox on {device}"]).device.type == "cpu"
 
 
 def test_presence_needs_a_threshold():

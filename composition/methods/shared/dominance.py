@@ -7,6 +7,7 @@ from composition.request import Refused
 # A character first: in the ablation of 2402.16843 the first LoRA counts most, and a style first is the worst.
 RANK = {"character": 0, "clothing": 1, "object": 2, "pose": 3, "other": 4, "": 4, "style": 5, "place": 6}
 LOW = ("place",)  # categories of low frequency
+CATEGORY = "category"  # the value of the option order that asks for the order by category
 SLOW = (0.375, 0.875)  # the part of the steps in which neighbours are most alike: refreshed every third, else every second
 
 
@@ -15,11 +16,11 @@ def ordered(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(high, low): the LoRAs by falling frequency, those of low frequency apart.
 
-    order, low: names separated by commas, as a user or a profile pins them; "": by category. low "none": no LoRA is low.
-    When all would be low, none is. Raises Refused for a name that is not there.
+    order, low: names separated by commas, as a user or a profile pins them; "": by category, and so is order "category", unless a LoRA
+    has that name. low "none": no LoRA is low. When all would be low, none is. Raises Refused for a name that is not there.
     """
     by_category = sorted(names, key=lambda name: RANK.get(categories.get(name, ""), RANK["other"]))
-    pinned = _listed(order, names, "order")
+    pinned = [] if order == CATEGORY and CATEGORY not in names else _listed(order, names, "order")
     whole = [*pinned, *(name for name in by_category if name not in pinned)]
     if low == "none":
         return tuple(whole), ()

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from composition.methods.shared.dominance import CATEGORY
 from composition.profiles.frequency import Profile, ordered
 from composition.request import Refused, Request
 
@@ -14,7 +15,8 @@ def pinned(request: Request, options: Collection[str], profiles: Mapping[str, Pr
 
     options: the names of the method's options; nothing is done for a method without `order` and `low`. profiles: by the name of
     each LoRA, None where it was never measured on this model. Option order: "change" or "level" asks for the measured order, by that
-    number; "" takes it where every LoRA was profiled. Raises Refused when it is asked for and a LoRA was not profiled.
+    number; "" takes it where every LoRA was profiled, else the order by category, which is pinned then. Raises Refused when it is asked for
+    and a LoRA was not profiled.
     """
     asked = request.options.get("order", "")
     if not concerns(request, options):
@@ -29,7 +31,7 @@ def pinned(request: Request, options: Collection[str], profiles: Mapping[str, Pr
         why = f"{', '.join(missing)} {verb} not profiled on this model (medley profile {' '.join(missing)}{model})"
         if asked:
             raise Refused(f"option order={asked}: {why}")
-        return request, f"order by category: {why}"
+        return replace(request, options={**request.options, "order": CATEGORY}), f"order by category: {why}"
     by = asked or DEFAULT_MEASURE
     names, low = ordered(measured, by)
     pins = {"order": ",".join(names), "low": ",".join(low) or "none"}
@@ -38,6 +40,6 @@ def pinned(request: Request, options: Collection[str], profiles: Mapping[str, Pr
 
 
 def concerns(request: Request, options: Collection[str]) -> bool:
-    """Whether the method orders by frequency and the request leaves the order to what was measured."""
+    """Whether the method orders by frequency and the request leaves the order to what was measured (not so order "category")."""
     asked = request.options.get("order", "")
     return {"order", "low"} <= set(options) and asked in ("", *MEASURES) and not request.options.get("low")

@@ -36,7 +36,7 @@ def test_generate_writes_pictures_and_says_what_was_applied(make, tmp_path):
     assert "fox: applied" in said.out
     assert "owl: applied" in said.out
     assert "drawn" not in said.out
-    first, second = (record.read(tmp_path / "pictures" / name).request for name in ("0000.png", "0001.png"))
+    first, second = (record.read(tmp_path / "pictures" / name) for name in ("0000.png", "0001.png"))
     assert (first.seed, second.seed, first.count) == (5, 6, 1)
     assert str(Path("pictures") / "0001.png") in said.out
 
@@ -44,11 +44,11 @@ def test_generate_writes_pictures_and_says_what_was_applied(make, tmp_path):
 def test_from_makes_the_same_bytes(make, medley, toy):
     assert make("--method", "switch", "--option", "tau=1", "--sampler", "euler-a", "--negative", "bad", "--count", 2).code == 0
     for index in range(2):
-        said = medley("generate", "--from", f"pictures/000{index}.png", "--lora-dir", toy.loras, "--out", f"again{index}")
+        said = medley("generate", "--from", f"pictures/000{index}.png", "--model", toy.model, "--lora-dir", toy.loras, "--out", f"again{index}")
         assert said.code == 0, said.err
         assert Path(f"again{index}/0000.png").read_bytes() == Path(f"pictures/000{index}.png").read_bytes()
-    said = medley("generate", "--from", "pictures/0000.png", "--seed", 99, "--lora-dir", toy.loras, "--out", "other")
-    changed, before = record.read(Path("other/0000.png")).request, record.read(Path("pictures/0000.png")).request
+    said = medley("generate", "--from", "pictures/0000.png", "--model", toy.model, "--seed", 99, "--lora-dir", toy.loras, "--out", "other")
+    changed, before = record.read(Path("other/0000.png")), record.read(Path("pictures/0000.png"))
     assert changed.seed == 99
     assert (changed.options, changed.loras, changed.sampler) == (before.options, before.loras, before.sampler)
     assert Path("other/0000.png").read_bytes() != Path("pictures/0000.png").read_bytes()
@@ -59,7 +59,7 @@ def test_from_says_when_a_lora_is_another_file(make, medley, toy, tmp_path):
     (tmp_path / "changed").mkdir()
     for seed, name in ((7, "fox"), (1, "owl")):
         toys.lora(toys.sd(), tmp_path / "changed" / f"{name}.safetensors", seed=seed, targets=("attn",), text=False)
-    said = medley("generate", "--from", "pictures/0000.png", "--lora-dir", tmp_path / "changed", "--out", "again")
+    said = medley("generate", "--from", "pictures/0000.png", "--model", toy.model, "--lora-dir", tmp_path / "changed", "--out", "again")
     assert "LoRA fox is not the file" in said.err
     assert "picture will differ" in said.err
     assert "LoRA owl is not the file" in said.err
@@ -68,7 +68,7 @@ def test_from_says_when_a_lora_is_another_file(make, medley, toy, tmp_path):
 
 def test_a_drawn_seed_is_printed_and_makes_the_picture_again(make):
     said = make("--out", "a")
-    seed = record.read(Path("a/0000.png")).request.seed
+    seed = record.read(Path("a/0000.png")).seed
     assert f"--seed {seed}" in said.out
     assert make("--out", "b", "--seed", seed).code == 0
     assert Path("a/0000.png").read_bytes() == Path("b/0000.png").read_bytes()
@@ -86,11 +86,11 @@ def test_json(make):
 def test_triggers_are_missed_and_added_only_when_asked(make):
     said = make(prompt="a foxword")
     assert "none of owl's trigger words" in said.out
-    assert record.read(Path("pictures/0000.png")).request.prompt == "a foxword"
+    assert record.read(Path("pictures/0000.png")).prompt == "a foxword"
     said = make("--triggers", prompt="a foxword")
     assert "prompt with trigger words: a foxword, owlword" in said.out
     assert "none of" not in said.out
-    assert record.read(Path("pictures/0001.png")).request.prompt == "a foxword, owlword"
+    assert record.read(Path("pictures/0001.png")).prompt == "a foxword, owlword"
 
 
 def test_a_picture_of_another_tool_needs_a_model(medley, toy, tmp_path):
@@ -102,7 +102,7 @@ def test_a_picture_of_another_tool_needs_a_model(medley, toy, tmp_path):
     assert "dream" in said.err
     said = medley("generate", "--from", path, "--lora-dir", toy.loras, "--model", toy.model)
     assert said.code == 0, said.err
-    assert record.read(Path("pictures/0000.png")).request.seed == 3
+    assert record.read(Path("pictures/0000.png")).seed == 3
 
 
 def test_compare(medley, toy):
@@ -111,14 +111,14 @@ def test_compare(medley, toy):
     assert said.code == 0, said.err
     names = {path.name for path in Path("pictures").glob("*.png")}
     assert {f"compare-0000-{way}.png" for way in ("prompt", "merge", "switch", "composite", "strip")} <= names
-    seeds = {record.read(path).request.seed for path in Path("pictures").glob("*.png") if "strip" not in path.name}
+    seeds = {record.read(path).seed for path in Path("pictures").glob("*.png") if "strip" not in path.name}
     assert seeds == {4}
-    assert record.read(Path("pictures/compare-0000-prompt.png")).request.loras == ()
+    assert record.read(Path("pictures/compare-0000-prompt.png")).loras == ()
     row = next(line for line in said.out.splitlines() if line.startswith("Composite")).split()
     assert row[2] == str(2 * int(next(line for line in said.out.splitlines() if line.startswith("Merge")).split()[2]))
     with Image.open("pictures/compare-0000-strip.png") as sheet:
         assert sheet.width > 4 * 256
-    said = medley("compare", "--from", "pictures/compare-0000-switch.png", "--methods", "switch,merge", "--lora-dir", toy.loras)
+    said = medley("compare", "--from", "pictures/compare-0000-switch.png", "--model", toy.model, "--methods", "switch,merge", "--lora-dir", toy.loras)
     assert said.code == 0, said.err
     assert Path("pictures/compare-0001-switch.png").read_bytes() == Path("pictures/compare-0000-switch.png").read_bytes()
     assert not Path("pictures/compare-0001-composite.png").exists()
@@ -127,7 +127,7 @@ def test_compare(medley, toy):
 def test_compare_gives_an_option_to_the_methods_that_have_it(medley, toy):
     common = ("a", "--model", toy.model, "--lora-dir", toy.loras, "--lora", "fox", "--steps", 1, "--seed", 1)
     assert medley("compare", *common, "--option", "tau=2", "--option", "reference=true").code == 0
-    options = {way: record.read(Path(f"pictures/compare-0000-{way}.png")).request.options
+    options = {way: record.read(Path(f"pictures/compare-0000-{way}.png")).options
                for way in ("merge", "switch", "composite", "prompt")}
     assert options == {"merge": {}, "switch": {"tau": 2, "reference": True}, "composite": {"reference": True}, "prompt": {}}
     assert medley("compare", *common, "--option", "nothing=2").code == 2
@@ -145,6 +145,49 @@ def test_loras_inspect_methods(medley, toy):
     assert len(alone["sha256"]) == 64
     for word in ("merge", "switch", "composite", "--option tau=5", "arxiv.org/abs/2402.16843"):
         assert word in medley("methods").out
+
+
+def test_a_list_reads_headers_unless_hashes_are_asked_for(medley, toy, tmp_path, monkeypatch):
+    from composition.loras import reader
+
+    alone = medley("inspect", toy.loras / "fox.safetensors", "--json").json
+    monkeypatch.setattr(reader, "load_safely", lambda path: pytest.fail("a list read a whole file"))
+    (fox,) = [row for row in medley("loras", "--lora-dir", toy.loras, "--json").json if row["name"] == "fox"]
+    assert "sha256" not in fox and (fox["family"], fox["layout"], fox["tensors"]) == (alone["family"], alone["layout"], alone["tensors"])
+    monkeypatch.undo()
+    (fox,) = [row for row in medley("loras", "--lora-dir", toy.loras, "--json", "--hashes").json if row["name"] == "fox"]
+    assert (fox["sha256"], fox["tensor_sha256"]) == (alone["sha256"], alone["tensor_sha256"])
+
+
+def test_a_list_survives_any_file(medley, toy, tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    data = (toy.loras / "fox.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]) | {"__metadata__": None}).encode()
+    (folder / "null.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    (folder / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    (folder / "zeros.safetensors").write_bytes(b"\0" * 64)
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.safetensors")).write_bytes(data)
+    assert medley("inspect", folder / "null.safetensors").code == 0
+    assert medley("loras", "--lora-dir", folder).code == 0
+    rows = {row["name"]: row for row in medley("loras", "--lora-dir", folder, "--json").json if row["path"].startswith("own")
+            or str(folder) in row["path"]}  # fmt: skip
+    assert {name: bool(row["error"]) for name, row in rows.items()} == {"null": False, "gone": True, "zeros": True, "\udcff": False}
+    assert rows["gone"]["bytes"] is None and rows["null"]["ranks"] == [4]
+
+
+def test_a_scale_beside_the_file_is_applied_and_said(medley, toy, tmp_path):
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes((toy.loras / "fox.safetensors").read_bytes())
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    assert "alpha 8 from adapter_config.json beside it" in medley("inspect", folder / "adapter_model.safetensors").out
+    said = medley("generate", "a foxword", "--model", toy.model, "--lora", folder / "adapter_model.safetensors", "--steps", 1, "--seed", 1)
+    assert said.code == 0 and "alpha 8 from adapter_config.json beside it" in said.out
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 64, "lora_alpha": 8}))
+    said = medley("generate", "a foxword", "--model", toy.model, "--lora", folder / "adapter_model.safetensors", "--steps", 1, "--seed", 1)
+    assert said.code == 2 and "rank 64" in said.err
 
 
 def test_a_broken_lora_is_listed_with_its_trouble(medley, tmp_path):
@@ -277,4 +320,4 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(toy, tmp_path):
     rows = [json.loads(line)["file_name"] for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert made == [*rows, "metadata.jsonl"]
     for name in rows:
-        assert record.read(tmp_path / "out" / name).request.steps == 200
+        assert record.read(tmp_path / "out" / name).steps == 200

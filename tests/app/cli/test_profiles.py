@@ -50,13 +50,13 @@ def test_cmlora_takes_the_measured_order_and_the_record_has_it(measured, medley,
     order = measured("--json").json["order"]
     after = medley(*generate)
     assert f"order by measured change of frequency: {', '.join(order)}" in after.out
-    made = record.read(tmp_path / "pictures/0001.png").request
+    made = record.read(tmp_path / "pictures/0001.png")
     assert made.options["order"] == ",".join(order)
-    assert medley("generate", "--from", "pictures/0001.png", "--lora-dir", toy.loras, "--out", "again").code == 0
+    assert medley("generate", "--from", "pictures/0001.png", "--model", toy.model, "--lora-dir", toy.loras, "--out", "again").code == 0
     assert Path("again/0000.png").read_bytes() == Path("pictures/0001.png").read_bytes()
     pinned = medley(*generate, "--option", f"order={order[2]}")
     assert "measured" not in pinned.out
-    assert record.read(tmp_path / "pictures/0002.png").request.options == {"order": order[2]}
+    assert record.read(tmp_path / "pictures/0002.png").options == {"order": order[2]}
 
 
 def test_who_led_when_is_told(medley, toy):
@@ -96,12 +96,38 @@ def test_every_bundled_lora_is_profiled(model):
         assert found is not None and len(found.high) == found.steps == 50, path.stem
 
 
-def test_ways_of_an_evaluation_carry_their_options(medley, toy, tmp_path):
+def test_variants_of_an_evaluation_carry_their_options_and_it_says_which_order_was_used(medley, toy, tmp_path):
     (tmp_path / "m.json").write_text(json.dumps({"character": [{"id": "fox", "trigger": ["foxword"]}], "style": [{"id": "ink", "trigger": ["ink"]}]}))
     said = medley("evaluate", "--testbed", "m.json", "--model", toy.model, "--lora-dir", toy.loras, "--steps", 2, "--loras", "2", "--seeds", 1,
                   "--methods", "cmlora,cmlora:cache=false:decay=false", "--tune", "none", "--references", 0, "--no-equal", "--report", "r")
     assert said.code == 0, said.err
     rows = [json.loads(line) for line in (tmp_path / "r/scores.jsonl").read_text().splitlines()]
-    assert {row["way"]: row["request"]["options"] for row in rows} == {
-        "none": {}, "cmlora": {}, "cmlora:cache=false:decay=false": {"cache": False, "decay": False}}
+    assert {row["variant"]: row["request"]["options"] for row in rows} == {
+        "none": {}, "cmlora": {"order": "category"}, "cmlora:cache=false:decay=false": {"order": "category", "cache": False, "decay": False}}
     assert "CMLoRA cache=false decay=false" in (tmp_path / "r/index.html").read_text()
+    assert "CMLoRA: LoRAs ordered by category, as not all are profiled on this model." in said.out
+
+
+def test_an_evaluation_takes_the_measured_order_unless_told_to_go_by_category(measured, medley, toy, tmp_path):
+    order = measured("--json").json["order"]
+    (tmp_path / "m.json").write_text(json.dumps({"character": [{"id": "fox", "trigger": ["foxword"]}], "style": [{"id": "ink", "trigger": ["ink"]}]}))
+    said = medley("evaluate", "--testbed", "m.json", "--model", toy.model, "--lora-dir", toy.loras, "--steps", 2, "--loras", "2", "--seeds", 1,
+                  "--methods", "merge,cmlora,cmlora:order=level,cmlora:order=category,switch-a:order=ink", "--tune", "none", "--references", 0,
+                  "--no-equal", "--report", "r")
+    assert said.code == 0, said.err
+    rows = {row["variant"]: row for row in map(json.loads, (tmp_path / "r/scores.jsonl").read_text().splitlines())}
+    assert rows["cmlora"]["request"]["options"]["order"] == ",".join(name for name in order if name != "owl")
+    assert rows["cmlora:order=category"]["request"]["options"] == {"order": "category"}
+    assert record.details(tmp_path / "r" / rows["cmlora:order=category"]["picture"]).notes["cmlora"]["high"] == ["fox", "ink"]
+    for line in ("CMLoRA: LoRAs ordered by the measured change of frequency.", "CMLoRA order=level: LoRAs ordered by the measured level of frequency.",
+                 "CMLoRA order=category: LoRAs ordered by category.", "Switch-A order=ink: LoRAs ordered as the option says."):
+        assert line in said.out and line in (tmp_path / "r/index.html").read_text()
+    assert "Merge: LoRAs ordered" not in said.out
+
+
+def test_an_order_that_was_not_measured_costs_its_own_pictures(medley, toy, tmp_path):
+    (tmp_path / "m.json").write_text(json.dumps({"character": [{"id": "fox", "trigger": ["foxword"]}], "style": [{"id": "ink", "trigger": ["ink"]}]}))
+    said = medley("evaluate", "--testbed", "m.json", "--model", toy.model, "--lora-dir", toy.loras, "--steps", 2, "--loras", "2", "--seeds", 1,
+                  "--methods", "merge,cmlora:order=change", "--tune", "none", "--references", 0, "--report", "r")
+    assert said.code == 3 and "cmlora:order=change of fox+ink: option order=change: fox, ink are not profiled" in said.err
+    assert {json.loads(line)["variant"] for line in (tmp_path / "r/scores.jsonl").read_text().splitlines()} == {"none", "merge"}

@@ -30,11 +30,11 @@ def test_masks_are_saved_beside_the_picture(medley, toy, tmp_path):
     assert said.code == 0, said.err
     sheet = Image.open(tmp_path / "pictures/0000-masks.png")
     assert sheet.width > 4 * 256
-    kept = record.read(tmp_path / "pictures/0000.png")
+    kept = record.details(tmp_path / "pictures/0000.png")
     assert kept.request.loras[1].region == (0.0, 0.0, 0.5, 1.0) and kept.request.loras[0].binds == "the fox"
     assert set(kept.notes["masks"]) == {"fox", "owl"}
     assert all(row == [255] * (len(row) // 2) + [0] * (len(row) // 2) for row in kept.notes["masks"]["owl"]["mask"])
-    again = medley("generate", "--from", "pictures/0000.png", "--lora-dir", toy.loras, "--out", "again")
+    again = medley("generate", "--from", "pictures/0000.png", "--model", toy.model, "--lora-dir", toy.loras, "--out", "again")
     assert again.code == 0 and (tmp_path / "again/0000.png").read_bytes() == (tmp_path / "pictures/0000.png").read_bytes()
     assert "pictures/0000-masks.png  where each LoRA acts" in said.out and "on everywhere" not in said.out
     styled = medley("generate", "the fox and an owl, ink", *bound, "--lora", '{"source": "ink", "category": "style"}', *common, "--method", "regions", "--masks", "--out", "styled")

@@ -22,23 +22,23 @@ TIMES = ("seconds",)
 
 
 def test_the_grid(evaluate, tmp_path):
-    """Every way answers every set and seed with the same noise; the prompt alone is there unasked."""
+    """Every variant answers every set and seed with the same noise; the prompt alone is there unasked."""
     said = evaluate("--methods", "merge,composite", "--seeds", 2, "--tune", "none", "--report", "r")
     assert said.code == 0, said.err
     found = rows(tmp_path / "r")
-    ways = {row["way"] for row in found}
-    assert ways == {"none", "merge", "composite", "composite@equal"}
-    for way in ways:
-        mine = {(row["group"], row["number"]): row for row in found if row["way"] == way}
+    variants = {row["variant"] for row in found}
+    assert variants == {"none", "merge", "composite", "composite@equal"}
+    for variant in variants:
+        mine = {(row["group"], row["number"]): row for row in found if row["variant"] == variant}
         assert set(mine) == {(group, number) for group in ("fox+ink", "owl+ink") for number in (0, 1)}
         for key, row in mine.items():
             (seed,) = {other["seed"] for other in found if (other["group"], other["number"]) == key}
             assert row["seed"] == seed
-            made = record.read(tmp_path / "r" / row["picture"]).request
+            made = record.read(tmp_path / "r" / row["picture"])
             assert (made.seed, made.prompt) == (seed, row["prompt"])
-            assert [lora.source for lora in made.loras] == ([] if way == "none" else row["group"].split("+"))
-            assert made.steps == (1 if way == "composite@equal" else 2)
-    cost = {row["way"]: row["evaluations"] for row in found}
+            assert [lora.source for lora in made.loras] == ([] if variant == "none" else row["group"].split("+"))
+            assert made.steps == (1 if variant == "composite@equal" else 2)
+    cost = {row["variant"]: row["evaluations"] for row in found}
     assert cost["composite"] == 2 * cost["merge"] == 2 * cost["none"] and cost["composite@equal"] <= cost["none"]
     assert {row["prompt"] for row in found} == {"foxword, red fur, ink drawing", "owlword, ink drawing"}
     assert "Prompt only" in said.out and "index.html" in said.out
@@ -68,7 +68,7 @@ def test_scores_are_the_judges(evaluate, tmp_path):
         assert ink["present"] == bool(cosine[1 + row["concepts"].index(ink)] >= judge.thresholds["ink drawing"].score)
         assert row["presence"] is None and row["leakage"] is None  # "foxword" has no threshold, and there are few pictures
         alone = [Image.open(path) for path in (tmp_path / "r/pictures").glob("*.png")
-                 if (made := record.read(path).request).prompt == "ink drawing" and len(made.loras) == 1]
+                 if (made := record.read(path)).prompt == "ink drawing" and len(made.loras) == 1]
         assert ink["clip_i"] == pytest.approx(100 * float((judge.see(alone) @ judge.see([picture])[0]).mean()), abs=1e-3)
 
 
@@ -107,10 +107,10 @@ def test_another_lora_file_of_the_same_name_is_made_anew(evaluate, toy, tmp_path
     (tmp_path / "vixen.json").write_text(json.dumps(bed))
     call = ("--lora-dir", tmp_path / "bed", *again)
     assert evaluate(*call, source=("--testbed", tmp_path / "vixen.json")).code == 0
-    first = {row["way"]: row["id"] for row in rows(tmp_path / "r")}
+    first = {row["variant"]: row["id"] for row in rows(tmp_path / "r")}
     save_file({key: value * 3 for key, value in tensors.items()}, tmp_path / "bed/vixen.safetensors")
     assert evaluate(*call, source=("--testbed", tmp_path / "vixen.json")).code == 0
-    second = {row["way"]: row["id"] for row in rows(tmp_path / "r")}
+    second = {row["variant"]: row["id"] for row in rows(tmp_path / "r")}
     assert first["merge"] != second["merge"] and first["none"] == second["none"]
 
 
@@ -149,12 +149,12 @@ def test_merges_weight_is_tuned_on_other_noise(evaluate, tmp_path):
     best = max(tuned["tried"].values(), key=lambda one: (one["presence"], one["clipscore"]))
     assert tuned["tried"][f"{tuned['factor']:g}"] == best
     evaluated = {row["seed"] for row in rows(tmp_path / "r")}
-    pilots = [record.read(path).request for path in (tmp_path / "r/pictures").glob("*.png")]
+    pilots = [record.read(path) for path in (tmp_path / "r/pictures").glob("*.png")]
     tried = [request for request in pilots if request.seed not in evaluated and len(request.loras) == 2]
     assert {request.loras[0].weight for request in tried} == {0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2}
     for row in rows(tmp_path / "r"):
         weights = [lora["weight"] for lora in row["request"]["loras"]]
-        assert weights == {"none": [], "merge": [tuned["factor"]] * 2, "switch": [1.0] * 2}[row["way"]]
+        assert weights == {"none": [], "merge": [tuned["factor"]] * 2, "switch": [1.0] * 2}[row["variant"]]
 
 
 def test_a_manifest_of_requests_is_made_by_their_own_methods(evaluate, tmp_path):
@@ -163,7 +163,7 @@ def test_a_manifest_of_requests_is_made_by_their_own_methods(evaluate, tmp_path)
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     said = evaluate("--report", "r", source=("m.jsonl",))
     assert said.code == 0, said.err
-    found = {(row["way"], row["group"]): row for row in rows(tmp_path / "r")}
+    found = {(row["variant"], row["group"]): row for row in rows(tmp_path / "r")}
     assert set(found) == {("none", "foxword in a field"), ("switch", "foxword in a field"), ("none", "plain")}
     assert [c["phrase"] for c in found["switch", "foxword in a field"]["concepts"]] == ["a foxword"]  # from the file's own trigger
 
@@ -184,8 +184,8 @@ def test_a_folder_of_pictures_is_scored_without_a_model(medley, tmp_path, monkey
     said = medley("evaluate", "mine", "--report", "r")
     assert said.code == 0, said.err
     found = rows(tmp_path / "r")
-    assert [row["way"] for row in found] == ["one", "two"] * 3
-    place = {way: sum(row["concepts"][1]["present"] for row in found if row["way"] == way) for way in ("one", "two")}
+    assert [row["variant"] for row in found] == ["one", "two"] * 3
+    place = {variant: sum(row["concepts"][1]["present"] for row in found if row["variant"] == variant) for variant in ("one", "two")}
     assert place["one"] > place["two"]  # the judge sees which background is there
     assert all(row["request"] is None and row["seconds"] is None for row in found)
     assert (tmp_path / "r" / found[0]["picture"]).resolve() == tmp_path / "mine/0.png"
@@ -198,7 +198,7 @@ def test_what_generate_wrote_is_a_manifest(medley, toy, tmp_path):
                   "--seed", 1, "--count", 2).code == 0
     said = medley("evaluate", "pictures", "--model", toy.model, "--lora-dir", toy.loras, "--references", 0, "--report", "r")
     assert said.code == 0, said.err
-    assert [(row["way"], row["number"], row["concepts"][0]["name"]) for row in rows(tmp_path / "r")] == [("merge", 1, "fox"), ("merge", 2, "fox")]
+    assert [(row["variant"], row["number"], row["concepts"][0]["name"]) for row in rows(tmp_path / "r")] == [("merge", 1, "fox"), ("merge", 2, "fox")]
 
 
 def test_bad_lines_are_listed_the_rest_is_scored_and_the_exit_code_says_so(medley, toy, tmp_path):
@@ -235,7 +235,7 @@ def test_a_lora_that_does_not_fit_is_left_out_and_the_rest_is_made(evaluate, toy
     said = evaluate("--methods", "merge", "--seeds", 1, "--tune", "none", "--lora-dir", tmp_path / "more", "--report", "r",
                     source=("--testbed", "bed.json"))
     assert said.code == 3 and "odd" in said.err
-    assert {(row["way"], row["group"]) for row in rows(tmp_path / "r")} == {("none", "fox+ink"), ("merge", "fox+ink"), ("none", "odd+ink")}
+    assert {(row["variant"], row["group"]) for row in rows(tmp_path / "r")} == {("none", "fox+ink"), ("merge", "fox+ink"), ("none", "odd+ink")}
 
 
 def test_fail_below(evaluate):
@@ -277,6 +277,44 @@ def test_the_network_is_closed_unless_a_judge_from_elsewhere_is_named(medley, mo
     (tmp_path / "m.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a fox"}))
     assert "enough" in medley("evaluate", "m.jsonl", "--judge", judge).err
     assert seen == [offline]
+
+
+@pytest.mark.parametrize("flags", [(), ("--device", "cuda:1")])
+def test_the_judge_is_where_the_engine_is(medley, monkeypatch, tmp_path, flags):
+    from composition.backbones.loading import placement
+
+    asked, opened = [], []
+
+    def choose(device=None, *_, **__):
+        asked.append(device)
+        return placement.Placement(torch.device("cuda:1"), torch.float16, "none", "")
+
+    def judge(name, device="cpu"):
+        opened.append(device)
+        raise Refused("enough")
+
+    monkeypatch.setattr(placement, "choose", choose)
+    monkeypatch.setattr(Judge, "open", judge)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "m.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a fox"}))
+    assert "enough" in medley("evaluate", "m.jsonl", *flags).err
+    assert asked == [flags[1] if flags else None] and opened == ["cuda:1"]
+
+
+def test_steps_and_guidance_are_the_models_own(medley, bed, monkeypatch, toy, tmp_path):
+    """As generate has them: nothing is said, and the model's defaults are used, recorded and compared at equal evaluations."""
+    from composition.backbones.unet import UNetBackbone
+
+    monkeypatch.setattr(UNetBackbone, "defaults", property(lambda self: (4, 3.5)))
+    arguments = ("--testbed", bed, "--model", toy.model, "--lora-dir", toy.loras, "--loras", "2", "--sets", 1,
+                 "--resamples", 200, "--references", 1, "--methods", "merge,composite", "--seeds", 1, "--report", "r")
+    said = medley("evaluate", *arguments)
+    assert said.code == 0, said.err
+    settings = {row["variant"]: (row["request"]["steps"], row["request"]["guidance"]) for row in rows(tmp_path / "r")}
+    assert settings == {"none": (4, 3.5), "merge": (4, 3.5), "composite": (4, 3.5), "composite@equal": (2, 3.5)}
+    requests = [record.read(path) for path in (tmp_path / "r/pictures").glob("*.png")]
+    assert {request.guidance for request in requests} == {3.5} and {request.steps for request in requests} == {4, 2}
+    assert '"steps": 4' in json.loads((tmp_path / "r/summary.json").read_text())["settings"]
 
 
 def test_csv_and_page(evaluate, tmp_path):

@@ -30,11 +30,11 @@ def test_requests_and_pictures(tmp_path):
           {"file_name": "a.png", "text": "a fox and an owl", "concepts": ["a fox", {"phrase": "an owl", "name": "owl"}], "camera": "any"})
     asked = manifest.read(tmp_path, nothing)
     assert not asked.problems
-    request, given = asked.cases
+    request, supplied = asked.cases
     assert (request.request.seed, request.text, request.group, request.picture) == (4, "a fox", "a fox", None)
     assert [(c.name, c.phrase) for c in request.concepts] == [("owl", "an owl")]
-    assert given.picture == tmp_path / "a.png" and given.request is None and given.method == "given"
-    assert [(c.name, c.phrase) for c in given.concepts] == [("a fox", "a fox"), ("owl", "an owl")]
+    assert supplied.picture == tmp_path / "a.png" and supplied.request is None and supplied.method == "supplied"
+    assert [(c.name, c.phrase) for c in supplied.concepts] == [("a fox", "a fox"), ("owl", "an owl")]
 
 
 @pytest.mark.parametrize("line, says", [
@@ -43,6 +43,7 @@ def test_requests_and_pictures(tmp_path):
     ({"prompt": "x", "concepts": "a fox"}, "list"), ({"prompt": "x", "concepts": [{"name": "y"}]}, "phrase"),
     ({"prompt": "x", "concepts": [{"phrase": "y", "references": ["no.png"]}]}, "no.png"),
     ({"prompt": "x", "concepts": [{"phrase": "y", "size": 3}]}, "size"), ({"file_name": 3, "text": "x"}, "file_name"),
+    ({"prompt": "x", "model": "another"}, "for the model another, and this evaluation runs on pocket"),
     ({"prompt": "x", "group": 3}, "group"), ({"file_name": "a.png", "text": "x", "request": "{}"}, "prompt"),
 ])  # fmt: skip
 def test_a_bad_line_is_named_by_its_number_and_the_others_stay(tmp_path, line, says):
@@ -53,6 +54,11 @@ def test_a_bad_line_is_named_by_its_number_and_the_others_stay(tmp_path, line, s
     (problem,) = asked.problems
     assert problem.line == 3 and str(problem).startswith("line 3: ")
     assert re.search(says, problem.why)
+
+
+def test_a_request_leaves_steps_and_guidance_to_the_model(tmp_path):
+    cases = manifest.read(write(tmp_path, {"prompt": "a fox"}, {"prompt": "a fox", "steps": 7, "guidance": 2}), nothing, "pocket-flux").cases
+    assert [(case.request.model, case.request.steps, case.request.guidance) for case in cases] == [("pocket-flux", None, None), ("pocket-flux", 7, 2)]
 
 
 def test_bytes_that_are_no_text(tmp_path):

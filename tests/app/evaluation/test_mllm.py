@@ -45,9 +45,9 @@ def scored(tmp_path):
     """Three prompts by two methods: `a` is redder in two, alike in one."""
     rows = []
     for number, (one, two) in enumerate(((200, 50), (210, 60), (90, 90))):
-        for way, red in (("a", one), ("b", two), ("none", 255)):
-            Image.new("RGB", (16, 16), (red, 0, 0)).save(tmp_path / f"{way}{number}.png")
-            rows.append({"way": way, "group": f"g{number}", "number": 0, "id": f"{way}{number}", "text": "red", "picture": f"{way}{number}.png"})
+        for variant, red in (("a", one), ("b", two), ("none", 255)):
+            Image.new("RGB", (16, 16), (red, 0, 0)).save(tmp_path / f"{variant}{number}.png")
+            rows.append({"variant": variant, "group": f"g{number}", "number": 0, "id": f"{variant}{number}", "text": "red", "picture": f"{variant}{number}.png"})
     return rows
 
 
@@ -93,9 +93,9 @@ def test_from_the_command_line_it_stands_in_the_report_and_its_trouble_costs_no_
     address, _, answer = server
     lines = []
     for number in range(2):
-        for way, red in (("a", 200), ("b", 50)):
-            Image.new("RGB", (16, 16), (red, 0, 0)).save(tmp_path / f"{way}{number}.png")
-            lines.append({"file_name": f"{way}{number}.png", "text": f"red {number}", "method": way})
+        for variant, red in (("a", 200), ("b", 50)):
+            Image.new("RGB", (16, 16), (red, 0, 0)).save(tmp_path / f"{variant}{number}.png")
+            lines.append({"file_name": f"{variant}{number}.png", "text": f"red {number}", "method": variant})
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert medley("evaluate", "m.jsonl", "--mllm", address, "--mllm-model", "m", "--report", "r").code == 0
     (found,) = json.loads((tmp_path / "r/summary.json").read_text())["mllm"]

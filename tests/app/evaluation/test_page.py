@@ -44,8 +44,8 @@ def test_the_grid_sorts_and_filters(opened, tmp_path):
     assert len(shown()) == 4 and all("2 LoRAs" in row for row in shown())
     opened.select_option("#size", "")
     opened.select_option("#sort", "clipscore/merge")
-    cells = opened.locator("#grid td[data-way=merge]").evaluate_all("cells => cells.map(cell => Number(cell.dataset.clipscore))")
-    assert cells == sorted(cells) == sorted(row["clipscore"] for row in rows(tmp_path / "r") if row["way"] == "merge")
+    cells = opened.locator("#grid td[data-variant=merge]").evaluate_all("cells => cells.map(cell => Number(cell.dataset.clipscore))")
+    assert cells == sorted(cells) == sorted(row["clipscore"] for row in rows(tmp_path / "r") if row["variant"] == "merge")
 
 
 def test_every_picture_opens_with_its_request(opened, tmp_path):

@@ -105,7 +105,7 @@ def test_pairs_are_formed_on_the_same_case_and_noise():
     noise, groups = rng.normal(0, 5, 24), [f"g{k // 2}" for k in range(24)]
     scores = {"a": cells(noise + 0.3, groups), "b": cells(noise + rng.normal(0, 0.05, 24), groups)}
     (found,) = paired(scores)
-    assert found.parted and found.difference.mean == pytest.approx(0.3, abs=0.05) and found.better == 1.0
+    assert found.significant and found.difference.mean == pytest.approx(0.3, abs=0.05) and found.better == 1.0
     assert found.effect is not None and found.effect > 3
     alone = [interval(list(scores[name].values()), groups) for name in "ab"]
     assert alone[0].low < alone[1].high and alone[1].low < alone[0].high  # the intervals of the means overlap
@@ -127,21 +127,21 @@ def test_rank_counts_only_who_is_told_apart():
     assert ranks(means, pairs, larger=False) == {"best": 2, "same": 2, "last": 1}
 
 
-def test_among_many_ways_chance_is_allowed_for():
-    """Twelve ways of pure noise: hardly two are told apart, though several raw p are small."""
-    rng, small, parted = np.random.default_rng(4), 0, 0
+def test_among_many_variants_chance_is_allowed_for():
+    """Twelve variants of pure noise: hardly two are told apart, though several raw p are small."""
+    rng, small, significant = np.random.default_rng(4), 0, 0
     for turn in range(6):
         groups = [f"g{k}" for k in range(16)]
         found = paired({f"w{k}": cells(rng.normal(0, 1, 16), groups) for k in range(12)}, resamples=1000, seed=turn)
         small += sum(one.p <= 0.05 for one in found)
-        parted += sum(one.parted for one in found)
-    assert small > 6 and parted <= 2
+        significant += sum(one.significant for one in found)
+    assert small > 6 and significant <= 2
 
 
 def test_five_groups_cannot_be_told_apart():
     groups = [f"g{k}" for k in range(5)]
     (found,) = paired({"a": cells([1.0, 1.1, 1.2, 1.3, 1.4], groups), "b": cells([0.0] * 5, groups)})
-    assert found.difference.low > 0 and found.p == 2 / 32 and not found.parted
+    assert found.difference.low > 0 and found.p == 2 / 32 and not found.significant
 
 
 def test_the_same_seed_gives_the_same_numbers():

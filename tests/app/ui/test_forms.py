@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -168,3 +170,19 @@ def test_trigger_words_are_missed_and_added(tmp_path):
     assert lacking("a fox", [fox, ink, mute]) == [ink]
     assert with_words("a fox, ", ["ink drawing", "FOX"]) == "a fox, ink drawing"
     assert with_words("", ["a", "b"]) == "a, b"
+    assert lacking("a pink drawing of boxes", [fox, ink, mute]) == [fox, ink]
+    assert with_words("a bowl", ["owl", "bowl"]) == "a bowl, owl"
+
+
+def test_no_file_takes_the_others_down(tmp_path):
+    """Unusual headers are read, and whatever else lies there is a card with its reason; names that are no text are sent as text."""
+    header = b'{"__metadata__":null,"x":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    lora(tmp_path / "b.safetensors", title="B")
+    os.mkfifo(tmp_path / "c.safetensors")
+    (tmp_path / "d.safetensors").symlink_to(tmp_path / "nowhere")
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.safetensors"))
+    lora(tmp_path / "e.safetensors").rename(odd)
+    found = cards([*sorted(tmp_path.glob("[a-d].safetensors")), odd])
+    assert {key: bool(card.trouble) for key, card in found.items()} == {"?": False, "a": False, "b": False, "c": True, "d": True}
+    json.dumps([card.shown() for card in found.values()], ensure_ascii=False).encode()

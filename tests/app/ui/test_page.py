@@ -159,7 +159,7 @@ def test_from_cards_to_a_picture_with_its_receipt(server, tab, tmp_path):
     report = page.locator("#report").inner_text()
     for name in ("raccoon", "ink"):
         assert server.engine.inspect(name).line() in report
-    found = record.read(download(page, tmp_path / "got.png")).request
+    found = record.read(download(page, tmp_path / "got.png"))
     assert [(lora.source, lora.weight) for lora in found.loras] == [("raccoon", 0.95), ("ink", 0.45)]
     assert (found.prompt, found.negative, found.steps) == ("a raccoon in the snow, ink drawing", "fog", 500)
     assert str(found.seed) in report and page.locator("#seed input").input_value() == str(found.seed)
@@ -210,7 +210,7 @@ def test_the_same_seed_makes_the_same_bytes_and_those_of_the_engine(server, tab,
         got.append(download(page, tmp_path / name))
         page.evaluate("document.querySelector('#status .done').remove()")  # so that the next one is waited for
     assert got[0].read_bytes() == got[1].read_bytes()
-    made = server.engine.run(record.read(got[0]).request).images[0]
+    made = server.engine.run(record.read(got[0])).images[0]
     with Image.open(got[0]) as image:
         assert image.tobytes() == made.tobytes()
     assert len({path.read_bytes() for path in got} & {path.read_bytes() for path in server.pictures.glob("*.png")}) == 1
@@ -308,7 +308,7 @@ def test_a_methods_options_follow_it_and_are_kept(tab, tmp_path):
     page.locator("#prompt textarea").focus()
     page.keyboard.press("Shift+Enter")
     done(page)
-    found = record.read(download(page, tmp_path / "got.png"))
+    found = record.details(download(page, tmp_path / "got.png"))
     assert (found.request.method, found.request.options) == ("switch", {"tau": 2})
     assert found.notes["leaders"] == ["owl", "owl", "raccoon", "raccoon"]
 

@@ -132,7 +132,7 @@ def test_refusals_say_what_to_do() -> None:
     with pytest.raises(Refused, match="did you mean euler-a"):
         schedulers.make("euler_a", own)
     with pytest.raises(Refused, match="did you mean dpm\\+\\+2m-karras"):
-        schedulers.make("DPM++ 2M Karras", own)
+        schedulers.make("DPM++ 2M Karas", own)
     with pytest.raises(Refused, match="Samplers are default, euler"):
         schedulers.make("zzzzzz", own)
     with pytest.raises(Refused, match="at most 50 steps"):
@@ -152,5 +152,5 @@ def test_titles_are_those_of_a1111() -> None:
     assert schedulers.title("default", own) == "Euler"
     assert schedulers.title("default", PNDMScheduler()) == "PLMS"
     assert schedulers.title("default", schedulers.make("dpm++2m-sde", own)) == "DPM++ 2M SDE"
-    assert schedulers.title("default", FlowMatchEulerDiscreteScheduler()) == "FlowMatchEulerDiscrete"
+    assert schedulers.title("default", FlowMatchEulerDiscreteScheduler()) == "Euler Simple"
     assert len({entry.title for entry in schedulers.NAMES.values()}) == len(schedulers.NAMES)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from composition.adapters import _attached
+from composition.adapters.adapters import _attached
 from composition.backbones.base import Axis
 from composition.hooks import attention, masks
 from composition.hooks.regional import joined, regional

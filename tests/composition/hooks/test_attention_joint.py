@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
-from composition.adapters import _attached
+from composition.adapters.adapters import _attached
 from composition.hooks import attention, masks
 from composition.hooks.regional import joined, regional
 from tests.composition import laws

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from composition.loras import layers as layer_map
-from composition.loras import metadata, reader
+from composition.loras import reader, scale
 from composition.request import Refused
 from tests import toys
 from tests.composition.loras import lora_writers as writers
@@ -215,20 +215,17 @@ def test_mutants_are_caught(pipes, tmp_path, monkeypatch):
     made = writers.updates(pipes["sd"], alphas=UNEVEN)
     paths = [writers.save(tmp_path / f"{layout}.safetensors", writers.WRITERS[layout](pipes["sd"], made))
              for layout in ("kohya", "peft-header")]
-    factors, names, alpha = reader._factors, layer_map.names, metadata.alpha
+    fitted, names, alphas = reader.fitted, layer_map.names, scale.alphas
 
     def swapped(component, module):
         turn = {"to_q": "to_k", "to_k": "to_q"}
         return {name: path.replace(path[-4:], turn.get(path[-4:], path[-4:])) if ".attn1." in path else path
                 for name, path in names(component, module).items()}
 
-    def one_alpha(settings, *rest):
-        return alpha({key: value for key, value in settings.items() if "pattern" not in key}, *rest)
-
     mutants = [
-        ("alpha ignored", reader, "_alpha", lambda *given: 2.0, (0, 1)),
-        ("rank not divided", reader, "_factors", lambda m, t, layers, parts, alpha: factors(m, t, layers, parts, 2 * alpha), (0, 1)),
-        ("one alpha for all", metadata, "alpha", one_alpha, (1,)),
+        ("alpha ignored", scale, "alphas", lambda *given: (alphas(*given)[0]._replace(value=2.0),), (0, 1)),
+        ("rank not divided", reader, "fitted", lambda down, up, alpha, *rest: fitted(down, up, 2 * alpha, *rest), (0, 1)),
+        ("one alpha for all", scale.Statement, "_pattern", lambda *given: None, (1,)),
         ("layers swapped", layer_map, "names", swapped, (0, 1)),
     ]
     for what, place, name, wrong, hit in mutants:

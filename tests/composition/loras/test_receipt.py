@@ -14,7 +14,7 @@ from composition.loras import reader
 from composition.request import Refused
 from tests import toys
 from tests.composition.loras import lora_writers as writers
-from tests.composition.test_keymap import UNETS
+from tests.composition.loras.test_layers import UNETS
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,33 @@ def test_same_layer_twice(pipe, parts, made, tmp_path):
         law(lora.receipt)
         assert len(lora.receipt.ignored[lora_keys.TWICE]) == 6 and lora.receipt.applied == 6
         assert list(lora.factors["unet"]) == [made[0].path, made[2].path]
+
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+ABSENT = {  # names as files have them, and whether they are of a layer that this base lacks
+    "unet.down_blocks.9.attentions.0.transformer_blocks.0.attn1.to_q": True, "unet.mid_block.attentions.0.transformer_blocks.7.ff.net.2": True,
+    "lora_unet_down_blocks_0_attentions_5_transformer_blocks_0_attn2_to_k": True, "lora_unet_input_blocks_30_1_proj_in": True,
+    "lora_unet_mid_block_attentions_3_proj_out": True, "lora_te_text_model_encoder_layers_40_mlp_fc1": True,
+    "unet.up_blocks.0.upsamplers.0.conv": None, "lora_unet_add_embedding_linear_1": True, "unet.down_blocks.0.resnets.4.conv_shortcut": True,
+    f"unet.{BLOCK}.attn1.toq": False, "lora_unet_down_blocks_0_attentoins_0_transformer_blocks_0_attn1_to_q": False,
+    f"unet.{BLOCK}.attn1.to_q.linear": False, f"unet.encoder.{BLOCK}.attn1.to_q": False, f"unet.model.{BLOCK}.attn1.to_q": False,
+    "lora_unet_sformer_blocks_0_attn_to_q": False, f"lycoris_{BLOCK.replace('.', '_')}_attn1_to_q": False, "unet.x" + "_x" * 5000: False,
+    f"model.diffusion_model.{BLOCK}.attn1.to_q": False, "lora_te_text_model_encoder_layers_0_self_attn_qproj": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_a_layer_that_is_not_there_and_a_name_that_is_none(name, pipe, parts, made, tmp_path):
+    """"No such layer" is said of a layer's name alone; of any other that its spelling is not known."""
+    tensors = kohya(pipe, made)[0] | {f"{name}.lora_A.weight": ONE, f"{name}.lora_B.weight": ONE, f"{name}.alpha": torch.tensor(2.0)}
+    path = writers.save(tmp_path / "a.safetensors", (tensors, {}))
+    if ABSENT[name] is None:  # there, of another shape
+        with pytest.raises(Refused, match="do not fit"):
+            reader.read(path, parts, "sd", allow_partial=True)
+        return
+    receipt = reader.read(path, parts, "sd", allow_partial=True).receipt
+    law(receipt)
+    assert list(receipt.ignored) == [reader.NO_LAYER if ABSENT[name] else reader.NO_NAME]
 
 
 def test_a_part_the_base_has_not(pipe, parts, made, tmp_path):

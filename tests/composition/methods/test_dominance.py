@@ -23,6 +23,12 @@ def test_what_is_pinned_comes_first():
     assert ordered(names, KINDS, low="owl,ink") == (("moon",), ("owl", "ink"))
 
 
+def test_by_category_can_be_asked_for_by_name():
+    assert ordered(list(KINDS), KINDS, "category") == ordered(list(KINDS), KINDS)
+    assert ordered(["owl", "moon", "hat"], KINDS, "category", "hat") == (("owl", "moon"), ("hat",))
+    assert ordered(["a", "category"], {}, "category") == (("category", "a"), ())  # a LoRA of that name
+
+
 def test_when_all_are_low_none_is():
     assert ordered(["moon", "sea"], {"moon": "place", "sea": "place"}) == (("moon", "sea"), ())
 

@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
-from composition import Lora, Refused, record
-from composition.record import png
+from composition import Lora, Refused, atomic, record
+from composition.log import Log
 from tests.app import reader
 
 
 def test_what_is_written_is_read_back(result, tmp_path):
+    request = replace(result.request, loras=(replace(result.request.loras[0], source="ink"), result.request.loras[1]), count=1)
     for index in range(2):
         path = record.save(result, tmp_path, index=index)
-        found = record.read(path)
+        found = record.details(path)
+        assert record.read(path) == found.request
         assert path.name == f"000{index}.png"
-        assert found.request == result.request.alone(index)
+        assert found.request == replace(request, seed=41 + index)
         assert found.ours
         assert found.notes == result.notes
         assert found.receipts["owl"]["sha256"] == "b" * 64
@@ -59,6 +61,27 @@ def test_names_go_on_after_the_highest(result, tmp_path):
     assert (tmp_path / "0007.png").read_bytes() == b"mine"
 
 
+def test_a_torn_line_of_the_manifest_costs_itself_alone(result, tmp_path):
+    (tmp_path / record.save(result, tmp_path).name).unlink()
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "00')
+    assert record.save(result, tmp_path).name == "0001.png"  # the manifest still names 0000
+    rows = [line for line in (tmp_path / "metadata.jsonl").read_text("utf-8").splitlines()]
+    assert [json.loads(rows[0])["file_name"], rows[1], json.loads(rows[2])["file_name"]] == ["0000.png", '{"file_name": "00', "0001.png"]
+
+
+def test_the_next_number_is_known_without_reading_the_manifest_whole(result, tmp_path, monkeypatch):
+    """Where many pictures are, a new one costs no more than the manifest's end."""
+    lines = [json.dumps({"file_name": f"{n:04d}.png", "text": "x" * 1000}) + "\n" for n in range(2000)]
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    consumed, newest = [], Log.newest
+    monkeypatch.setattr(Log, "newest", lambda log: (consumed.append(row) or row for row in newest(log)))
+    for whole in ("read_text", "read_bytes"):
+        monkeypatch.setattr(Path, whole, None)
+    assert record.free(tmp_path) == 2000
+    assert len(consumed) == 1
+
+
 def test_a_given_name_is_never_overwritten(result, tmp_path):
     record.save(result, tmp_path, "moon")
     before = (tmp_path / "moon.png").read_bytes()
@@ -72,14 +95,14 @@ def test_a_given_name_is_never_overwritten(result, tmp_path):
 def test_many_writers_lose_nothing(result, tmp_path, monkeypatch, links):
     if not links:
         lock = threading.Lock()
-        original = png._link
-        monkeypatch.setattr(png.os, "link", _no_links)
+        original = atomic._link
+        monkeypatch.setattr(atomic.os, "link", _no_links)
 
         def one_at_a_time(part: Path, target: Path) -> Path:
             with lock:
                 return original(part, target)
 
-        monkeypatch.setattr(png, "_link", one_at_a_time)
+        monkeypatch.setattr(atomic, "_link", one_at_a_time)
     threads = [threading.Thread(target=record.save, args=(result, tmp_path)) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -108,8 +131,8 @@ def test_a_crash_while_writing_leaves_nothing(result, tmp_path, monkeypatch, whe
     if where == "save":
         monkeypatch.setattr(Image.Image, "save", half)
     else:
-        monkeypatch.setattr(png.os, where, crash)
-        monkeypatch.setattr(png.os, "replace", crash)
+        monkeypatch.setattr(atomic.os, where, crash)
+        monkeypatch.setattr(atomic.os, "replace", crash)
     with pytest.raises(type(error)):
         record.save(result, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -139,7 +162,7 @@ def _png(path: Path, **texts: str) -> Path:
 
 def test_a_picture_of_another_tool(tmp_path):
     path = _png(tmp_path / "x.png", parameters="a fox <lora:owl:0.5>\nSteps: 9, Seed: 3, CFG scale: 2, Model: dream")
-    found = record.read(path)
+    found = record.details(path)
     assert not found.ours
     assert found.model == "dream"
     assert found.request.loras == (Lora("owl", weight=0.5),)
@@ -168,10 +191,10 @@ def test_what_is_no_picture_is_refused(tmp_path, result):
     with pytest.raises(Refused, match="not there"):
         record.read(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(Refused, match="not a PNG"):
+    with pytest.raises(Refused, match="cannot be read as a picture"):
         record.read(tmp_path / "text.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
-    with pytest.raises(Refused, match="not a PNG"):
+    with pytest.raises(Refused, match="no request in it"):
         record.read(tmp_path / "x.jpg")
     with pytest.raises(Refused):
         record.read(tmp_path)

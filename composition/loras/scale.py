@@ -1,0 +1,303 @@
+"""What a LoRA's updates are multiplied by: the alpha of each module, and who states it.
+
+A module's factor is alpha / rank, with rank-stabilised scaling (arXiv 2312.03732) alpha / sqrt(rank). Where several state an alpha,
+the first of these is used, and the receipt says which and why:
+
+    1. the alpha tensor of the module                        stored with the layer it is of
+    2. JSON settings in the file's header                    by layer, and travelling with the file
+    3. adapter_config.json beside the file                   by layer, as PEFT writes it
+    4. numbers in the file's header                          one for all layers: unet.lora_alpha, lora_alpha, network_alpha,
+                                                             ss_network_alpha, alpha
+
+Where nobody does, alpha is the rank. Where the one that counts cannot be read, or is of another rank than the factors have, the
+file is refused: its strength would be a guess.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from composition.loras.keys import Module
+from composition.loras.safetensors import ENDING
+from composition.request import Refused
+
+TENSORS = "alpha tensors"
+NOBODY = "nobody: alpha is the rank"
+CONFIG = "adapter_config.json"  # beside the file
+BESIDE = 2  # the order of what it states
+ADAPTER = "lora_adapter_metadata"  # in the header, as diffusers writes it
+MAX_CONFIG_BYTES = 4 * 2**20
+MAX_PATTERN_LETTERS = 500
+
+_JSON = (ADAPTER, "adapter_config", "peft_config", "lora_config")  # header keys that hold JSON settings
+_NUMBERS = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")
+_DENOISERS = ("unet", "transformer", "diffusion_model", "model", "dit", "denoiser")
+_ABSENT = ("", "none", "null")
+
+
+class Alpha(NamedTuple):
+    """alpha such that alpha / rank is the module's factor. source: who states it. order: of the list above, from 0."""
+
+    value: float
+    source: str
+    order: int
+
+
+class _Unreadable(Exception):
+    """Why a statement cannot be used, as the end of a sentence that begins with the file's name."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One that states alphas: settings in PEFT's words, by the component they are of ("" for all).
+
+    trouble: why it cannot be read. plain: its values are numbers as text, of a header. conv: alpha of convolutions over more than
+    one pixel, where it differs (LyCORIS).
+    """
+
+    source: str
+    order: int
+    settings: Mapping[str, Mapping[str, Any]]
+    trouble: str = ""
+    plain: bool = False
+    conv: str | None = None
+
+    def alpha(self, component: str, module: str, rank: int, wide: bool) -> float | None:
+        """The alpha it states for a module of that rank; None when it states none. Raises _Unreadable."""
+        if self.trouble:
+            raise _Unreadable(self.trouble)
+        alike = _DENOISERS if component in _DENOISERS or not component else (component,)
+        prefix = next((name for name in (component, *alike, "") if name in self.settings), None)
+        if prefix is None:
+            return None
+        said = self.settings[prefix]
+        value = self._number(self.conv if wide and self.conv is not None else said.get("lora_alpha"), "alpha")
+        value = self._number(self._pattern(prefix, "alpha_pattern", module), "alpha", value)
+        if value is None:
+            return None
+        stated = self._number(self._pattern(prefix, "rank_pattern", module), "rank", self._number(said.get("r"), "rank"))
+        if stated is not None and stated != rank:
+            raise _Unreadable(f"its {self.source} says rank {stated:g} for {module[:100]!r}, whose factors have rank {rank}: it was written "
+                              "for another file, so the strength is unknown; put the right one there or take it away")
+        return value * (math.sqrt(rank) if str(said.get("use_rslora")).lower() == "true" else 1.0)
+
+    def _number(self, value: Any, what: str, otherwise: float | None = None) -> float | None:
+        if value is None or self.plain and str(value).strip().lower() in _ABSENT:
+            return otherwise
+        number = value
+        if self.plain:
+            try:
+                number = float(value)
+            except ValueError:
+                number = None
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise _Unreadable(f"{what} {str(value)[:80]!r} in its {self.source} is not a number, so its strength is unknown")
+        return float(number)
+
+    def _pattern(self, prefix: str, name: str, module: str) -> Any:
+        """What the first fitting pattern says: PEFT fits them to the end of a module's name, at a dot."""
+        table = self._tables.get((prefix, name), {})
+        if isinstance(table, str):
+            raise _Unreadable(table)
+        if not table:
+            return None
+        joint = "." if "." in module else "_"  # kohya's names have underscores for dots
+        parts = module.split(joint)
+        ends = ["^" + module, *(joint.join(parts[index:]) for index in range(len(parts)))]
+        return min((table[end] for end in ends if end in table), default=(0, None), key=lambda row: row[0])[1]
+
+    @cached_property
+    def _tables(self) -> dict[tuple[str, str], dict[str, tuple[int, Any]] | str]:
+        """(component, kind of pattern) to the patterns by the name they fit, with their order; or why they cannot be read."""
+        return {(prefix, name): self._table(name, said[name]) for prefix, said in self.settings.items()
+                for name in ("alpha_pattern", "rank_pattern") if said.get(name)}  # fmt: skip
+
+    def _table(self, name: str, patterns: Any) -> dict[str, tuple[int, Any]] | str:
+        if not isinstance(patterns, dict):
+            return f"{name} in its {self.source} is not a JSON object"
+        table: dict[str, tuple[int, Any]] = {}
+        for order, (pattern, value) in enumerate(patterns.items()):
+            end = pattern.removesuffix("$").replace("\\.", ".")
+            bare = end.removeprefix("^")
+            if len(bare) > MAX_PATTERN_LETTERS or not all(letter.isalnum() or letter in "._-" for letter in bare):
+                return f"{name} {pattern[:80]!r} in its {self.source} is more than the name of a layer"
+            for spelling in (end, end.replace(".", "_")):
+                table.setdefault(spelling, (order, value))
+        return table
+
+
+def statements(path: Path, metadata: Mapping[str, str]) -> tuple[Statement, ...]:
+    """All that state alphas of a file outside its tensors, the one that counts first."""
+    made = [_json(f"{key} in the header", 1, metadata[key]) for key in _JSON
+            if key in metadata and (key == ADAPTER or metadata[key].lstrip().startswith("{"))]
+    if config := beside(path):
+        made.append(_config(config))
+    return (*made, *_numbers(metadata))
+
+
+def beside(path: Path) -> Path | None:
+    """The adapter_config.json that belongs to this file: of adapter_model.safetensors, or of a file that is alone in its folder.
+
+    Of a link the folder of the link is searched, then that of the file.
+    """
+    return next((config for config, belongs in _configs(path) if belongs), None)
+
+
+def passed_over(path: Path) -> str:
+    """What to say of an adapter_config.json that lies beside several files, none of which it is sure to belong to."""
+    configs = list(_configs(path))
+    if not configs or any(belongs or _model(config.parent) for config, belongs in configs):
+        return ""
+    return f"{CONFIG} lies beside it and beside other LoRA files: which it belongs to is unknown, so it was not read"
+
+
+def alphas(module: Module, tensors: Mapping[str, Tensor], stated: Sequence[Statement], file: str) -> tuple[Alpha, ...]:
+    """Every alpha stated for a pair of factors, the one that counts first; the rank where there is none.
+
+    Raises Refused when the one that counts cannot be read.
+    """
+    down = tensors[module.keys["down"]]
+    rank, wide = down.shape[0], down.ndim == 4 and down.shape[2:] != (1, 1)
+    found: list[Alpha] = []
+    if "alpha" in module.keys:
+        value = tensors[module.keys["alpha"]]
+        if value.numel() != 1 or value.is_complex():
+            raise Refused(f"{file}: {module.keys['alpha']!r} is not one number but of shape {tuple(value.shape)}")
+        found.append(Alpha(float(value.item()), TENSORS, 0))
+    for statement in stated:
+        try:
+            value = statement.alpha(module.component, module.module, rank, wide)
+        except _Unreadable as error:
+            if not found:
+                raise Refused(f"{file}: {error}") from None
+            continue
+        if value is not None:
+            found.append(Alpha(value, statement.source, statement.order))
+    return tuple(found) or (Alpha(float(rank), NOBODY, 4),)
+
+
+def remarks(found: Sequence[Sequence[Alpha]]) -> tuple[str, ...]:
+    """What a user should know of where the alphas of a file's modules came from: sources outside the tensors, and disagreement."""
+    said: list[str] = []
+    counting = Counter((rows[0].source, rows[0].value) for rows in found if rows[0].order in (2, 3))
+    for (source, value), count in counting.most_common(3):
+        said.append(f"alpha {value:g} from {source} ({_modules(count)})")
+    lone = sum(rows[0].source == NOBODY for rows in found)
+    if 0 < lone < len(found):
+        said.append(f"alpha of {_modules(lone)} is stated nowhere and taken as the rank")
+    differing = Counter((rows[0], other) for rows in found for other in rows[1:] if not _alike(rows[0].value, other.value))
+    for (first, other), count in differing.most_common(3):
+        said.append(f"alpha {first.value:g} from {first.source}, not {other.value:g} from {other.source} ({_modules(count)}): "
+                    + _law(first.order, other.order))
+    return tuple(said)
+
+
+def _law(first: int, other: int) -> str:
+    """Why an alpha of the first order counts, and not one of the other."""
+    if first == 0:
+        return "what is stored with a layer comes first"
+    if first == other:
+        return f"the first of {', '.join(_JSON if first == 1 else _NUMBERS)} counts"
+    return "settings by layer come before one number for all" if other == 3 else "what a file carries comes before what lies beside it"
+
+
+def _alike(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=4e-3)  # a bfloat16 has 8 bits
+
+
+def _modules(count: int) -> str:
+    return f"{count} module{'s' * (count > 1)}"
+
+
+def _json(source: str, order: int, text: str) -> Statement:
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        return Statement(source, order, {}, trouble=f"its {source} is not a JSON object, so its alphas are unknown")
+    if str(said.get("peft_type") or "LORA").upper().rpartition(".")[2] != "LORA":
+        return Statement(source, order, {})  # of another kind of adapter
+    settings: dict[str, dict[str, Any]] = {}
+    for key, value in said.items():
+        prefix, _, name = key.rpartition(".")
+        settings.setdefault(prefix, {})[name] = value
+    return Statement(source, order, settings)
+
+
+def _config(config: Path) -> Statement:
+    source = f"{CONFIG} beside it"
+    try:
+        if config.stat().st_size > MAX_CONFIG_BYTES:
+            return Statement(source, BESIDE, {}, trouble=f"the {source} is over {MAX_CONFIG_BYTES} bytes, so its alphas are unknown")
+        text = config.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        return Statement(source, BESIDE, {}, trouble=f"the {source} cannot be read ({error}), so its alphas are unknown")
+    return _json(source, BESIDE, text)
+
+
+def _numbers(metadata: Mapping[str, str]) -> Iterator[Statement]:
+    """One statement for each name of a number in the header; ranks and rslora beside them are read as theirs."""
+    shared: dict[str, dict[str, str]] = {}
+    named: dict[str, dict[str, dict[str, str]]] = {name: {} for name in _NUMBERS}
+    for key, value in metadata.items():
+        prefix, _, name = key.rpartition(".")
+        if name == "alpha" and not _is_number(value):
+            continue  # too plain a word to be sure of
+        if name in named:
+            named[name].setdefault(prefix, {})["lora_alpha"] = value
+        elif name in ("r", "use_rslora"):
+            shared.setdefault(prefix, {})[name] = value
+    for name, settings in named.items():
+        if name == "ss_network_alpha":  # with it kohya's dim, which convolutions need not have, and 0 for the rank
+            if settings.get("", {}).get("lora_alpha", "").strip() not in ("", "0", "0.0"):
+                yield Statement(f"{name} in the header", 3, {"": settings[""]}, plain=True, conv=_conv_alpha(metadata))
+        elif settings:
+            both = {prefix: said | shared.get(prefix, {}) for prefix, said in settings.items()}
+            yield Statement(f"{name} in the header", 3, both, plain=True)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _conv_alpha(metadata: Mapping[str, str]) -> str | None:
+    try:
+        arguments = json.loads(metadata.get("ss_network_args", ""))
+        return str(arguments["conv_alpha"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _configs(path: Path) -> Iterator[tuple[Path, bool]]:
+    """Each adapter_config.json beside a file, and whether it is certain to belong to it."""
+    for folder in dict.fromkeys((path.parent, Path(path).resolve().parent)):
+        config = folder / CONFIG
+        try:
+            if config.is_file():
+                name = path.name if folder == path.parent else path.resolve().name
+                yield config, _is_model(name) or not _model(folder) and len(_loras(folder)) == 1
+        except OSError:
+            continue
+
+
+def _loras(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if entry.name.lower().endswith(ENDING)]
+
+
+def _is_model(name: str) -> bool:
+    return name.lower() == f"adapter_model{ENDING}"
+
+
+def _model(folder: Path) -> bool:
+    return any(_is_model(name) for name in _loras(folder))

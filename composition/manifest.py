@@ -1,0 +1,70 @@
+"""Manifests: JSONL files with one request a line. A line that is wrong is told by its number and costs no other."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composition.request import Refused, Request
+
+# Fields of a line besides those of a Request: what an evaluation asks of it, and what the manifest of a folder of pictures has.
+FIELDS = ("file_name", "concepts", "group", "text", "request")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a manifest: its number, from 1, and its request, or why it has none."""
+
+    number: int
+    request: Request | None = None
+    error: str = ""
+
+
+def read(manifest: Path, model: str = "pocket") -> list[Line]:
+    """The lines of a JSONL manifest that are not empty. model: for requests that name none.
+
+    Raises Refused for a file that is not there or has no lines; a bad line is told by its error.
+    """
+    if not manifest.is_file():
+        raise Refused(f"{manifest} is not there; give a file with one request a line, as {{\"prompt\": \"a fox\", \"seed\": 1}}")
+    lines = []
+    for number, text in enumerate(manifest.read_bytes().split(b"\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            lines.append(Line(number, request_of(row_of(text), model)))
+        except Refused as error:
+            lines.append(Line(number, error=str(error)))
+    if not lines:
+        raise Refused(f"{manifest} is empty; write one request a line, as {{\"prompt\": \"a fox\", \"seed\": 1}}")
+    return lines
+
+
+def row_of(line: bytes) -> dict[str, Any]:
+    """The object that a line of a manifest is. Raises Refused."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"not readable as JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise Refused(f"expected an object with the fields of a request, not {type(row).__name__}")
+    return row
+
+
+def request_of(row: Mapping[str, Any], model: str) -> Request:
+    """The request that a manifest's line is, or holds as "request" (as the manifest of a folder of pictures does).
+
+    model: for one that names none. Raises Refused naming every field that is wrong.
+    """
+    if (whole := row.get("request")) is not None:
+        return Request.read(whole if isinstance(whole, str) else json.dumps(whole))
+    if "file_name" in row:
+        raise Refused('this line names a picture ("file_name") and has no request')
+    fields = {key: value for key, value in row.items() if key not in FIELDS}
+    fields.setdefault("model", model)
+    if "prompt" not in fields and isinstance(row.get("text"), str):
+        fields["prompt"] = row["text"]
+    if "prompt" not in fields:
+        raise Refused('neither a picture ("file_name") nor a request ("prompt") is named')
+    return Request.read(json.dumps(fields))

@@ -1,0 +1,128 @@
+"""A request without the paths of one machine, for a record that travels; and a travelled request made again on another.
+
+A path says nothing to anybody else and something about its owner, so a record has names and hashes, and a mask as its own small
+picture. Recalled, a name is looked up, and the file it means is compared with the hash.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from composition import pictures
+from composition.record import infotext
+from composition.request import Receipt, Refused, Request
+
+FEWEST_DIGITS = 8  # of a hash that is compared
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a picture file says about itself.
+
+    receipts: name of each LoRA to what was applied of it. model: its name as the writer knew it. remarks: what could
+    not be read. ours: False when another tool wrote it (then the model's name and the LoRAs' are that tool's). hashes: of such a
+    tool's LoRAs, by name.
+    """
+
+    request: Request
+    receipts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
+    remarks: tuple[str, ...] = ()
+    ours: bool = True
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+
+def last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] or path
+
+
+def model_name(model: str) -> str:
+    """A model's name in a record: of a path the last part, a folder's with a slash behind it, so that it is no bundled name."""
+    if not is_path(model):
+        return model
+    return last_part(model) + ("" if model.lower().endswith(".safetensors") else "/")
+
+
+def is_path(model: str) -> bool:
+    """Whether a model is named by where it lies: not a bundled or short name, and no hub id (owner/name)."""
+    if "/" not in model and "\\" not in model and not model.lower().endswith(".safetensors"):
+        return False
+    return not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) or model.lower().endswith(".safetensors") or Path(model).exists()
+
+
+def without_paths(request: Request) -> Request:
+    """The request with names in place of paths, and its masks in it. Raises Refused for a mask that cannot be read any more."""
+    loras = [replace(lora, source=lora.name, region=pictures.without_name(pictures.mask_as_text(lora.region, lora.name))
+                     if isinstance(lora.region, str) else lora.region) for lora in request.loras]
+    conditions = [replace(condition, source=last_part(condition.source), image=last_part(condition.image))
+                  for condition in request.conditions]
+    return replace(request, loras=loras, conditions=conditions, model=model_name(request.model))
+
+
+def by_name(request: Request) -> Request:
+    """A stranger's request with the last part of each path as a name to look up. Raises Refused for a region that is a path: a
+    stranger's picture must not choose which file of this machine is read."""
+    for lora in request.loras:
+        if isinstance(lora.region, str) and not lora.region.startswith("data:"):
+            raise Refused(f"the record names {lora.region!r:.200}, a file of this machine, as the region of LoRA {lora.name}: if that is yours, "
+                          "give --allow-paths")
+    loras = [replace(lora, source=lora.name) for lora in request.loras]
+    return replace(request, loras=loras, model=model_name(request.model))
+
+
+def located(request: Request, record: Record, files: Sequence[Path], find: Callable[[str], Path]) -> Request:
+    """The request with every LoRA of the record found: of several files of its name, the one with its hash is meant.
+
+    files: those that can be named. find: a source to its file, raising Refused; what is refused is said with the hash to look for.
+    """
+    loras = []
+    for name, lora in zip(request.names, request.loras, strict=True):
+        wanted = str(record.receipts.get(name, {}).get("sha256") or record.hashes.get(name, ""))
+        same = [path for path in files if path.stem == lora.source]
+        if len(same) > 1 and wanted:
+            same = [path for path in same if fits(wanted, _receipt(path))] or same
+            lora = replace(lora, source=str(same[0])) if len(same) == 1 else lora
+        try:
+            find(lora.source)
+        except Refused as error:
+            raise Refused(f"{error}" + (f"; the picture's LoRA has the hash {wanted[:infotext.HASH_DIGITS]}" if wanted else "")) from None
+        loras.append(lora)
+    return replace(request, loras=loras)
+
+
+def _receipt(path: Path) -> Receipt | None:
+    from composition.loras import reader
+
+    try:
+        return reader.inspect(path)
+    except Refused:
+        return None
+
+
+def fits(digits: str, receipt: Receipt | None) -> bool:
+    """Whether a hash as tools write it, whole or its beginning, is of this file: of the whole file (Forge, Civitai's AutoV2) or of
+    what follows its header (A1111, AutoV3); or the one that its trainer wrote into its header."""
+    if receipt is None:
+        return False
+    known = (receipt.data_sha256, receipt.sha256, receipt.metadata.get("sshs_model_hash", ""), receipt.metadata.get("sshs_legacy_hash", ""))
+    return any(value.lower().startswith(digits.lower()) for value in known if value)
+
+
+def differences(record: Record, receipts: Mapping[str, Receipt], versions: Mapping[str, str]) -> list[str]:
+    """How a run differs from the recorded one, in sentences: LoRA files that are others, other versions of the libraries."""
+    lines = []
+    for name, digits in record.hashes.items():
+        if name in receipts and re.fullmatch(rf"[0-9a-fA-F]{{{FEWEST_DIGITS},64}}", digits) and not fits(digits, receipts[name]):
+            lines.append(f"LoRA {name} is not the file it was made with (hash {digits}, here "
+                         f"{receipts[name].data_sha256[:infotext.HASH_DIGITS]}); the picture will differ")
+    for name, before in record.receipts.items():
+        if name in receipts and before.get("sha256") != receipts[name].sha256:
+            same = before.get("tensor_sha256") == receipts[name].tensor_sha256
+            lines.append(f"LoRA {name} is not the file it was made with (sha256 {str(before.get('sha256'))[:12]}, now "
+                         f"{receipts[name].sha256[:12]})" + ("; its tensors are the same" if same else "; the picture will differ"))
+    return lines + [f"made with {name} {before}, this is {versions[name]}" for name, before in record.versions.items()
+                    if versions.get(name, before) != before]
