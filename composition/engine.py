@@ -274,7 +274,8 @@ class Engine:
                 latents, timesteps = self.backbone.start(run.request, run.scheduler, run.generators)
                 with method.compose(run, options) as predict:
                     latents = sample(
-                        predict, run.scheduler, latents, timesteps, generator=list(run.generators), on_step=tell)
+                        predict, run.scheduler, latents, timesteps, stages=schedulers.stages(run.scheduler),
+                        generator=list(run.generators), on_step=tell)
             with _timed(seconds, "decode"):
                 return self.backbone.decode(latents)
         finally:

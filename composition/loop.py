@@ -14,12 +14,17 @@ from torch import Generator, Tensor
 
 
 class Step(NamedTuple):
-    """One round of the loop: its index (from 0) of count, the scheduler's time, the latents it starts from."""
+    """One evaluation of the loop: the step it belongs to (from 0) of count, the scheduler's time, the latents it starts from.
+
+    stage: 0 at a step's first evaluation, 1 at its second, as the corrector of Heun's method: samplers of higher order have several
+    evaluations a step. Which LoRAs are on, whose turn it is and what is counted as progress follow steps.
+    """
 
     index: int
     count: int
     t: Num[Tensor, ""]
     latents: Float[Tensor, "B *S"]
+    stage: int = 0
 
 
 class Prediction(NamedTuple):
@@ -58,19 +63,23 @@ def sample(
     latents: Float[Tensor, "B *S"],
     timesteps: Num[Tensor, "T"],
     *,
+    stages: Sequence[tuple[int, int]] | None = None,
     generator: Generator | Sequence[Generator] | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Float[Tensor, "B *S"]:
     """Denoise `latents` over `timesteps`; equal to the loop of the stock pipelines for the same predictions.
 
-    generator: one per picture, for schedulers that draw noise. on_step sees each step's result. Gradients are off but
-    may be switched on inside predict (inference mode, which forbids that, is never used).
+    stages: (step, stage) of each of `timesteps` (`schedulers.stages`); None: each is a step. generator: one per picture, for
+    schedulers that draw noise. on_step sees each step's result, after its last evaluation. Gradients are off but may be
+    switched on inside predict (inference mode, which forbids that, is never used).
     """
+    stages = [(index, 0) for index in range(len(timesteps))] if stages is None else stages
+    count = stages[-1][0] + 1 if stages else 0
     noise = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for index, t in enumerate(timesteps):
+    for (index, stage), (following, _), t in zip(stages, [*stages[1:], (count, 0)], timesteps, strict=True):
         with torch.no_grad():
-            value, moved = predict(Step(index, len(timesteps), t, latents))
+            value, moved = predict(Step(index, count, t, latents, stage))
             latents = scheduler.step(value, t, moved, return_dict=False, **noise)[0]
-        if on_step:
-            on_step(Step(index, len(timesteps), t, latents))
+        if on_step and following != index:
+            on_step(Step(index, count, t, latents, stage))
     return latents

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import quote
 
 import numpy as np
@@ -44,25 +43,25 @@ def load_with_texts(path: Path) -> tuple[Image.Image, Mapping[str, str]]:
 
 
 def _decoded(source: Path | bytes, name: str) -> tuple[Image.Image, dict[str, str]]:
-    try:
-        with warnings.catch_warnings(), _stream(source, name) as stream:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+    with _stream(source, name) as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+        try:
             with Image.open(stream, formats=FORMATS) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise Refused(f"{name} has {opened.width}x{opened.height} pixels, over {MAX_PIXELS:,}: make it smaller")
                 opened.load()
                 return ImageOps.exif_transpose(opened), _texts(opened)
-    except Refused:
-        raise
-    except Image.DecompressionBombError:
-        raise Refused(f"{name} has far more than {MAX_PIXELS:,} pixels: make it smaller") from None
-    except UnidentifiedImageError:
-        raise Refused(f"{name} cannot be read as a picture: it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from None
-    except Exception as error:  # what decoders raise on damaged files is no closed list: struct.error, IndexError, KeyError, zlib's ...
-        raise Refused(f"{name} cannot be read as a picture ({type(error).__name__}): save it anew, or take another") from None
+        except Refused:
+            raise
+        except Image.DecompressionBombError:
+            raise Refused(f"{name} has far more than {MAX_PIXELS:,} pixels: make it smaller") from None
+        except UnidentifiedImageError:
+            raise Refused(f"{name} cannot be read as a picture: it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from None
+        except Exception as error:  # what decoders raise on damaged files is no closed list: struct.error, IndexError, KeyError, ...
+            raise Refused(f"{name} cannot be read as a picture ({type(error).__name__}): save it anew, or take another") from None
 
 
-def _stream(source: Path | bytes, name: str) -> BinaryIO:
+def _stream(source: Path | bytes, name: str) -> io.BytesIO | io.BufferedReader:
     """The bytes of a regular file. Raises Refused for a pipe or a device, which would never end, and for what is not there."""
     if isinstance(source, bytes):
         return io.BytesIO(source)

@@ -179,6 +179,13 @@ class Request:
         return {name: lora.weight for name, lora in zip(self.names, self.loras, strict=True)}
 
     @property
+    def active(self) -> dict[str, Lora]:
+        """The LoRAs that are on in at least one of the steps, by name: one of weight 0 is as if it were not there."""
+        count = self.steps or 1000
+        return {name: lora for name, lora in zip(self.names, self.loras, strict=True)
+                if any(lora.weight_at(index, count) != 0.0 for index in range(count))}
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         return tuple((self.seed + index) % SEEDS for index in range(self.count))
 

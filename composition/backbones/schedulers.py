@@ -112,6 +112,22 @@ def make(name: str, scheduler: Any, steps: int | None = None) -> Any:
     return sampler.kind.from_config(config, **{key: value for key, value in settings.items() if key in known})
 
 
+def stages(scheduler: Any) -> list[tuple[int, int]]:
+    """(step, stage) of each of the scheduler's times, once they are set: a step of a method of higher order takes several.
+
+    Heun's method and DPM2 take two evaluations a step and one in the last. PNDM's first step takes two, and its first three take four
+    each where it starts with Runge-Kutta steps. Of all other classes of diffusers every evaluation is a step.
+    """
+    count = len(scheduler.timesteps)
+    if isinstance(scheduler, PNDMScheduler):
+        runge_kutta = 0 if scheduler.prk_timesteps is None else len(scheduler.prk_timesteps)
+        if runge_kutta:
+            first = runge_kutta // 4
+            return [divmod(index, 4) if index < runge_kutta else (first + index - runge_kutta, 0) for index in range(count)]
+        return [(max(index - 1, 0), int(index == 1)) for index in range(count)]
+    return [divmod(index, scheduler.order) for index in range(count)]
+
+
 def named(name: str) -> Sampler:
     """The sampler of that name or title. Raises Refused with the nearest names for an unknown one."""
     if canonical(name) in NAMES:

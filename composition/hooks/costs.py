@@ -18,3 +18,14 @@ def layer_costs(denoiser: nn.Module, axis: Callable[[str], Any], shape: Sequence
         places = {"grid": grid, "text": tokens, "both": grid + tokens, "none": 1}[where.kind]
         costs[path] = module.weight.numel() * places
     return costs
+
+
+def share_until(costs: Mapping[str, int], layers: tuple[str, ...]) -> float:
+    """The cost of a forward that ends after these layers over a whole one's. costs: of `layer_costs`, in the order of the modules.
+
+    A UNet holds its up blocks before its middle one; here they stand in the order in which they run.
+    """
+    order = ("conv_in", "time", "add", "down", "mid", "up")
+    paths = sorted(costs, key=lambda path: next((turn for turn, name in enumerate(order) if path.startswith(name)), len(order)))
+    last = max(index for index, path in enumerate(paths) if path.startswith(layers))
+    return sum(costs[path] for path in paths[: last + 1]) / sum(costs.values())

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def regional(
     """While it lasts, the denoiser takes `joined` prompts and gives segment s its share of every place.
 
     segments: names of the LoRAs that are on in each; shares: theirs, summing to 1 over N, on any grid. rows: R guidance rows;
-    size: (H, W) of the latents; tokens: of one segment. Raises RuntimeError when the model's attention cannot be led.
+    size: (H, W) of the latents; tokens: of one segment. Raises RuntimeError when the model's attention cannot be overridden.
     """
     layers = backbone.prompt_attention()
     names = adapters.names
@@ -55,49 +56,64 @@ def regional(
         for level in set(layers.values()):
             both = (places[Axis("text")], places[Axis("grid", level)].flatten(2))
             places[Axis("both", level)] = torch.cat(both if backbone.joint == "text" else both[::-1], 2)
-    led = (_together if backbone.joint else _apart)(backbone, grids, rows, tokens)
-    with adapters.regional(weights, places), attention.edit(backbone.denoiser, tuple(layers), led):
+    override = (_biased if backbone.joint else _split)(backbone, grids, rows, tokens)
+    with adapters.regional(weights, places), attention.override(backbone.denoiser, tuple(layers), override):
         yield
 
 
-def _apart(backbone: Backbone, grids: Mapping[int, Float[Tensor, "B N h w"]], rows: int, tokens: int) -> attention.AttentionOverride:
-    """Cross-attention: to each segment apart, the answers blended by its share of the place."""
+def _split(backbone: Backbone, grids: Mapping[int, Float[Tensor, "B N h w"]], rows: int, tokens: int) -> attention.AttentionOverride:
+    """Cross-attention: to each segment apart, the outputs blended by its share of the place. Keys after the segments' own belong to all."""
     layers = backbone.prompt_attention()
 
-    def led(name: str, attend: attention.Attend, query: Tensor, key: Tensor, value: Tensor, rest: Mapping) -> Tensor:
-        share = grids[layers[name]].flatten(2).repeat(rows, 1, 1).to(query.dtype)  # (rows, N, places)
-        if share.shape[-1] != query.shape[-2]:
-            raise RuntimeError(f"{name} has {query.shape[-2]} places, its mask {share.shape[-1]}")
-        each = attention.parts(query, key, value, share.shape[1], attend, rest)
-        return torch.einsum("srhqd,rsq->rhqd", each, share)
+    def override(call: attention.Attention, attend: attention.Attend) -> Tensor:
+        share = grids[layers[call.layer]].flatten(2).repeat(rows, 1, 1).to(call.query.dtype)  # (rows, N, places)
+        count, own = share.shape[1], share.shape[1] * tokens
+        if share.shape[-1] != call.query.shape[-2]:
+            raise RuntimeError(f"{call.layer} has {call.query.shape[-2]} places, its mask {share.shape[-1]}")
+        if call.key.shape[-2] < own:
+            raise RuntimeError(f"{call.layer} has {call.key.shape[-2]} keys, the prompts of its {count} segments {own}")
 
-    return led
+        def segment(whole: Tensor, index: int, axis: int) -> Tensor:
+            part = whole.narrow(axis, index * tokens, tokens)
+            rest = whole.shape[axis] - own
+            return torch.cat([part, whole.narrow(axis, own, rest)], axis) if rest else part
+
+        each = [attend(call._replace(key=segment(call.key, index, -2), value=segment(call.value, index, -2),
+                                     bias=None if call.bias is None or call.bias.shape[-1] == 1 else segment(call.bias, index, -1)))
+                for index in range(count)]  # fmt: skip
+        return torch.einsum("srhqd,rsq->rhqd", torch.stack(each), share)
+
+    return override
 
 
-def _together(backbone: Backbone, grids: Mapping[int, Float[Tensor, "B N h w"]], rows: int, tokens: int) -> attention.AttentionOverride:
-    """Joint attention: a place sees the whole picture and of each segment's words so much as its share; words see their own
-    segment's and, by the same shares, the picture. Shares of 0 and 1 give each place what it would have with its segment alone.
+def _biased(backbone: Backbone, grids: Mapping[int, Float[Tensor, "B N h w"]], rows: int, tokens: int) -> attention.AttentionOverride:
+    """Joint attention: a place attends to the whole picture and to each segment's words by its share; words attend to their own
+    segment's and, by the same shares, to the picture. Shares of 0 and 1 give each place what it would have with its segment alone.
+    Keys after those of prompts and picture are left to the bias that comes with them.
     """
     layers, kept = backbone.prompt_attention(), {}
 
-    def bias(level: int, like: Tensor) -> Float[Tensor, "rows 1 L L"]:
+    def between(level: int, like: Tensor) -> Float[Tensor, "rows 1 L L"]:
         share = grids[level].flatten(2).repeat(rows, 1, 1).to(like.dtype)  # (rows, N, places)
         count, segments, area = share.shape
         words = segments * tokens
         if words + area != like.shape[-2]:
             raise RuntimeError(f"a joint attention has {like.shape[-2]} tokens, its prompts and masks {words + area}")
-        found = share.new_zeros(count, 1, words + area, words + area)
-        text, image = attention.halves(words + area, area, backbone.joint)
+        bias = share.new_zeros(count, 1, words + area, words + area)
+        text, image = attention.joint_slices(words + area, area, backbone.joint)
         seen = share.log().repeat_interleave(tokens, 1)  # (rows, words, places)
-        found[:, 0, text, image], found[:, 0, image, text] = seen, seen.transpose(1, 2)
+        bias[:, 0, text, image], bias[:, 0, image, text] = seen, seen.transpose(1, 2)
         own = torch.arange(words, device=share.device) // tokens
-        found[:, 0, text, text] = torch.where(own[:, None] == own, 0.0, -torch.inf).to(share)
-        return found
+        bias[:, 0, text, text] = torch.where(own[:, None] == own, 0.0, -torch.inf).to(share)
+        return bias
 
-    def led(name: str, attend: attention.Attend, query: Tensor, key: Tensor, value: Tensor, rest: Mapping) -> Tensor:
-        level = layers[name]
-        if (level, query.dtype) not in kept:
-            kept[level, query.dtype] = bias(level, query)
-        return attend(query, key, value, **{**rest, "attn_mask": kept[level, query.dtype]})
+    def override(call: attention.Attention, attend: attention.Attend) -> Tensor:
+        appended = call.key.shape[-2] - call.query.shape[-2]
+        key = (layers[call.layer], call.query.dtype, appended)
+        if key not in kept:
+            bias = between(key[0], call.query)
+            kept[key] = F.pad(bias, (0, appended)) if appended else bias
+        bias = kept[key]
+        return attend(call._replace(bias=bias if call.bias is None else bias + call.bias))
 
-    return led
+    return override

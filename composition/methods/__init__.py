@@ -1,4 +1,4 @@
-"""The composition methods: one file each, found by itself. Adding a method is adding a file."""
+"""The composition methods: one file each, discovered. Adding a method is adding a file."""
 
 import importlib
 import pkgutil
@@ -81,14 +81,14 @@ def method(
 @cache
 def all() -> Mapping[str, Method]:
     """Every method by name, in the order of their names."""
-    found = {}
+    methods = {}
     for module in pkgutil.iter_modules(__path__):
         if module.ispkg:
             continue
         for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
             if isinstance(value, Method):
-                found[value.name] = value
-    return dict(sorted(found.items()))
+                methods[value.name] = value
+    return dict(sorted(methods.items()))
 
 
 def find(name: str) -> Method:

@@ -1,9 +1,10 @@
-"""CMLoRA: one LoRA leads at a time, by its frequency; the others answer from a cache (arXiv 2502.04923).
+"""CMLoRA: one LoRA is dominant at a time, by its frequency; the others use cached features (arXiv 2502.04923).
 
-The prediction is the mean over LoRAs of weight * prediction. High-frequency LoRAs lead early, low-frequency ones late; the lead
-passes on at refresh steps. The leader is asked in full at every step; the others from their slots, refreshed when too old and
-at the change of phase. `reference` does what the authors' released code does where it parts from this: constant weights, the
-phase at step 120, the leader asked in full only when the lead passes on, nothing refreshed late.
+The prediction is the mean over LoRAs of weight * prediction. High-frequency LoRAs are dominant early, low-frequency ones late; another
+one becomes dominant at refresh steps. The dominant LoRA is evaluated in full at every step; the others from their slots, refreshed when
+too old and at the change of phase. `reference` does what the authors' released code does where it differs from this: constant weights,
+the phase at step 120, the dominant LoRA in full only when it has just become so, nothing refreshed late. All evaluations of a step
+(two with Heun's method) have the same weights, and the same LoRAs in full.
 """
 
 from collections.abc import Iterator
@@ -27,22 +28,24 @@ class Options:
     order: str = field(default="", metadata={
         "help": "LoRAs by falling frequency, separated by commas, the others after them by category (character first); or change or "
         "level: as measured; category: by category alone; empty: as measured where all were."})
-    low: str = field(default="", metadata={"help": "LoRAs of low frequency, which lead late; empty: places; none: no LoRA."})
-    boundary: float = field(default=0.6, metadata={"ge": 0.0, "le": 1.0, "help": "Share of the steps after which the low lead."})
-    low_only: bool = field(default=False, metadata={"help": "Late, only the low lead, not all but the first."})
+    low: str = field(default="", metadata={"help": "LoRAs of low frequency, which are dominant late; empty: places; none: no LoRA."})
+    boundary: float = field(default=0.6, metadata={"ge": 0.0, "le": 1.0, "help":
+        "Share of the steps after which low-frequency LoRAs are dominant."})
+    low_only: bool = field(default=False, metadata={"help": "Late, only low-frequency LoRAs are dominant, not all but the first."})
     every: int = field(default=0, metadata={"ge": 0, "le": 1000, "help": "Steps between refreshes; 0: 2, in the middle 3."})
-    dominance: bool = field(default=True, metadata={"help": "Weigh the leader more; without, all weigh the same."})
-    decay: bool = field(default=True, metadata={"help": "Let the leader's extra weight decay."})
-    cache: bool = field(default=True, metadata={"help": "Ask those that do not lead from a cache; without, in full."})
-    max_age: int = field(default=6, metadata={"ge": 0, "le": 1000, "help": "Steps after which a slot is refreshed; 0: at every one."})
+    dominance: bool = field(default=True, metadata={"help": "Give the dominant LoRA a larger weight; without, all weigh the same."})
+    decay: bool = field(default=True, metadata={"help": "Let the dominant LoRA's larger weight decay."})
+    cache: bool = field(default=True, metadata={"help": "Use cached features for the LoRAs that are not dominant; without, evaluate all in full."})
+    max_age: int = field(default=6, metadata={"ge": 0, "le": 1000, "help":
+        "Steps after which cached features are refreshed; 0: at every step."})
     others_weight: float = field(default=0.0, metadata={"ge": 0.0, "le": 1.0, "help":
-        "Share of its weight that every other LoRA keeps in the pass that asks one; 0, as the paper has it: it is alone."})
+        "Share of its weight that every other LoRA keeps in each LoRA's pass; 0, as the paper has it: it is alone."})
     online: bool = field(default=False, metadata={"help": "End the early phase by the latent's own frequency, not at the boundary."})
     threshold: float = field(default=0.4, metadata={"ge": 0.0, "le": 1.0, "help": "The frequency that ends it, when online."})
-    reference: bool = field(default=False, metadata={"help": "Do as the authors' released code does."})
+    reference: bool = field(default=False, metadata={"help": "Do what the authors' released code does."})
 
 
-@method(title="CMLoRA", about="One LoRA leads at a time, by its frequency; the others answer from a cache.", paper="2502.04923",
+@method(title="CMLoRA", about="One LoRA is dominant at a time, by its frequency; the others use cached features.", paper="2502.04923",
         cost="about 1 + (K - 1) / 3", symmetric=False)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
@@ -55,39 +58,42 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
 
 
 class _Course:
-    """The state of one run: whose turn it is, how old the slots are, which phase it is."""
+    """The state of one run: which LoRA is dominant, how old the slots are, which phase it is."""
 
     def __init__(self, run: Run, options: Options, cache: Cache | None) -> None:
         self.run, self.options, self.cache = run, options, cache
-        self.high, self.low = dominance.ordered(run.names, run.categories, options.order, options.low)
+        self.high, self.low = dominance.ordered(run.names, run.categories, options.order, options.low, known=run.request.names)
         self.turn = 0
-        self.lead = ""
+        self.dominant = ""
         self.weights: dict[str, float] = {}
         self.late = False
         self.calm = 0
         self.ages: dict[str, int] = {}
-        self.told: dict[str, list[Any]] = {"leaders": [], "phase": [], "full": [], "ages": [], "H": [], "weight": []}
-        run.notes["cmlora"] = {"high": list(self.high), "low": list(self.low), **self.told}
+        self.full: set[str] = set()
+        self.history: dict[str, list[Any]] = {"leaders": [], "phase": [], "full": [], "ages": [], "H": [], "weight": []}
+        run.notes["cmlora"] = {"high": list(self.high), "low": list(self.low), **self.history}
 
     def predict(self, step: Step) -> Prediction:
         live = self.run.live(step)
         if not live:
             return Prediction(self.run.guide(self.run.denoise(step)), step.latents)
-        h = float(spectrum.high(step.latents[:1])[0])
-        changed = self._phase(step, h)
-        high, low = (tuple(name for name in names if name in live) for names in (self.high, self.low))
-        passed = step.index in dominance.refreshes(step.count, self.options.every) or set(live) != set(self.weights)
-        if passed:
-            self._pass_on(high or low, low if high else ())
-        full = self._full(live, passed, changed)
-        if self.cache is None:
-            parts = self.run.denoise_each(step, others_weight=self.options.others_weight)
-        else:
-            parts = self.run.denoise_cached(step, self.cache, full, self.options.others_weight)
-        self.ages = {name: 0 if name in full else self.ages.get(name, 0) + 1 for name in live}
-        self._tell(live, full, h)
+        if step.stage == 0:
+            self._begin(step, live)
+        passes = self.run.passes(step, others_weight=self.options.others_weight)
+        parts = self.run.denoise_passes(step, passes, cache=self.cache, full=self.full)
         weight = parts.new_tensor([self.weights[name] for name in live]).view(-1, *[1] * (parts.ndim - 1))
         return Prediction(self.run.guide((parts * weight).mean(0)), step.latents)
+
+    def _begin(self, step: Step, live: dict[str, float]) -> None:
+        """What holds for all evaluations of a step."""
+        h = float(spectrum.high(step.latents[:1])[0])
+        changed = self._phase(step, h)
+        refreshed = step.index in dominance.refreshes(step.count, self.options.every) or set(live) != set(self.weights)
+        if refreshed:
+            self._refresh(*dominance.among(live, self.high, self.low))
+        self.full = self._in_full(live, refreshed, changed)
+        self.ages = {name: 0 if name in self.full else self.ages.get(name, 0) + 1 for name in live}
+        self._note(live, h)
 
     def _phase(self, step: Step, h: float) -> bool:
         """Whether the late phase begins at this step."""
@@ -103,41 +109,41 @@ class _Course:
             self.late = step.index >= options.boundary * step.count
         return self.late and not before
 
-    def _pass_on(self, high: tuple[str, ...], low: tuple[str, ...]) -> None:
-        """The next leader, and everyone's weight."""
+    def _refresh(self, high: tuple[str, ...], low: tuple[str, ...]) -> None:
+        """The next dominant LoRA, and everyone's weight."""
         names, options = (*high, *low), self.options
-        self.lead = dominance.leader(high, low, self.turn, late=self.late, low_only=options.low_only)
+        self.dominant = dominance.leader(high, low, self.turn, late=self.late, low_only=options.low_only)
         c = dominance.coefficient(len(names), self.turn, decay=options.decay and not options.reference)
-        self.weights = dominance.weights(names, self.lead, c if options.dominance else 1.0)
+        self.weights = dominance.weights(names, self.dominant, c if options.dominance else 1.0)
         self.turn += 1
 
-    def _full(self, live: dict[str, float], passed: bool, changed: bool) -> set[str]:
-        """The LoRAs that are asked in full at this step."""
+    def _in_full(self, live: dict[str, float], refreshed: bool, changed: bool) -> set[str]:
+        """The LoRAs that are evaluated in full at this step."""
         if self.cache is None:
             return set(live)
         empty = {name for name in live if not self.cache.has(name)}
         if self.options.reference:
-            return empty | ({self.lead} if passed and not self.late else set())
+            return empty | ({self.dominant} if refreshed and not self.late else set())
         old = {name for name in live if self.ages.get(name, 0) + 1 > self.options.max_age}
-        return set(live) if changed else empty | old | {self.lead}
+        return set(live) if changed else empty | old | {self.dominant}
 
-    def _tell(self, live: dict[str, float], full: set[str], h: float) -> None:
-        self.told["leaders"].append(self.lead)
-        self.told["phase"].append("late" if self.late else "early")
-        self.told["full"].append([name for name in live if name in full])
-        self.told["ages"].append([self.ages[name] for name in live])
-        self.told["H"].append(round(h, 4))
-        self.told["weight"].append(round(self.weights[self.lead], 4))
+    def _note(self, live: dict[str, float], h: float) -> None:
+        self.history["leaders"].append(self.dominant)
+        self.history["phase"].append("late" if self.late else "early")
+        self.history["full"].append([name for name in live if name in self.full])
+        self.history["ages"].append([self.ages[name] for name in live])
+        self.history["H"].append(round(h, 4))
+        self.history["weight"].append(round(self.weights[self.dominant], 4))
 
 
 def timeline(notes: dict[str, Any]) -> list[str]:
-    """A run's notes as lines, a letter a step: # leads, + asked in full, . from the cache; and the phase."""
-    told = notes["cmlora"]
-    names = [*told["high"], *told["low"]]
+    """A run's notes as lines, a letter a step: # dominant, + in full, . from the cache; and the phase."""
+    history = notes["cmlora"]
+    names = [*history["high"], *history["low"]]
     wide = max((len(name) for name in [*names, "phase"]), default=5)
-    rows = [("phase", "".join("e" if phase == "early" else "l" for phase in told["phase"]))]
+    rows = [("phase", "".join("e" if phase == "early" else "l" for phase in history["phase"]))]
     for name in names:
-        letters = "".join("#" if lead == name else "+" if name in full else "." for lead, full in zip(told["leaders"], told["full"], strict=True))
+        letters = "".join("#" if dominant == name else "+" if name in full else "."
+                          for dominant, full in zip(history["leaders"], history["full"], strict=True))
         rows.append((name, letters))
     return [f"{name:<{wide}}  {letters}" for name, letters in rows]
-

@@ -12,16 +12,16 @@ from composition.run import Run
 @dataclass(frozen=True)
 class Options:
     reference: bool = field(default=False, metadata={
-        "help": "Read the prompt once with all text-encoder LoRAs added up, as the authors' code does, "
+        "help": "Encode the prompt once with all text-encoder LoRAs added up, as the authors' code does, "
                 "instead of once per LoRA."})
 
 
-@method(title="Composite", about="Asks every LoRA at every step and averages the answers.", paper="2402.16843", cost="K")
+@method(title="Composite", about="Makes one prediction with each LoRA at every step and averages them.", paper="2402.16843", cost="K")
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
-    together = {name: run.encode() for name in run.names} if options.reference else None
-
     def predict(step: Step) -> Prediction:
-        return Prediction(run.guide(run.denoise_each(step, together).mean(0)), step.latents)
+        live = run.live(step)
+        together = dict.fromkeys(live, run.encode(use=live)) if options.reference else None
+        return Prediction(run.guide(run.denoise_passes(step, run.passes(step, together)).mean(0)), step.latents)
 
     yield predict

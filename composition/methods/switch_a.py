@@ -15,27 +15,26 @@ from composition.run import Run
 
 @dataclass(frozen=True)
 class Options:
-    tau: int = field(default=5, metadata={"ge": 1, "le": 1000, "help": "Steps before the next LoRA takes over."})
-    boundary: float = field(default=0.6, metadata={"ge": 0.0, "le": 1.0, "help": "Share of the steps after which the low lead."})
+    tau: int = field(default=5, metadata={"ge": 1, "le": 1000, "help": "Steps before switching to the next LoRA."})
+    boundary: float = field(default=0.6, metadata={"ge": 0.0, "le": 1.0, "help": "Share of the steps after which the low-frequency LoRAs have turns."})
     order: str = field(default="", metadata={
         "help": "LoRAs by falling frequency, separated by commas, the others after them by category (character first); or change or "
         "level: as measured; category: by category alone; empty: as measured where all were."})
-    low: str = field(default="", metadata={"help": "LoRAs of low frequency, which lead late; empty: places; none: no LoRA."})
+    low: str = field(default="", metadata={"help": "LoRAs of low frequency, which have turns late; empty: places; none: no LoRA."})
 
 
 @method(title="Switch-A", about="One LoRA at a time, in turn, by their frequency.", paper="2502.04923", symmetric=False)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
-    high, low = dominance.ordered(run.names, run.categories, options.order, options.low)
-    led: list[str] = []
-    run.notes["leaders"] = led
+    high, low = dominance.ordered(run.names, run.categories, options.order, options.low, known=run.request.names)
+    active = run.notes["leaders"] = []
 
     def predict(step: Step) -> Prediction:
         live = run.live(step)
         late = step.index >= options.boundary * step.count
-        name = dominance.leader(high, low, step.index // options.tau, late=late) if high else ""
-        use = {name: live[name]} if name in live else {}
-        led.append(name if use else "")
-        return Prediction(run.guide(run.denoise(step, use)), step.latents)
+        name = dominance.leader(*dominance.among(live, high, low), step.index // options.tau, late=late) if live else ""
+        if step.stage == 0:
+            active.append(name)
+        return Prediction(run.guide(run.denoise(step, {name: live[name]} if name else {})), step.latents)
 
     yield predict

@@ -23,8 +23,8 @@ LEAST, UNKNOWN, ALL, SHORT = 0.05, 0.1, 2.0, 5  # need: at least; without trigge
 
 @dataclass(frozen=True)
 class Options:
-    tau: int = field(default=5, metadata={"ge": 1, "le": 1000, "help": "Steps of the LoRA that is needed most."})
-    last: int = field(default=5, metadata={"ge": 0, "le": 1000, "help": "Last steps that belong to the character."})
+    tau: int = field(default=5, metadata={"ge": 1, "le": 1000, "help": "Steps of the LoRA that the prompt needs most."})
+    last: int = field(default=5, metadata={"ge": 0, "le": 1000, "help": "Last steps that the character's LoRA has to itself."})
 
 
 @method(title="W-Switch", about="One LoRA at a time, in turn, as long as the prompt needs it; the character last.", paper="2606.03792",
@@ -32,39 +32,43 @@ class Options:
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     need = needs(run)
-    blocks = lengths(need, options.tau)
-    turns = [name for name, length in zip(run.names, blocks, strict=True) for _ in range(length)]
-    characters = [name for name in run.names if run.categories.get(name) == "character"]
-    led: list[str] = []
-    run.notes["needs"] = {name: round(value, 4) for name, value in zip(run.names, need, strict=True)}
-    run.notes["leaders"] = led
+    total = sum(need.values())
+    run.notes["needs"] = {name: round(value / total, 4) for name, value in need.items()}
+    active = run.notes["leaders"] = []
 
     def predict(step: Step) -> Prediction:
         live = run.live(step)
-        name = turns[step.index % len(turns)] if turns else ""
+        name = turn(step, tuple(live)) if live else ""
+        if step.stage == 0:
+            active.append(name)
+        return Prediction(run.guide(run.denoise(step, {name: live[name]} if name else {})), step.latents)
+
+    def turn(step: Step, names: tuple[str, ...]) -> str:
+        characters = [name for name in names if run.categories.get(name) == "character"]
         if characters and step.index >= step.count - options.last:
-            name = characters[0]
-        use = {name: live[name]} if name in live else {}
-        led.append(name if use else "")
-        return Prediction(run.guide(run.denoise(step, use)), step.latents)
+            return characters[0]
+        shares = [need[name] / sum(need[name] for name in names) for name in names]
+        blocks = lengths(shares, options.tau)
+        turns = [name for name, length in zip(names, blocks, strict=True) for _ in range(length)]
+        return turns[step.index % len(turns)]
 
     yield predict
 
 
-def needs(run: Run) -> list[float]:
-    """How much the prompt needs each LoRA, in order, summing to 1."""
-    prompt, found = run.request.prompt, []
-    whole = vector(run, prompt)
+def needs(run: Run) -> dict[str, float]:
+    """How much the prompt needs each LoRA; only their ratio means anything."""
+    prompt = run.request.prompt
+    whole, need = vector(run, prompt), {}
     for name in run.names:
         words = run.triggers.get(name, ())
         rest = without(prompt, words)
         if not words:
-            found.append(UNKNOWN)
+            need[name] = UNKNOWN
         elif len(rest) < SHORT:
-            found.append(ALL)
+            need[name] = ALL
         else:
-            found.append(max(LEAST, 1 - float(F.cosine_similarity(whole, vector(run, rest), dim=0))))
-    return [value / sum(found) for value in found]
+            need[name] = max(LEAST, 1 - float(F.cosine_similarity(whole, vector(run, rest), dim=0)))
+    return need
 
 
 def lengths(need: Sequence[float], tau: int) -> list[int]:

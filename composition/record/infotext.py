@@ -22,6 +22,7 @@ MAX_QUOTED = 200  # letters of a value in a remark
 _DISTILLED = re.compile(r"flux.{0,8}(?:dev|krea)", re.IGNORECASE)  # models that read guidance as a number, by name
 _FLOW = re.compile(r"flux|sd3|stable-diffusion-3", re.IGNORECASE)
 _DISTILLED_KEYS = ("distilled cfg scale", "distilled cfg", "flux guidance", "flux guidance scale")
+_LORA_KINDS = ("lora", "lycoris", "locon", "dora", "lyco")
 _SILENT = {"version", "model hash", "model", "lora hashes", "schedule type", "sampler", "method", "hashes", "civitai resources",
            "civitai metadata", "created date", "cfg scale", "ti hashes", *_DISTILLED_KEYS}
 
@@ -96,7 +97,9 @@ def read(text: str) -> Reading:
         request = Request(**fields)
     except ValidationError as error:
         raise Refused(f"the picture's parameters text cannot be used: {explain(error)}") from None
-    hashes = {plain(name): digits for name, digits in _hashes(pairs)}
+    hashes: dict[str, str] = {}
+    for name, digits in _hashes(pairs):
+        hashes.setdefault(plain(name), digits)
     named = {plain(name): name for name in request.names}
     lost += [f"LoRA {name} (hash {digits}) was used, but the prompt does not say with which weight: give it with --lora"
              for name, digits in hashes.items() if name not in named]
@@ -185,27 +188,25 @@ def _resources(pairs: Mapping[str, str], tagged: int, remarks: list[str]) -> lis
     """The LoRAs that Civitai's list has and no tag names, in words; embeddings and the like go to the remarks."""
     lost: list[str] = []
     resources = _json(pairs.get("civitai resources", ""))
-    loras = 0
     for resource in resources if isinstance(resources, list) else ():
         if not isinstance(resource, dict):
             continue
         kind = str(resource.get("type", "")).lower()
         title = " ".join(str(resource[key]) for key in ("modelName", "modelVersionName") if resource.get(key))
         version = resource.get("modelVersionId") or resource.get("air") or ""
-        about = f"{title or '(not named)'}" + (f" (Civitai version {_short(str(version))})" if version else "")
-        if kind in ("lora", "lycoris", "locon", "dora", "lyco"):
-            loras += 1
-            weight = resource.get("weight", 1)
-            lost.append(f"LoRA {_short(about)}, weight {_short(str(weight))}, was used and is not named by its file: get it and give it with --lora")
+        about = f"{_short(title) or '(not named)'}" + (f" (Civitai version {_short(str(version))})" if version else "")
+        if kind in _LORA_KINDS:
+            lost.append(f"LoRA {about}, weight {_short(str(resource.get('weight', 1)))}, was used and is not named by its file: get it and "
+                        "give it with --lora")
         elif kind not in ("checkpoint", "model", "upscaler", ""):
-            remarks.append(f"{kind} {_short(about)} is not used")
+            remarks.append(f"{kind} {about} is not used")
     for name in _object(pairs.get("hashes", "")):
         kind, _, rest = name.partition(":")
         if kind.lower() in ("embed", "hypernet"):
             remarks.append(f"{kind.lower()} {_short(rest)} is not used")
     if "ti hashes" in pairs:
         remarks.append(f"TI hashes: {_short(pairs['ti hashes'])} is not used")
-    return [] if loras <= tagged else lost
+    return lost if len(lost) > tagged else []  # the tags are the same LoRAs by other names
 
 
 def _json(text: str) -> Any:

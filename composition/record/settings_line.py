@@ -35,9 +35,8 @@ def split(text: str) -> Parts:
     lines = text.replace("\r\n", "\n").replace("\r", "\n").strip().split("\n")
     at = next((index for index in range(len(lines) - 1, -1, -1) if _settings(pairs_of(lines[index]))), None)
     if at is None:
-        lines, at = _inside_a_line(lines)
-    if at is None:
         raise Refused("the picture's parameters text has no settings line (Steps, Sampler, CFG scale, ...)")
+    lines, at = _on_its_own(lines, at)
     prompt, negative = _prompts(lines[:at])
     after = lines[at + 1 :]
     if not negative and after and after[0].startswith(NEGATIVE):
@@ -47,16 +46,16 @@ def split(text: str) -> Parts:
     return Parts(prompt, negative, pairs, tuple(rest))
 
 
-def _inside_a_line(lines: list[str]) -> tuple[list[str], int | None]:
-    """The lines with the settings on one of their own, where all stands on one line, as after a form that took the breaks out."""
-    for index in range(len(lines) - 1, -1, -1):
-        start = lines[index].rfind("Steps: ")
-        if start > 0 and _settings(pairs_of(lines[index][start:])):
-            before = lines[index][:start].rstrip()
-            label = before.rfind(NEGATIVE)
-            head = [before[:label].rstrip(), before[label:]] if label > 0 else [before]
-            return [*lines[:index], *head, lines[index][start:], *lines[index + 1 :]], index + len(head)
-    return lines, None
+def _on_its_own(lines: list[str], at: int) -> tuple[list[str], int]:
+    """The lines with the settings on one of their own, and its number: after a form that took the breaks out, all is one line."""
+    line = lines[at]
+    start = line.rfind("Steps: ")
+    if start <= 0 or any(key.lower() in KNOWN for key in pairs_of(line[:start])):
+        return lines, at
+    before = line[:start].rstrip(", ")
+    label = before.rfind(NEGATIVE)
+    head = [before[:label].rstrip(), before[label:]] if label > 0 else [before]
+    return [*lines[:at], *head, line[start:], *lines[at + 1 :]], at + len(head)
 
 
 def _prompts(lines: list[str]) -> tuple[str, str]:

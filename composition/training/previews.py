@@ -30,7 +30,7 @@ def draw(backbone: Backbone, adapters: Adapters, request: Request) -> list[Image
 
     with adapters.kept():
         latents, times = backbone.start(request, scheduler, run.generators)
-        latents = sample(predict, scheduler, latents, times, generator=list(run.generators))
+        latents = sample(predict, scheduler, latents, times, stages=schedulers.stages(scheduler), generator=list(run.generators))
         return backbone.decode(latents)
 
 

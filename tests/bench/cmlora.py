@@ -49,12 +49,16 @@ class Empty(Run):
     """A run that draws nothing."""
 
     def __init__(self, names, categories):
-        self.request, self.categories, self.notes = SimpleNamespace(names=names), categories, {}
+        self.request = SimpleNamespace(names=names, active=dict.fromkeys(names))
+        self.categories, self.notes = categories, {}
 
     def live(self, step):
         return dict.fromkeys(self.names, 1.0)
 
-    def denoise_cached(self, step, cache, full, others_weight):
+    def passes(self, step, conds=None, others_weight=0.0):
+        return []
+
+    def denoise_passes(self, step, passes, rows="all", *, cache, full):
         cache.filled |= set(full)
         return torch.zeros(len(self.names), 1, 1, 4, 8, 8)
 
@@ -137,11 +141,11 @@ def timed(backbone, adapters, cache, names, plan, side, rounds) -> None:
     step = Step(0, 1, torch.tensor(500), latents)
 
     def once(full):
-        run.denoise(step, {}) if full == "base" else run.denoise_cached(step, cache, names[:full])
+        run.denoise(step, {}) if full == "base" else run.denoise_passes(step, run.passes(step), cache=cache, full=names[:full])
 
     counts = sorted({n for fulls in plan.values() for n in fulls} | {len(names)})
     with cache.attached():
-        first, again = run.denoise_cached(step, cache, names), run.denoise_cached(step, cache, [])
+        first, again = (run.denoise_passes(step, run.passes(step), cache=cache, full=full) for full in (names, []))
         if (first - again).abs().max() > 1e-4 * first.abs().max():
             raise SystemExit("a cached pass of age 0 is not the full pass")
         times = {n: [] for n in ["base", *counts]}

@@ -22,7 +22,7 @@ from composition import Lora, Request
 from composition.adapters import Adapters
 from composition.backbones.flux import FluxBackbone
 from composition.loop import Conditioning, Step
-from composition.run import Run
+from composition.run import Pass, Run
 from tests.bench.clora import WORDS, Resident
 from tests.bench.cmlora import ATTENTION, lora
 
@@ -70,7 +70,7 @@ def measured(transformer, given, count, folder):
         for k, columns in enumerate(torch.arange(given.pixels // 8).tensor_split(count + 1)):
             shares[:, k, :, columns] = 1.0
         whole = dict.fromkeys(names, 1.0)
-        passes = [({}, conds[0]), *(({name: 1.0}, cond) for name, cond in zip(names, conds[1:], strict=True))]
+        passes = [Pass({}, conds[0]), *(Pass({name: 1.0}, cond) for name, cond in zip(names, conds[1:], strict=True))]
         ways = {"merge": lambda: run.denoise(step, whole, conds[0]), "regional": lambda: run.denoise_regional(step, passes, shares)}
         times, peaks = {way: [] for way in ways}, {way: [] for way in ways}
         for turn in range(given.rounds + 1):

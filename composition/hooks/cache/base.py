@@ -12,13 +12,13 @@ from composition.hooks.costs import layer_costs
 
 
 class Cache:
-    """Slots of one denoiser, by adapter's name; a kind says which blocks it leads and how. Use it inside `attached`."""
+    """Slots of one denoiser, by adapter's name; a subclass says which blocks it wraps and how. Use it inside `attached`."""
 
     def __init__(self, denoiser: Any) -> None:
         self.denoiser = denoiser
         self._slots: dict[str, Float[Tensor, "rows ..."]] = {}
         self._recorded: Tensor | None = None
-        self._given: Tensor | None = None
+        self._features: Tensor | None = None
 
     @property
     def usable(self) -> bool:
@@ -30,26 +30,26 @@ class Cache:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Lead the denoiser's inner blocks through the cache; every forward is as before afterwards, the slots empty."""
+        """Pass the denoiser's inner blocks through the cache; every forward is as before afterwards, the slots empty."""
         if not self.usable:
             raise RuntimeError("a denoiser of one block or level has nothing to cache")
         blocks: list[Any] = self._blocks()
         before = {block: block.__dict__.get("forward") for block in blocks}
         try:
             for block in blocks:
-                block.forward = self._led(block, block.forward)
+                block.forward = self._wrapped(block, block.forward)
             yield
         finally:
             for block, forward in before.items():
                 block.__dict__.pop("forward", None)
                 if forward is not None:
                     block.forward = forward
-            self._slots, self._recorded, self._given = {}, None, None
+            self._slots, self._recorded, self._features = {}, None, None
 
     @contextmanager
     def full(self, names: Sequence[str]) -> Iterator[None]:
         """A full pass whose batch is these adapters' rows, equally many each, in this order: it fills their slots."""
-        self._given = self._recorded = None
+        self._features = self._recorded = None
         yield
         if self._recorded is None:
             raise RuntimeError("the cache saw no pass of the denoiser: its blocks are not the ones that ran")
@@ -60,11 +60,11 @@ class Cache:
     @contextmanager
     def cached(self, names: Sequence[str]) -> Iterator[None]:
         """A pass over these adapters' rows from their slots; the slots stay as they are."""
-        self._given = torch.cat([self._slots[name] for name in names])
+        self._features = torch.cat([self._slots[name] for name in names])
         try:
             yield
         finally:
-            self._given = None
+            self._features = None
 
     def share(self, axis: Callable[[str], Any], shape: Sequence[int], tokens: int) -> float:
         """Cost of a cached pass over a full one: multiply-adds of linear layers and convolutions, attention products left out.
@@ -82,6 +82,6 @@ class Cache:
         """Blocks that a cached pass leaves out, in the order in which they run."""
         raise NotImplementedError
 
-    def _led(self, block: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A block's forward through the cache: it fills _recorded in a full pass and answers from _given in a cached one."""
+    def _wrapped(self, block: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A block's forward through the cache: it fills _recorded in a full pass and returns _features in a cached one."""
         raise NotImplementedError

@@ -35,13 +35,13 @@ class ResidualCache(Cache):
     def _blocks(self) -> list[nn.Module]:
         return [block for name in self._names for block in getattr(self.denoiser, name)][1:]
 
-    def _led(self, block: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrapped(self, block: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A block's forward is (picture's tokens, the text's, ...) -> (the text's, the picture's)."""
         first, last = block is self._blocks()[0], block is self._blocks()[-1]
 
         def call(hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **named: Any) -> tuple[Any, Tensor]:
-            if self._given is not None:
-                return encoder_hidden_states, hidden_states + self._given if last else hidden_states
+            if self._features is not None:
+                return encoder_hidden_states, hidden_states + self._features if last else hidden_states
             if first:
                 self._entered = hidden_states
             text, picture = forward(hidden_states, encoder_hidden_states, *args, **named)

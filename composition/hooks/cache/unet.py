@@ -43,16 +43,16 @@ class FeatureCache(Cache):
         downsamplers = self.unet.down_blocks[self.live - 1].downsamplers or []
         return [*downsamplers, *self.unet.down_blocks[self.live :], *mid, *self.unet.up_blocks[: depth - self.live]]
 
-    def _led(self, block: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrapped(self, block: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
         last = block is self.unet.up_blocks[len(self.unet.down_blocks) - self.live - 1]
         return self._last_of(forward) if last else self._skipping(block, forward)
 
     def _skipping(self, block: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-        down = any(block is one for one in self.unet.down_blocks)
+        down = any(block is other for other in self.unet.down_blocks)
         kept = len(block.resnets) + bool(getattr(block, "downsamplers", None)) if down else 0
 
         def call(hidden_states: Tensor, *args: Any, **named: Any) -> Any:
-            if self._given is None:
+            if self._features is None:
                 return forward(hidden_states, *args, **named)
             return (hidden_states, (hidden_states,) * kept) if down else hidden_states  # nobody reads these
 
@@ -60,8 +60,8 @@ class FeatureCache(Cache):
 
     def _last_of(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
-            if self._given is not None:
-                return self._given
+            if self._features is not None:
+                return self._features
             self._recorded = forward(*args, **named)
             return self._recorded
 

@@ -11,9 +11,9 @@ MEASURES, DEFAULT_MEASURE = ("change", "level"), "change"
 
 
 def pinned(request: Request, options: Collection[str], profiles: Mapping[str, Profile | None]) -> tuple[Request, str]:
-    """The request with the measured order of its LoRAs, and what was done or is missing, as a sentence ("" when neither).
+    """The request with the measured order of its LoRAs (not of those of weight 0), and what was done or is missing, as a sentence.
 
-    options: the names of the method's options; nothing is done for a method without `order` and `low`. profiles: by the name of
+    The sentence is "" when neither. options: the names of the method's options; nothing is done for a method without `order` and `low`. profiles: by the name of
     each LoRA, None where it was never measured on this model. Option order: "change" or "level" asks for the measured order, by that
     number; "" takes it where every LoRA was profiled, else the order by category, which is pinned then. Raises Refused when it is asked for
     and a LoRA was not profiled.
@@ -21,10 +21,11 @@ def pinned(request: Request, options: Collection[str], profiles: Mapping[str, Pr
     asked = request.options.get("order", "")
     if not concerns(request, options):
         return request, ""
-    if len(request.loras) < 2:
+    active = request.active
+    if len(active) < 2:
         return replace(request, options={key: value for key, value in request.options.items() if key != "order"}), ""
-    measured = {name: profile for name, profile in profiles.items() if profile is not None}
-    missing = [lora.source for name, lora in zip(request.names, request.loras, strict=True) if name not in measured]
+    measured = {name: profile for name in active if (profile := profiles.get(name)) is not None}
+    missing = [lora.source for name, lora in active.items() if name not in measured]
     if missing:
         model = "" if request.model == Request("").model else f" --model {request.model}"
         verb = "is" if len(missing) == 1 else "are"

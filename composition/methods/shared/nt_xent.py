@@ -32,14 +32,14 @@ def nt_xent(maps: Float[Tensor, "B M n"], concepts: Sequence[int], temperature: 
 
 
 def bounds(concepts: Sequence[int], temperature: float = 0.5) -> tuple[float, float]:
-    """(least, flat) of the loss for maps that are nowhere negative: all concepts apart, and all maps equal.
+    """(least, flat) of the loss for maps that are nowhere negative: all concepts separate, and all maps equal.
 
     For equally many maps of each concept: ln(1 + n e^(-1 / tau)) and ln(1 + n), n the maps of other concepts.
     """
-    found = torch.zeros(2, len(concepts), len(concepts), dtype=torch.float64)
+    maps = torch.zeros(2, len(concepts), len(concepts), dtype=torch.float64)
     kinds = sorted(set(concepts))
     for index, kind in enumerate(concepts):
-        found[0, index, kinds.index(kind)] = 1.0
-    found[1, :, 0] = 1.0
-    least, flat = nt_xent(found, concepts, temperature).tolist()
+        maps[0, index, kinds.index(kind)] = 1.0
+    maps[1, :, 0] = 1.0
+    least, flat = nt_xent(maps, concepts, temperature).tolist()
     return least, flat

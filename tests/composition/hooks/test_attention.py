@@ -67,13 +67,13 @@ def test_maps_are_attention_written_out_on_any_grid(opened, size):
     call = lambda: backbone.denoise(x, torch.tensor(500), cond)  # noqa: E731
     plain = call()
     expected = written_out(backbone, layers, call)
-    with attention.watch(backbone.denoiser, layers, grid=grid, rows=range) as maps:
+    with attention.recorded(backbone.denoiser, layers, grid=grid, rows=range) as maps:
         assert torch.equal(call(), plain)
         seen = maps.read()
     assert seen.shape == (4, cond.values["text"].shape[2], *grid)
     laws.same(seen, expected.unflatten(1, grid).permute(0, 3, 1, 2), 1e-12)
     assert torch.allclose(seen.sum(1), torch.ones(4, *grid, dtype=torch.float64))
-    with attention.watch(backbone.denoiser, layers, grid=grid, rows=lambda count: [2, 3]) as maps:
+    with attention.recorded(backbone.denoiser, layers, grid=grid, rows=lambda count: [2, 3]) as maps:
         call()
         laws.same(maps.read(), seen[2:], 1e-12)  # the positive rows of two pictures
     adapters.use({})
@@ -90,10 +90,10 @@ def test_6_a_pass_that_ends_early_has_the_same_maps_and_gradient(opened):
     found = []
     for early in (False, True):
         x = latents((16, 16)).requires_grad_()
-        with torch.enable_grad(), attention.watch(backbone.denoiser, layers, grid=grid, rows=range, early=early) as maps:
+        with torch.enable_grad(), attention.recorded(backbone.denoiser, layers, grid=grid, rows=range, early=early) as maps:
             try:
                 backbone.denoise(x, torch.tensor(500), cond)
-            except attention.Enough:
+            except attention.AllRecorded:
                 assert early
             seen = maps.read()
             found.append((seen.detach(), torch.autograd.grad(seen[:, 1].square().sum(), x)[0]))
@@ -113,7 +113,7 @@ def test_a_backend_that_is_not_seen_is_told(opened):
     kept = module.processor
     module.processor = AttnProcessor()
     try:
-        with pytest.raises(RuntimeError, match="native"), attention.watch(backbone.denoiser, layers, grid=(8, 8), rows=range):
+        with pytest.raises(RuntimeError, match="native"), attention.recorded(backbone.denoiser, layers, grid=(8, 8), rows=range):
             backbone.denoise(latents((16, 16)), torch.tensor(500), cond)
     finally:
         module.processor = kept

@@ -97,12 +97,12 @@ def test_maps_are_attention_written_out_on_any_grid(opened, size):
     text, picture = sides(backbone, tokens, grid[0] * grid[1])
     expected = torch.stack([written.plain[name].seen[:, :, text, picture].mean(1) for name in layers]).mean(0).unflatten(-1, grid)
     rows = cond.rows * 2
-    with attention.watch(backbone.denoiser, layers, grid=grid, rows=range, joint=backbone.joint) as maps:
+    with attention.recorded(backbone.denoiser, layers, grid=grid, rows=range, joint=backbone.joint) as maps:
         assert torch.equal(backbone.denoise(x, torch.tensor(500), cond), plain)
         seen = maps.read()
     assert seen.shape == (rows, tokens, *grid)
     laws.same(seen, expected, 1e-9)
-    with attention.watch(backbone.denoiser, layers, grid=grid, rows=lambda count: [count - 1], joint=backbone.joint) as maps:
+    with attention.recorded(backbone.denoiser, layers, grid=grid, rows=lambda count: [count - 1], joint=backbone.joint) as maps:
         backbone.denoise(x, torch.tensor(500), cond)
         laws.same(maps.read(), seen[-1:], 1e-12)
 
@@ -114,10 +114,10 @@ def test_a_pass_that_ends_early_has_the_same_maps_and_gradient(opened):
     adapters.use({"a": 1.0, "b": 0.5})
     for early in (False, True):
         x = latents((16, 16)).requires_grad_()
-        with torch.enable_grad(), attention.watch(backbone.denoiser, layers, grid=(8, 8), rows=range, early=early, joint=backbone.joint) as maps:
+        with torch.enable_grad(), attention.recorded(backbone.denoiser, layers, grid=(8, 8), rows=range, early=early, joint=backbone.joint) as maps:
             try:
                 backbone.denoise(x, torch.tensor(500), cond)
-            except attention.Enough:
+            except attention.AllRecorded:
                 assert early
             seen = maps.read()
             found.append((seen.detach(), torch.autograd.grad(seen[:, 1].square().sum(), x)[0]))
@@ -130,14 +130,14 @@ def test_a_pass_that_ends_early_has_the_same_maps_and_gradient(opened):
 def test_a_backend_that_is_not_seen_is_told(opened):
     backbone, _ = opened
     with Written(backbone), pytest.raises(RuntimeError, match="native"):
-        with attention.watch(backbone.denoiser, backbone.localizing_layers(), grid=(8, 8), rows=range, joint=backbone.joint):
+        with attention.recorded(backbone.denoiser, backbone.localizing_layers(), grid=(8, 8), rows=range, joint=backbone.joint):
             backbone.denoise(latents((16, 16)), torch.tensor(500), encode(opened, "the fox"))
 
 
 def test_a_picture_longer_than_the_sequence_is_told(opened):
     backbone, _ = opened
     with pytest.raises(RuntimeError, match="tokens"):
-        with attention.watch(backbone.denoiser, backbone.localizing_layers(), grid=(40, 40), rows=range, joint=backbone.joint):
+        with attention.recorded(backbone.denoiser, backbone.localizing_layers(), grid=(40, 40), rows=range, joint=backbone.joint):
             backbone.denoise(latents((16, 16)), torch.tensor(500), encode(opened, "the fox"))
 
 

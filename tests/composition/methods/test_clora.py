@@ -14,6 +14,7 @@ from composition import Engine, Lora, Refused
 from composition.hooks import masks
 from composition.loop import Step
 from composition.methods import clora, clora_fast
+from composition.methods.shared import concepts
 from composition.run import Run
 from tests import reference, toys
 from tests.composition import laws
@@ -88,9 +89,9 @@ def test_5_pass_by_pass_the_gradient_is_that_of_the_whole(case, reference_code, 
         found = []
         for two_phase in (True, False):
             course = clora._Course(run, clora.Options(two_phase=two_phase, reference=reference_code))
-            passes = clora.passes_of(run, course.scene, run.live(step), [0, 1, 2])
+            passes = concepts.passes_of(run, course.scene, run.live(step), [0, 1, 2])
             kinds = course._kinds([0, 1, 2])
-            maps = run.attend(step, passes, course.layers, "all" if reference_code else "positive")
+            maps = run.attention_maps(step, passes, course.layers, "all" if reference_code else "positive")
             found.append(course._gradient(step, passes, [0, 1, 2], kinds, maps))
         laws.same(found[0][0], found[1][0], 1e-9)
         assert torch.allclose(found[0][1], found[1][1]) and found[0][0].abs().max() > 0
@@ -100,7 +101,7 @@ def test_5_pass_by_pass_the_gradient_is_that_of_the_whole(case, reference_code, 
         step_to = torch.randn(step.latents.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64) * wide
 
         def loss(latents):
-            return float(course._loss(run.attend(step._replace(latents=latents), passes, course.layers,
+            return float(course._loss(run.attention_maps(step._replace(latents=latents), passes, course.layers,
                                                  "all" if reference_code else "positive"), [0, 1, 2], kinds).sum())
 
         slope = (loss(step.latents + step_to) - loss(step.latents - step_to)) / 2
@@ -116,13 +117,13 @@ def test_a_move_lowers_the_loss_in_every_samplers_scale(case, sampler):
 
     def body(run, step):
         course = clora._Course(run, clora.Options())
-        passes = clora.passes_of(run, course.scene, run.live(step), [0, 1, 2])
+        passes = concepts.passes_of(run, course.scene, run.live(step), [0, 1, 2])
         kinds, losses = course._kinds([0, 1, 2]), []
         for _ in range(4):
-            maps = run.attend(step, passes, course.layers)
+            maps = run.attention_maps(step, passes, course.layers)
             gradient, loss = course._gradient(step, passes, [0, 1, 2], kinds, maps)
             losses.append(float(loss.mean()))
-            move = course._move(step, gradient)
+            move = course._update(step, gradient)
             assert float(move.norm() / step.latents.norm()) <= 0.1 + 1e-9
             step = step._replace(latents=step.latents - move)
         assert losses[-1] < losses[0]
@@ -186,7 +187,7 @@ def test_by_change_a_place_is_the_loras_that_changes_it_most(case, maps):
         level = engine.backbone.prompt_attention()[engine.backbone.localizing_layers()[0]]
         names = list(run.names[:2])
         values = placed_values(step)
-        places, strength = clora.placed_by_change(run, wide, values, options, names)
+        places, strength = concepts.masks_from_change(run, wide, values, options, names)
         assert places.shape == (1, 2, -(-8 // 2**level), -(-16 // 2**level)) and places.sum(1).max() == 1
         across = torch.arange(places.shape[-1], dtype=torch.float64)
         centre = (places.sum(-2) * across).sum(-1) / places.sum((-2, -1))

@@ -76,10 +76,11 @@ def test_4_a_cached_pass_at_age_0_is_the_full_pass(case, batched):
         run.request = replace(run.request, batched=batched)
         cache, names = of(run.backbone.denoiser), run.names
         with cache.attached():
-            whole = run.denoise_cached(step, cache, set(names))
+            passes = run.passes(step)
+            whole = run.denoise_passes(step, passes, cache=cache, full=names)
             for full in (set(), {names[1]}, {names[0], names[2]}):
-                laws.same(run.denoise_cached(step, cache, full), whole, 1e-12)
-            plain = run.denoise_each(step)
+                laws.same(run.denoise_passes(step, passes, cache=cache, full=full), whole, 1e-12)
+            plain = run.denoise_passes(step, passes)
         laws.same(whole, plain, 1e-12)
 
     _denoise(engine, loras, body)
@@ -92,10 +93,11 @@ def test_4_an_old_slot_is_not_the_full_pass_and_stays_as_it_is(case):
         cache, names = of(run.backbone.denoiser), run.names
         later = step._replace(t=times[-1], latents=step.latents * 0.5)
         with cache.attached():
-            run.denoise_cached(step, cache, set(names))
+            passes = run.passes(step)
+            run.denoise_passes(step, passes, cache=cache, full=names)
             before = {name: cache._slots[name].clone() for name in names}
-            aged = run.denoise_cached(later, cache, {names[0]})
-            whole = run.denoise_each(later)
+            aged = run.denoise_passes(later, passes, cache=cache, full={names[0]})
+            whole = run.denoise_passes(later, passes)
             laws.same(aged[0], whole[0], 1e-12)  # the one in full
             laws.differ(aged[1], whole[1])
             assert torch.equal(cache._slots[names[1]], before[names[1]]) and not torch.equal(cache._slots[names[0]], before[names[0]])
@@ -110,7 +112,7 @@ def test_4_the_lora_stays_live_in_the_layers_that_run(case):
     def body(run, step, times):
         cache, name = of(run.backbone.denoiser), run.names[2]  # has attention and convolutions
         with cache.attached():
-            run.denoise_cached(step, cache, set(run.names))
+            run.denoise_passes(step, run.passes(step), cache=cache, full=run.names)
             answers = []
             for weight in (0.0, 1.0, 2.0):
                 run.adapters.use({name: weight})
@@ -141,11 +143,12 @@ def test_in_company_the_others_are_on_at_that_share(case):
     engine, loras = case
 
     def body(run, step, times):
-        each = run.denoise_each(step, others_weight=0.25)
+        passes = run.passes(step, others_weight=0.25)
+        each = run.denoise_passes(step, passes)
         cache = of(run.backbone.denoiser)
         with cache.attached():
-            laws.same(run.denoise_cached(step, cache, run.names, 0.25), each, 1e-12)
-            laws.same(run.denoise_cached(step, cache, run.names[:1], 0.25), each, 1e-12)
+            laws.same(run.denoise_passes(step, passes, cache=cache, full=run.names), each, 1e-12)
+            laws.same(run.denoise_passes(step, passes, cache=cache, full=run.names[:1]), each, 1e-12)
         for k, name in enumerate(run.names):
             laws.same(each[k], run.denoise(step, {other: w * (1.0 if other == name else 0.25) for other, w in run.live(step).items()}))
 
@@ -162,10 +165,10 @@ def test_on_a_processor_large_pictures_are_asked_one_by_one(case, monkeypatch):
         calls = []
         handle = run.backbone.denoiser.register_forward_hook(lambda *_: calls.append(1))
         try:
-            together = run.denoise_each(step)
+            together = run.denoise_passes(step, run.passes(step))
             assert len(calls) == 1
             monkeypatch.setattr(module, "PROCESSOR_BATCH", 1)
-            laws.same(run.denoise_each(step), together)
+            laws.same(run.denoise_passes(step, run.passes(step)), together)
             assert len(calls) == 1 + len(run.names)
         finally:
             handle.remove()

@@ -23,7 +23,7 @@ class Words(Run):
     axes = ("fox", "owl", "moon", "and", "the")
 
     def __init__(self, prompt, **triggers):
-        self.request = SimpleNamespace(prompt=prompt, names=tuple(triggers))
+        self.request = SimpleNamespace(prompt=prompt, active=dict.fromkeys(triggers))
         self.triggers = {name: tuple(words) for name, words in triggers.items()}
 
     def encode(self, text, use):
@@ -38,11 +38,11 @@ def test_need_is_what_the_prompt_loses():
     run = Words("fox fox owl", a=["fox"], b=["owl"])
     whole, no_owl = torch.tensor([2.0, 1.0]), torch.tensor([2.0, 0.0])
     expected = [2.0, 1 - float(torch.nn.functional.cosine_similarity(whole, no_owl, dim=0))]  # "owl": under five letters, all is lost
-    assert w_switch.needs(run) == pytest.approx([value / sum(expected) for value in expected])
+    assert list(w_switch.needs(run).values()) == pytest.approx(expected)
     run = Words("the moon and fox", a=["fox"], b=["moon"], c=[], d=["owl"])
     share = 1 - (3 / 4) ** 0.5
     raw = [share, share, 0.1, 0.05]  # no trigger words: 0.1; words that are not in the prompt: the least
-    assert w_switch.needs(run) == pytest.approx([value / sum(raw) for value in raw])
+    assert list(w_switch.needs(run).values()) == pytest.approx(raw)
 
 
 def test_blocks_are_as_long_as_the_need():
@@ -56,7 +56,7 @@ def test_trigger_words_are_taken_out_whole_and_in_any_case():
 
 
 def test_nearness_is_the_cosine_of_the_triggers_and_sums_to_one():
-    found = w_composite.nearness(Words("fox owl", a=["fox"], b=["moon"], c=[]))
+    found = w_composite.nearness(Words("fox owl", a=["fox"], b=["moon"], c=[]), ("a", "b", "c"))
     raw = [0.5**0.5, 0.01]
     raw.append(sum(raw) / 2)
     assert list(found.values()) == pytest.approx([value / sum(raw) for value in raw])

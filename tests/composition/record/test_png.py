@@ -1,15 +1,18 @@
 """The record in a PNG: whole, the same every time, written in one stroke, never over another file."""
 
+import hashlib
 import json
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
-from composition import Lora, Refused, atomic, record
+from composition import Lora, Refused, Request, atomic, pictures, record
 from composition.log import Log
 from tests.app import reader
 
@@ -147,6 +150,84 @@ def test_the_manifest_is_one_row_per_picture(result, tmp_path):
     assert json.loads(rows[0]["request"])["options"] == {"tau": 3}
     assert rows[0].keys() == rows[1].keys()
     assert (rows[0]["width"], rows[0]["height"]) == (48, 32)
+
+
+# names, not paths
+
+
+def _with_paths(result, tmp_path):
+    Image.new("L", (40, 20), 255).save(tmp_path / "secret-mask.png")
+    loras = (Lora(str(tmp_path / "styles/ink.safetensors"), weight=0.8, region=str(tmp_path / "secret-mask.png")), Lora(r"C:\\mine\\owl.safetensors"))
+    return replace(result, request=replace(result.request, loras=loras, model=str(tmp_path / "models/sd15")))
+
+
+def test_a_record_has_names_and_hashes_and_the_mask_itself(result, tmp_path):
+    path = record.save(_with_paths(result, tmp_path), tmp_path / "out")
+    for secret in (str(tmp_path), "secret-mask", "mine", "styles", "models/"):
+        assert secret.encode() not in path.read_bytes()
+    request = record.read(path)
+    assert [lora.source for lora in request.loras] == ["ink", "owl"] and request.model == "sd15/"
+    assert record.is_path(request.model) and not record.is_path("sd15")  # a folder's name is no short name
+    assert record.details(path).receipts["ink"]["data_sha256"] == "a" * 64
+    assert np.asarray(pictures.mask(request.loras[0].region, "ink")).mean() == 255
+
+
+def test_paths_are_kept_where_they_are_asked_for(result, tmp_path):
+    given = _with_paths(result, tmp_path)
+    assert record.read(record.save(given, tmp_path / "out", keep_paths=True)) == given.request.alone(0)
+    row = json.loads((tmp_path / "out/metadata.jsonl").read_text("utf-8"))
+    assert row["model"] == str(tmp_path / "models/sd15")  # a user's own list
+
+
+@pytest.mark.parametrize("model", ["pocket", "flux-dev", "org/some.model-1", "folder"])
+def test_a_name_stays_a_name(result, tmp_path, model):
+    saved = record.save(replace(result, request=replace(result.request, model=model)), tmp_path)
+    assert record.read(saved).model == model and not record.is_path(model)
+
+
+def test_a_strangers_record_chooses_no_file(result, tmp_path):
+    strange = record.read(record.save(_with_paths(result, tmp_path), tmp_path / "out", keep_paths=True))
+    with pytest.raises(Refused, match="allow-paths"):
+        record.by_name(strange)
+    named = record.by_name(replace(strange, loras=strange.loras[1:]))
+    assert named.loras[0].source == "owl" and named.model == "sd15/"
+
+
+def test_of_several_files_of_a_name_the_one_with_the_hash_is_meant(result, tmp_path):
+    from safetensors.torch import save_file
+
+    paths = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        paths.append(tmp_path / str(number) / "owl.safetensors")
+        save_file({"x.lora_A.weight": torch.full((2, 2), number + 1.0)}, paths[-1], metadata={"n": str(number)})
+    whole = hashlib.sha256(paths[1].read_bytes()).hexdigest()
+    data = paths[1].read_bytes()
+    after = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little"):]).hexdigest()
+    request = Request(prompt="a", loras=[Lora("owl")])
+    for known in ({"receipts": {"owl": {"sha256": whole}}}, {"hashes": {"owl": after[:12]}}, {"hashes": {"owl": whole[:10]}}):
+        assert record.located(request, record.Record(request, **known), paths, lambda source: Path(source)).loras[0].source == str(paths[1])
+
+    def missing(source: str) -> Path:
+        raise Refused(f"no {source}")
+
+    with pytest.raises(Refused, match=f"no owl.*{whole[:12]}"):
+        record.located(request, record.Record(request, receipts={"owl": {"sha256": whole}}), [], missing)
+
+
+@pytest.mark.parametrize(("digits", "said"), [("a" * 12, 0), ("A" * 10, 0), ("c" * 12, 1), ("xyz", 0), ("cc", 0)])
+def test_a_lora_of_the_name_with_another_hash_is_another_file(result, digits, said):
+    receipts = dict(zip(result.request.names, result.receipts, strict=True))
+    lines = record.differences(record.Record(result.request, ours=False, hashes={"ink": digits}), receipts, {})
+    assert len(lines) == said and all("ink is not the file" in line and digits in line for line in lines)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "webp"])
+def test_the_text_of_other_formats_is_read(tmp_path, ending):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a fox <lora:owl:0.5>\nSteps: 9, Seed: 3, CFG scale: 2".encode("utf-16-be")
+    Image.new("RGB", (8, 8)).save(tmp_path / f"x.{ending}", exif=exif)
+    assert record.read(tmp_path / f"x.{ending}") == Request(prompt="a fox", loras=[Lora("owl", weight=0.5)], steps=9, seed=3, guidance=2)
 
 
 # reading what is not ours, or broken
