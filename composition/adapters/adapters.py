@@ -212,7 +212,7 @@ class Adapters:
 
     def keep(self, free: folding.Free) -> folding.Keep:
         """Where the originals of a fold of this session would be kept, and why. free: bytes free on a device."""
-        return folding.keep(self._model.touched(), free)
+        return folding.keep(*folding.size(self._model.touched()), free)
 
     @contextmanager
     def folded(self, weights: Mapping[str, float], device: torch.device | None = None) -> Iterator[None]:

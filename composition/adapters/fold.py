@@ -44,11 +44,14 @@ def foldable(layers: Layers) -> bool:
     return True
 
 
-def keep(layers: Layers, free: Free) -> Keep:
-    """Where copies of these layers' weights fit. free: asked for the weights' device and, if that is full, for main memory."""
+def size(layers: Layers) -> tuple[int, torch.device]:
+    """Bytes of these layers' weights, and where they are."""
     weights = [cast(Tensor, module.weight) for module, _ in layers.values()]
-    need = sum(weight.numel() * weight.itemsize for weight in weights)
-    device = weights[0].device if weights else CPU
+    return sum(weight.numel() * weight.itemsize for weight in weights), weights[0].device if weights else CPU
+
+
+def keep(need: int, device: torch.device, free: Free) -> Keep:
+    """Where copies of so many bytes of weights fit that are on this device. free: asked of it and, if it is full, of main memory."""
     rooms: list[str] = []
     for place in dict.fromkeys((device, CPU)):
         room = free(place)

@@ -49,6 +49,7 @@ class Layers:
         self._block, self._axis = block, axis
         self.current = Laid()
         self._folds: list[Fold] = []  # begun and not yet ended, for `repair`
+        self._repairs = 0
         self._handles = []
         for module in self._all():
             _attach(module, None)
@@ -112,16 +113,17 @@ class Layers:
     @contextmanager
     def attached(self, laid: Laid) -> Iterator[None]:
         """This set is in the model while it lasts, on the bare base, and then again what was there before, folded or live."""
-        outer = self.current
+        outer, repairs = self.current, self._repairs
         try:
             if outer.fold is not None:
                 outer.fold.lift()
             self._show(laid)
             yield
         finally:
-            self._show(outer)
-            if outer.fold is not None:
-                outer.fold.write()
+            if repairs == self._repairs:
+                self._show(outer)
+                if outer.fold is not None:
+                    outer.fold.write()
 
     def _show(self, laid: Laid) -> None:
         for component, modules in self.modules.items():
@@ -138,19 +140,21 @@ class Layers:
     @contextmanager
     def folded(self, fold: Fold) -> Iterator[None]:
         """The current set's sum is in the weights while it lasts."""
-        laid = self.current
+        laid, repairs = self.current, self._repairs
         try:
             self._folds.append(fold)
             fold.write()
             laid.fold = fold
             yield
         finally:
-            fold.lift()
-            laid.fold = None
-            self._folds.remove(fold)
+            if repairs == self._repairs:
+                fold.lift()
+                laid.fold = None
+                self._folds.remove(fold)
 
     def repair(self) -> bool:
         """Make the model the bare base, whatever an interrupted session or fold has left; True when anything was left."""
+        self._repairs += 1  # a context that was abandoned may be closed any time from now on, and has nothing to undo any more
         left = bool(self._folds) or any(_attached(module) is not None for module in self._all())
         while self._folds:
             self._folds[-1].lift()
