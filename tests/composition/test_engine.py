@@ -121,7 +121,7 @@ def test_a_group_keeps_the_fold_and_gives_it_back(engine, monkeypatch):
     """Requests of one LoRA set fold once; another set folds anew; after the group the weights are the originals."""
     before = laws.fingerprint(engine)
     folds, honest = [], type(engine.adapters).folded
-    monkeypatch.setattr(type(engine.adapters), "folded", lambda self, w: folds.append(dict(w)) or honest(self, w))
+    monkeypatch.setattr(type(engine.adapters), "folded", lambda self, w, *keep: folds.append(dict(w)) or honest(self, w, *keep))
     asked = laws.request("merge", Lora("fox"))
     alone = engine.run(asked).images[0].tobytes()
     folds.clear()
