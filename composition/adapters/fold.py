@@ -90,6 +90,6 @@ class Fold:
 
 
 def _copied(weight: Tensor, device: torch.device) -> Tensor:
-    """A copy, in page-locked memory when it leaves a CUDA device: twice as fast there and back."""
+    """A copy, in page-locked memory when it leaves a CUDA device."""
     pin = weight.device.type == "cuda" and device.type == "cpu"
     return torch.empty(weight.shape, dtype=weight.dtype, device=device, pin_memory=pin).copy_(weight)
