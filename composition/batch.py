@@ -88,6 +88,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder, self.pictures, self.log = folder, folder / PICTURES, Log(folder / LOG)
         self.known: dict[str, dict[str, Any]] = {}
+        self.listed: set[Any] = set()  # the pictures' files that the manifest has
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -96,10 +97,7 @@ class Store:
         with self.log.path.open("ab") as file, _locked(file, self.folder):
             atomic.sweep(self.pictures)
             self.known = {row["id"]: row for row in self.log.rows() if row.get("id") and not row.get("error")}
-            listed = {row.get("file_name") for row in Log(self.pictures / record.MANIFEST).rows()}
-            for name in self.known:
-                if self.has(name) and f"{name}.png" not in listed:
-                    record.relist(self.path(name))
+            self.listed = {row.get("file_name") for row in Log(self.pictures / record.MANIFEST).rows()}
             yield
 
     def path(self, name: str) -> Path:
@@ -116,6 +114,15 @@ class Store:
         self.log.append(row)
         record.save(result, self.pictures, item.id)
         self.known[item.id] = row
+        self.listed.add(self.path(item.id).name)
+
+    def completed(self, item: Item) -> Item:
+        """The item with its picture and what it cost; a line of the manifest that a kill left out is added."""
+        path, row = self.path(item.id), self.known[item.id]
+        if path.name not in self.listed:
+            record.relist(path, item.request)
+            self.listed.add(path.name)
+        return replace(item, path=path, seconds=row.get("seconds"), evaluations=row.get("evaluations"))
 
     def fail(self, item: Item) -> None:
         self.log.append({"id": item.id, "error": item.error, "request": json.loads(item.request.json()), "medley": __version__})
@@ -148,7 +155,7 @@ class _Batch:
                 if item.error:
                     failed.setdefault(item.id, item)
                     self.store.fail(item)
-                yield item if item.error else self._stored(item)
+                yield item if item.error else self.store.completed(item)
 
     def _planned(self, index: int, request: Request, identity: "Identity") -> list[Item]:
         self._stop()
@@ -178,10 +185,6 @@ class _Batch:
             item = replace(item, error=self.sentence(error))
         self._show(done=before.done + 1, steps=before.steps + length)
         return item
-
-    def _stored(self, item: Item) -> Item:
-        row = self.store.known[item.id]
-        return replace(item, path=self.store.path(item.id), seconds=row.get("seconds"), evaluations=row.get("evaluations"))
 
     def _stop(self) -> None:
         if self.cancel is not None and self.cancel.is_set():

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from composition.adapters import Adapters
+from composition.adapters.gates import Combine
 from composition.backbones.base import Backbone
 from composition.guidance import guide
 from composition.hooks.attention import AllRecorded, recorded
@@ -108,14 +109,19 @@ class Run:
 
     def denoise(
         self, step: Step, use: Mapping[str, float] | None = None, cond: Conditioning | None = None, rows: Rows = "all",
+        *, combine: Combine | None = None,
     ) -> Float[Tensor, "R B *S"]:
         """One prediction with these LoRAs in every row (None: all that are live at this step), unguided.
 
-        cond: another conditioning than the request's prompt encoded with the same LoRAs. rows="positive": R = 1.
+        cond: another conditioning than the request's prompt encoded with the same LoRAs. rows="positive": R = 1. combine: makes each
+        layer's output from its path, this step, the base's output and each LoRA's, in place of their sum.
         """
         use = self.live(step) if use is None else use
         cond = self.encode(use=use) if cond is None else cond
         cond = cond.positive() if rows == "positive" else cond
+        if combine is not None:
+            with self.adapters.combined(combine, use, step):
+                return self._evaluate(step, cond, 1)
         self.adapters.use(use)
         return self._evaluate(step, cond, 1)
 

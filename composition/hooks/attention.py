@@ -44,6 +44,9 @@ Attend = Callable[[Attention], Tensor]  # -> (rows, heads, q, e)
 AttentionOverride = Callable[[Attention, Attend], Tensor]  # what is computed, and what computes it from here on
 
 
+_ADVICE = "the model's attention backend does not call scaled_dot_product_attention; set the native one"
+
+
 class AllRecorded(Exception):
     """Every chosen layer was recorded and nothing after them is needed: ends the forward early. Not an error; the caller catches it."""
 
@@ -117,8 +120,7 @@ def override(module: nn.Module, layers: Sequence[str], function: AttentionOverri
         for handle in handles:
             handle.remove()
     if missed := [name for name in layers if name not in seen]:
-        raise RuntimeError(f"attention of {len(layers)} layers was to be seen, and of {len(missed)} it was not (the first is {missed[0]}): "
-                           "the model's attention backend does not call scaled_dot_product_attention; set the native one")
+        raise RuntimeError(f"attention of {len(layers)} layers was to be seen, and of {len(missed)} it was not (the first is {missed[0]}): {_ADVICE}")
 
 
 class AttentionMaps:
@@ -137,7 +139,7 @@ class AttentionMaps:
         each segment of a regional prompt apart). Raises RuntimeError when a chosen layer was not seen, or not as often as the others.
         """
         if set(self._seen) != set(self._layers) or len({len(calls) for calls in self._seen.values()}) > 1:
-            raise RuntimeError(f"{len(self._layers)} layers were to be seen equally often, {len(self._seen)} were seen")
+            raise RuntimeError(f"attention of {len(self._layers)} layers was to be recorded equally often, and {len(self._seen)} were seen: {_ADVICE}")
         maps = torch.stack([torch.cat(self._seen[name]) for name in self._layers]).mean(0)
         self._seen = {}
         return maps.unflatten(-1, self._grid)

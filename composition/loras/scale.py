@@ -93,10 +93,7 @@ class Statement:
             return otherwise
         number = value
         if self.plain:
-            try:
-                number = float(value)
-            except ValueError:
-                number = None
+            number = float(value) if _is_number(value) else None
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             raise _Unreadable(f"{what} {str(value)[:80]!r} in its {self.source} is not a number, so its strength is unknown")
         return float(number)
@@ -187,8 +184,7 @@ def remarks(found: Sequence[Sequence[Alpha]]) -> tuple[str, ...]:
     """What a user should know of where the alphas of a file's modules came from: sources outside the tensors, and disagreement."""
     said: list[str] = []
     counting = Counter((rows[0].source, rows[0].value) for rows in found if rows[0].order in (2, 3))
-    for (source, value), count in counting.most_common(3):
-        said.append(f"alpha {value:g} from {source} ({_modules(count)})")
+    said += [f"alpha {value:g} from {source} ({_modules(count)})" for (source, value), count in counting.most_common(3)]
     lone = sum(rows[0].source == NOBODY for rows in found)
     if 0 < lone < len(found):
         said.append(f"alpha of {_modules(lone)} is stated nowhere and taken as the rank")

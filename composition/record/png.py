@@ -56,11 +56,11 @@ def save(result: Result, folder: Path, stem: str = "", index: int = 0, *, keep_p
     return path
 
 
-def relist(path: Path) -> None:
-    """Add the line of a picture of ours that its folder's manifest lacks: a kill may fall between the two."""
+def relist(path: Path, request: Request) -> None:
+    """Add the line of a picture of ours, of this request, that its folder's manifest lacks: a kill may fall between the two."""
     with Image.open(path) as image:
         size = image.size
-    Log(path.parent / MANIFEST).append(_row(read(path), path, size))
+    Log(path.parent / MANIFEST).append(_row(request, path, size))
 
 
 def ready(folder: Path) -> Path:

@@ -49,7 +49,7 @@ class Empty(Run):
     """A run that draws nothing."""
 
     def __init__(self, names, categories):
-        self.request = SimpleNamespace(names=names, active=dict.fromkeys(names))
+        self.request = SimpleNamespace(names=names, active={name: Lora(name) for name in names})
         self.categories, self.notes = categories, {}
 
     def live(self, step):

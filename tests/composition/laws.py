@@ -3,16 +3,22 @@
 import gc
 import hashlib
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from composition import Cancelled, Engine, Lora, Request
+from composition import Cancelled, Engine, Lora, Request, methods
+from composition.backbones import schedulers
+from composition.loop import Step
+from composition.run import Run
 
 STEPS = 7
 FLOWS = ("sd3", "flux", "flux-dev")  # families that predict a flow: their one sampler is their own
+WHOLE, NOWHERE = (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 1e-9, 1e-9)  # regions
 LIGHT = {"clora": {"until": 0.5, "rounds": 0}}  # options that make a method cheap enough to be asked often
 
 
@@ -27,6 +33,25 @@ def latents(engine: Engine, asked: Request) -> torch.Tensor:
     last = {}
     engine.run(asked, on_step=lambda event: last.__setitem__(event.picture, event.latents.clone()))
     return torch.cat([last[picture] for picture in sorted(last)])
+
+
+@contextmanager
+def opened(engine: Engine, asked: Request):
+    """(run, times, latents) of this request inside a session of its LoRAs."""
+    asked, _ = engine.settle(asked)
+    loras = [(name, lora, engine.find(lora.source)) for name, lora in zip(asked.names, asked.loras, strict=True)]
+    scheduler = schedulers.make(asked.sampler, engine.backbone.scheduler, asked.steps)
+    with engine.adapters.session(loras), torch.no_grad():
+        run = Run(engine.backbone, engine.adapters, asked, scheduler, [torch.Generator().manual_seed(seed) for seed in asked.seeds])
+        start, times = engine.backbone.start(asked, scheduler, run.generators)
+        yield run, times, start
+
+
+def prediction(engine: Engine, asked: Request, index: int) -> torch.Tensor:
+    """A method's guided prediction at one step of a sampler of the first order, from the noise, of a course that begins there."""
+    method = methods.find(asked.method)
+    with opened(engine, asked) as (run, times, start), method.compose(run, method.read(asked.options)) as predict:
+        return predict(Step(index, len(times), times[index], start)).value
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -94,12 +119,127 @@ def loop_or_batch(engine, method, loras):
 
 
 def weight_counts(engine, method, loras):
-    """Every LoRA's weight matters, and weight 0 is as if it were not there."""
+    """Every LoRA's weight matters."""
     asked = request(method, *loras, steps=12)
     whole = latents(engine, asked)
     for index in range(len(loras)):
         louder = [replace(lora, weight=lora.weight * 1.7) if i == index else lora for i, lora in enumerate(loras)]
         differ(latents(engine, replace(asked, loras=louder)), whole)
+
+
+def weight_zero(engine, method, loras):
+    """A LoRA of weight 0, or one that is on in none of the steps, is as if it were not there, wherever it stands."""
+    asked = request(method, *loras[:2])
+    without = latents(engine, asked)
+    same(latents(engine, replace(asked, loras=[replace(loras[2], weight=0.0), *loras[:2]])), without)
+    same(latents(engine, replace(asked, loras=[loras[0], replace(loras[2], start=0.99), loras[1]])), without)
+
+
+def off_at_a_step(engine, method, loras):
+    """At a step at which a LoRA is off the prediction is that of the others; at one at which it is on, as if it always were."""
+    sampler = "default" if engine.backbone.joint else "euler"
+    half = request(method, replace(loras[0], end=0.5), *loras[1:], sampler=sampler)
+    for index in (STEPS - 2, STEPS - 1):
+        same(prediction(engine, half, index), prediction(engine, replace(half, loras=loras[1:]), index))
+    same(prediction(engine, half, 0), prediction(engine, replace(half, loras=loras), 0))
+
+
+def one_set_a_step(engine, method, loras, sampler="heun"):
+    """All evaluations of a step have the same LoRAs on; progress and what the notes count by steps follow steps."""
+    options = {"tau": 1} if method in ("switch", "switch-a", "w-switch") else LIGHT.get(method, {})
+    asked = request(method, *loras, sampler=sampler, steps=4, options=options)
+    kind, used = methods.find(method), {}
+    with opened(engine, asked) as (run, times, start), pytest.MonkeyPatch.context() as patch:
+        on: set[str] = set()
+        for name in ("use", "rows", "regional"):
+            honest = getattr(engine.adapters, name)
+
+            def noted(weights, *rest, honest=honest):
+                on.update(key for row in (weights if isinstance(weights, list) else [weights]) for key, value in row.items() if value)
+                return honest(weights, *rest)
+
+            patch.setattr(engine.adapters, name, noted)
+        with kind.compose(run, kind.read(options)) as predict:
+            for (index, stage), t in zip(schedulers.stages(run.scheduler), times, strict=True):
+                on.clear()
+                value = predict(Step(index, asked.steps, t, start, stage)).value
+                run.scheduler.step(value, t, start)
+                used.setdefault(index, []).append(sorted(on))
+        assert [len(sets) for sets in used.values()] == [2, 2, 2, 1]
+        assert all(sets[0] == sets[-1] != [] for sets in used.values()), used
+        turns = run.notes.get("leaders") or run.notes.get("cmlora", {}).get("leaders") or used
+        assert len(turns) == asked.steps
+    seen = []
+    engine.run(asked, on_step=seen.append)
+    assert [(event.index, event.count) for event in seen] == [(done, asked.steps) for done in (1, 2, 3, 4)]
+
+
+def coverage(engine, method, loras):
+    """A seam that saw less than it claims raises: here attention is computed past it, by a backend of its own."""
+
+    def plain(query, key, value, attn_mask=None, **_):
+        logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        return (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ value
+
+    bounded = [replace(loras[0], region=(0.0, 0.0, 0.5, 1.0)), replace(loras[1], region=(0.5, 0.0, 1.0, 1.0))]
+    options = {"clora": {"maps": "attention"}, "clora-fast": {"ask": "base"}}.get(method, {})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="native"):
+        patch.setattr(F, "scaled_dot_product_attention", plain)
+        engine.run(request(method, *bounded, options=options))
+
+
+def own_place(engine, method, loras):
+    """Of two LoRAs with regions, one everywhere and one nowhere, the picture is the first one's alone."""
+    first, second = loras[:2]
+    options = {"clora": {"update": False}, "clora-fast": {"overlap": "average"}}.get(method, {})
+    for here in (first, second):
+        pair = [replace(lora, region=WHOLE if lora is here else NOWHERE) for lora in (first, second)]
+        same(latents(engine, request(method, *pair, steps=3, options=options)), latents(engine, request("merge", here, steps=3)), 1e-6)
+
+
+def cached_is_full_at_age_0(engine, loras):
+    """Passes of several LoRAs from slots that were just filled are the whole passes; refreshed at every step the cache changes nothing."""
+    from composition.hooks import cache as caches
+
+    with opened(engine, request("cmlora", *loras)) as (run, times, start):
+        step, cache = Step(0, len(times), times[0], start), caches.of(engine.backbone.denoiser)
+        with cache.attached():
+            passes = run.passes(step)
+            whole = run.denoise_passes(step, passes, cache=cache, full=run.names)
+            same(run.denoise_passes(step, passes, cache=cache, full=()), whole, 1e-12)
+            later = step._replace(t=times[-1], latents=start * 0.5)
+            whole = run.denoise_passes(later, passes, cache=cache, full=run.names)
+            same(run.denoise_passes(later, passes, cache=cache, full=()), whole, 1e-12)
+    always = request("cmlora", *loras, options={"max_age": 0})
+    same(latents(engine, always), latents(engine, replace(always, options={"cache": False})))
+
+
+def half_precision(engine, exact, method, loras, bound):
+    """From the same noise, the final latents lie within `bound` of those of `exact`, in units of their spread."""
+    with pytest.MonkeyPatch.context() as patch:
+        honest = engine.backbone.start
+
+        def start(asked, scheduler, generators):
+            noise, _ = exact.backbone.start(asked, schedulers.make(asked.sampler, exact.backbone.scheduler, asked.steps),
+                                            [torch.Generator().manual_seed(seed) for seed in asked.seeds])
+            return noise.to(engine.backbone.dtype), honest(asked, scheduler, generators)[1]
+
+        patch.setattr(engine.backbone, "start", start)
+        asked = request(method, *loras)
+        rounded, right = latents(engine, asked).double(), latents(exact, asked)
+    assert rounded.isfinite().all()
+    error = float((rounded - right).square().mean().sqrt() / right.std())
+    assert 0 < error < bound, f"off by {error:.3g}"
+
+
+def compiled_is_eager(compiled, eager, method, loras):
+    """LoRAs that are turned on after the denoiser was compiled change the picture as they change the eager one."""
+    plain = latents(compiled, request("merge", steps=2))
+    for pair in (loras[:1], loras[:2]):
+        asked = request(method, *pair, steps=2)
+        there = latents(compiled, asked)
+        differ(there, plain)
+        same(there, latents(eager, asked))
 
 
 def returned(engine, method, loras):

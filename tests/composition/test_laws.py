@@ -1,14 +1,22 @@
 """Every method x every family, on toys with random weights, in float64."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, HeunDiscreteScheduler
 
-from composition import Lora, methods
+from composition import Engine, Lora, Request, backbones, methods
+from composition.adapters import Adapters
 from composition.adapters.gates import Gates
 from composition.adapters.stack import Stack
+from composition.backbones import flux, schedulers
+from composition.backbones.flux import FluxBackbone
+from composition.hooks import masks, regional
+from composition.hooks.cache import Cache
+from composition.loop import Step
+from composition.run import Run
 from tests import reference
 from tests.composition import laws
 from tests.composition.conftest import FAMILIES
@@ -23,8 +31,8 @@ def case(request, engines, lora_files):
     return engines[family], name, laws.loras_of(lora_files[family])
 
 
-@pytest.mark.parametrize("law", [laws.none_is_plain, laws.seeds, laws.batch, laws.loop_or_batch, laws.weight_counts,
-                                 laws.returned, laws.no_leak])
+@pytest.mark.parametrize("law", [laws.none_is_plain, laws.seeds, laws.batch, laws.loop_or_batch, laws.weight_counts, laws.weight_zero,
+                                 laws.off_at_a_step, laws.returned, laws.no_leak])
 def test_law(case, law):
     law(*case)
 
@@ -43,14 +51,81 @@ def test_twins(family, engines, lora_files):
     laws.twins(engines[family], "composite", laws.loras_of(lora_files[family]))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["clora", "clora-fast", "regions"])
+def test_own_place(family, method, engines, lora_files):
+    laws.own_place(engines[family], method, laws.loras_of(lora_files[family]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["clora", "clora-fast", "regions"])
+def test_coverage(family, method, engines, lora_files):
+    laws.coverage(engines[family], method, laws.loras_of(lora_files[family]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_is_full_at_age_0(family, engines, lora_files):
+    laws.cached_is_full_at_age_0(engines[family], laws.loras_of(lora_files[family]))
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm2", "dpm2-a"])
+@pytest.mark.parametrize("method", methods.all())
+def test_one_set_a_step(method, sampler, engines, lora_files):
+    laws.one_set_a_step(engines["sd"], method, laws.loras_of(lora_files["sd"]), sampler)
+
+
+HALF = {torch.bfloat16: 0.04, torch.float16: 0.006}  # of the latents' spread, after seven steps at guidance 4
+HARD_MASKS = {"clora-fast": 0.1}  # kept for all steps: a place at a mask's edge may go to another concept by rounding
+
+
+@pytest.fixture(scope="module")
+def half_engines():
+    return {(family, dtype): Engine(backbones.of(FAMILIES[family](dtype=dtype), family), "toy") for family in ("sd", "flux") for dtype in HALF}
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("family", ["sd", "flux"])
+@pytest.mark.parametrize("method", methods.all())
+def test_half_precision(method, family, dtype, engines, half_engines, lora_files):
+    loras = laws.loras_of(lora_files[family])
+    bound = HARD_MASKS.get(method, HALF[dtype])
+    laws.half_precision(half_engines[family, dtype], engines[family], method, loras, bound)
+
+
+@pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.slow), "flux"])
+def test_compiled_is_eager(family, engines, lora_files, request):
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)  # the check of shapes is no part of what is compiled
+    request.addfinalizer(lambda: config.update("jaxtyping_disable", False))
+    compiled = Engine(backbones.of(FAMILIES[family](dtype=torch.float64), family), "toy", fold=False)
+    compiled.backbone.denoiser.compile(backend="eager")
+    for method in ("merge", "composite"):
+        laws.compiled_is_eager(compiled, engines[family], method, laws.loras_of(lora_files[family]))
+
+
+def test_switch_with_heun_is_its_formula(engines, lora_files):
+    """One LoRA for the predictor and the corrector of each step, on stock PEFT layers and the stock scheduler."""
+    engine, loras = engines["sd"], laws.loras_of(lora_files["sd"])
+    pipe, weights = FAMILIES["sd"](dtype=torch.float64), [lora.weight for lora in loras]
+    names = reference.load(pipe, lora_files["sd"], weights)
+    asked = laws.request("switch", *loras, sampler="heun", options={"tau": 2})
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+
+    def combine(evaluation, predictor):
+        return predictor(evaluation // 2 // 2 % 3)
+
+    expected = reference.each(pipe, names, weights, asked.prompt, asked.negative, asked.steps, asked.guidance,
+                              torch.Generator().manual_seed(asked.seed), combine)
+    laws.same(laws.latents(engine, asked), expected, 1e-7)
+
+
 @pytest.mark.parametrize(("family", "sampler"), [
     (family, sampler) for family in FAMILIES
-    for sampler in (["default"] if family in laws.FLOWS else ["ddim", "euler", "euler-a", "dpm++2m", "unipc"])])
+    for sampler in (["default"] if family in laws.FLOWS else ["ddim", "euler", "euler-a", "dpm++2m", "unipc", "heun", "dpm2"])])
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "live"])
 def test_merge_is_the_stock_pipeline(family, sampler, fold, engines, lora_files):
     """Merge of two LoRAs against load_lora_weights + set_adapters + the stock call, two pictures."""
-    from composition.backbones import schedulers
-
     engine, loras = engines[family], laws.loras_of(lora_files[family])[:2]
     pipe = FAMILIES[family](dtype=torch.float64)
     reference.load(pipe, lora_files[family][:2], [lora.weight for lora in loras])
@@ -118,11 +193,11 @@ def _alpha_ignored(monkeypatch):
     monkeypatch.setattr(Stack, "__init__", deaf)
 
 
-def _against_stock(engine, family, files):
+def _against_stock(engine, family, files, **changes):
     loras = laws.loras_of(files)[1:2]
     pipe = FAMILIES[family](dtype=torch.float64)
     reference.load(pipe, files[1:2], [loras[0].weight])
-    asked = laws.request("merge", *loras)
+    asked = laws.request("merge", *loras, **changes)
     generators = [torch.Generator().manual_seed(asked.seed)]
     expected = reference.stock(pipe, asked.prompt, "", asked.steps, asked.guidance, generators)
     laws.same(laws.latents(engine, asked), expected, 1e-7)
@@ -168,6 +243,121 @@ def test_mutant_state_kept(monkeypatch, engines, lora_files):
     with pytest.raises(AssertionError, match="after success"):
         laws.returned(engine, "merge", laws.loras_of(lora_files["sd"]))
     layer.weight.data.copy_(original)
+
+
+def test_mutant_weight_zero_takes_turns(monkeypatch, engines, lora_files):
+    monkeypatch.setattr(Request, "active", property(lambda self: dict(zip(self.names, self.loras, strict=True))))
+    monkeypatch.setattr(Run, "live", lambda self, step: self.request.weights)
+    with pytest.raises(AssertionError):
+        laws.weight_zero(engines["sd"], "switch", laws.loras_of(lora_files["sd"]))
+
+
+def test_mutant_stages_are_steps(monkeypatch, engines, lora_files):
+    monkeypatch.setattr(schedulers, "stages", lambda scheduler: [(index, 0) for index in range(len(scheduler.timesteps))])
+    with pytest.raises(AssertionError):
+        laws.one_set_a_step(engines["sd"], "switch", laws.loras_of(lora_files["sd"]))
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_mutant_cache_never_refreshed(family, monkeypatch, engines, lora_files):
+    """A slot that was filled once keeps its first features."""
+    honest = Cache.full
+
+    @contextmanager
+    def stale(self, names):
+        before = dict(self._slots)
+        with honest(self, names):
+            yield
+        self._slots |= before
+
+    for kind in Cache.__subclasses__():
+        monkeypatch.setattr(kind, "full", stale)
+    with pytest.raises(AssertionError):
+        laws.cached_is_full_at_age_0(engines[family], laws.loras_of(lora_files[family]))
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_mutant_cache_slots_swapped(family, monkeypatch, engines, lora_files):
+    honest = Cache.cached
+    monkeypatch.setattr(Cache, "cached", lambda self, names: honest(self, names[::-1]))
+    with pytest.raises(AssertionError):
+        laws.cached_is_full_at_age_0(engines[family], laws.loras_of(lora_files[family]))
+
+
+@pytest.mark.parametrize("method", ["clora", "clora-fast", "regions"])
+@pytest.mark.parametrize("family", ["sd", "flux"])
+@pytest.mark.parametrize("broken", [
+    lambda honest: lambda places: torch.full_like(honest(places), 1 / (places.shape[1] + 1)),
+    lambda honest: lambda places: honest(places.flip(1)),
+], ids=["ignored", "swapped"])  # fmt: skip
+def test_mutant_masks(broken, family, method, monkeypatch, engines, lora_files):
+    monkeypatch.setattr(masks, "shares", broken(masks.shares))
+    with pytest.raises(AssertionError):
+        laws.own_place(engines[family], method, laws.loras_of(lora_files[family]))
+
+
+@pytest.mark.parametrize("method", ["clora-fast", "regions"])
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_mutant_regional_gates_dropped(family, method, monkeypatch, engines, lora_files):
+    """Every LoRA acts everywhere at its weight."""
+
+    @contextmanager
+    def everywhere(self, weights, places):
+        self.use(weights)
+        yield
+
+    monkeypatch.setattr(Adapters, "regional", everywhere)
+    with pytest.raises(AssertionError):
+        laws.own_place(engines[family], method, laws.loras_of(lora_files[family]))
+
+
+@pytest.mark.parametrize("method", ["clora-fast", "regions"])
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_mutant_regional_text_swapped(family, method, monkeypatch, engines, lora_files):
+    """The prompts of two segments in each other's place: encoded with the other one's text encoder, under the other one's gates."""
+    honest = regional.joined
+    monkeypatch.setattr("composition.run.joined", lambda conds, shares: honest([conds[0], *conds[:0:-1]], shares))
+    with pytest.raises(AssertionError):
+        laws.own_place(engines[family], method, laws.loras_of(lora_files[family]))
+
+
+def test_mutant_flux_guidance_ignored(monkeypatch, engines, lora_files):
+    _against_stock(engines["flux-dev"], "flux-dev", lora_files["flux-dev"])
+    monkeypatch.setattr(FluxBackbone, "embedded_guidance", lambda self, request: None)
+    with pytest.raises(AssertionError):
+        _against_stock(engines["flux-dev"], "flux-dev", lora_files["flux-dev"])
+
+
+def test_mutant_flux_packing_transposed(monkeypatch, engines, lora_files):
+    """Rows for columns, there and back."""
+    packed, unpacked = flux.packed, flux.unpacked
+    monkeypatch.setattr(flux, "packed", lambda latents: packed(latents.transpose(-1, -2)))
+    monkeypatch.setattr(flux, "unpacked", lambda tokens, size: unpacked(tokens, size[::-1]).transpose(-1, -2))
+    with pytest.raises(AssertionError):
+        _against_stock(engines["flux"], "flux", lora_files["flux"])
+
+
+def test_mutant_flux_rows_swapped(monkeypatch, engines, lora_files):
+    honest = FluxBackbone.denoise
+    monkeypatch.setattr(FluxBackbone, "denoise", lambda self, latents, t, cond: honest(self, latents, t, cond).flip(0))
+    with pytest.raises(AssertionError):
+        _against_stock(engines["flux"], "flux", lora_files["flux"])
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_layers_can_be_combined_by_path_and_step(family, engines, lora_files):
+    """By their sum a combined prediction is the plain one; by a function of path and step it is another."""
+    with laws.opened(engines[family], laws.request("merge", *laws.loras_of(lora_files[family]))) as (run, times, start):
+        step, seen = Step(3, len(times), times[3], start), set()
+
+        def summed(path, at, base, each):
+            seen.add((path, at.index))
+            return base + each.sum(0)
+
+        laws.same(run.denoise(step, combine=summed), run.denoise(step))
+        paths = {path for path, _ in seen}
+        assert {index for _, index in seen} == {3} and paths < {path for path, _ in run.backbone.denoiser.named_modules()}
+        laws.differ(run.denoise(step, combine=lambda path, at, base, each: base + each[at.index % len(each)]), run.denoise(step))
 
 
 def test_rows_must_match_the_batch(engines, lora_files):

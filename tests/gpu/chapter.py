@@ -30,6 +30,11 @@ class Setting:
     def cuda(self) -> bool:
         return self.device.startswith("cuda")
 
+    @property
+    def budget(self) -> float:
+        """Seconds that `clock.median` may spend on one number."""
+        return 0.0 if self.tiny else 1.5
+
     def start(self, report: Report) -> None:
         """Start the device and write what it is. Workers must be forked before: a started CUDA does not survive a fork."""
         report.content["machine"] = machine(self.device)
@@ -40,16 +45,16 @@ def machine(device: str) -> dict[str, Any]:
     """What the numbers were measured on. On CUDA this starts the device."""
     import torch
 
-    found: dict[str, Any] = {"device": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    facts: dict[str, Any] = {"device": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     if device.startswith("cuda"):
         card = torch.cuda.get_device_properties(0)
-        found |= {"device": card.name, "GiB": round(card.total_memory / 2**30, 1), "cuda": torch.version.cuda}
+        facts |= {"device": card.name, "GiB": round(card.total_memory / 2**30, 1), "cuda": torch.version.cuda}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            facts[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            facts[name] = None
+    return facts
 
 
 def main() -> int:

@@ -42,7 +42,7 @@ def timed(device: str | torch.device, call: Callable[[], Any]) -> tuple[float, A
     return marks.spans()[0], value
 
 
-def median(device: str | torch.device, call: Callable[[], Any], *, budget: float = 1.5, most: int = 15) -> float:
+def median(device: str | torch.device, call: Callable[[], Any], *, budget: float, most: int = 9) -> float:
     """Median seconds of a call: two to warm up (the second tells how many fit into `budget` seconds), then 3 to `most`."""
     call()
     second, _ = timed(device, call)
@@ -74,12 +74,12 @@ def allocated(device: str | torch.device) -> int:
 @contextmanager
 def peak(device: str | torch.device, base: int = 0) -> Iterator[list[float]]:
     """A list that has, after the block, its peak memory on the device in MiB over `base` bytes; nothing on a processor."""
-    found: list[float] = []
+    peaks: list[float] = []
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    yield found
+    yield peaks
     if cuda:
         torch.cuda.synchronize()
-        found.append((torch.cuda.max_memory_allocated() - base) / 2**20)
+        peaks.append((torch.cuda.max_memory_allocated() - base) / 2**20)

@@ -17,12 +17,12 @@ class Part:
 
 
 PARTS: Mapping[str, Part] = {
-    "a": Part("every method and every way of offloading, on the bundled models", 105, {
+    "a": Part("every method and every way of offloading, on the bundled models", 120, {
         "methods": ("pictures", 0.6), "offloading": ("offloading", 0.4)}),
     "b": Part("true sizes, random weights, bf16: one evaluation with K LoRAs over the bare base", 230, {
-        "eager": ("true_sizes", 0.6), "compiled": ("compiled", 0.4)}),
-    "c": Part("what a step of Composite, CMLoRA and CLoRA fast costs over Merge's, three LoRAs", 55, {"steps": ("steps", 1.0)}),
-    "d": Part("the trainer: K adapters at once on Pocket's UNet, 16 rows each", 45, {"training": ("trainer", 1.0)}),
+        "eager": ("true_sizes", 0.5), "compiled": ("compiled", 0.5)}),
+    "c": Part("what a step of Composite, CMLoRA and CLoRA fast costs over Merge's, three LoRAs", 50, {"steps": ("steps", 1.0)}),
+    "d": Part("the trainer: K adapters at once on Pocket's UNet, 16 rows each", 40, {"training": ("trainer", 1.0)}),
     "e": Part("quantised bases with two LoRAs", 60, {"quantised": ("quantised", 1.0)}),
 }
 

@@ -28,7 +28,7 @@ ARMS: Mapping[str, tuple[str, bool]] = {  # row to (method, folding allowed)
     "merge": ("merge", True), "merge live": ("merge", False), "composite": ("composite", True), "cmlora": ("cmlora", True),
     "clora-fast": ("clora-fast", True)}
 STEPS = 25
-ROUNDS = 5
+ROUNDS = 3
 
 
 def measure(setting: Setting, report: Report) -> None:

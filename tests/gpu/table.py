@@ -36,12 +36,12 @@ def chapter(name: str, content: Mapping[str, Any], end: str) -> list[str]:
     return lines
 
 
-def machine(found: Mapping[str, Any]) -> str:
+def machine(facts: Mapping[str, Any]) -> str:
     """Device and versions in one line."""
-    parts = [str(found.get("device")), *([f"{found['GiB']} GiB"] if "GiB" in found else []), f"{found.get('cores')} cores",
-             f"Python {found.get('python')}"]
+    parts = [str(facts.get("device")), *([f"{facts['GiB']} GiB"] if "GiB" in facts else []), f"{facts.get('cores')} cores",
+             f"Python {facts.get('python')}"]
     known = ("device", "GiB", "cores", "python")
-    parts += [f"{name} {value or 'not installed'}" for name, value in found.items() if name not in known]
+    parts += [f"{name} {value or 'not installed'}" for name, value in facts.items() if name not in known]
     return ", ".join(parts)
 
 

@@ -108,15 +108,14 @@ def test_steps_and_training_have_their_ratios(chapters):
 
 @pytest.mark.slow
 def test_the_command_itself(tmp_path):
-    """Table, JSON and exit code, from a process that has nothing but what that machine has; a part without time for anything says so."""
+    """Table, JSON and exit code, from a process that has nothing but what that machine has."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "tests.gpu", "--tiny", "--parts", "d,c", "--seconds-c", "0", "--out", str(out)]
+    command = [sys.executable, "-m", "tests.gpu", "--tiny", "--parts", "d", "--seconds-d", "300", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=surroundings(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((out / "gpu.json").read_text())
-    assert list(results["parts"]) == ["d", "c"] and results["parts"]["d"]["training"]["finished"]
-    assert results["parts"]["c"]["steps"]["skipped"] and not results["parts"]["c"]["steps"]["finished"]
-    assert results["machine"]["torch"] in done.stdout and "K = 1" in done.stdout and "no time left for: pocket" in done.stdout
+    assert list(results["parts"]) == ["d"] and results["parts"]["d"]["training"]["finished"]
+    assert results["machine"]["torch"] in done.stdout and "K = 1" in done.stdout
     assert done.stdout.strip() == (out / "gpu.txt").read_text().strip()
 
 
@@ -152,7 +151,7 @@ def test_nothing_begins_after_the_time_is_up(tmp_path):
 
 
 def test_a_lost_device_ends_the_chapter(tmp_path, monkeypatch):
-    """After an error that the device does not get over, the failures of all that follows would be told as theirs."""
+    """After an error that the device does not get over, the failures of all that follows would be taken for theirs."""
     import torch
 
     def lost():
@@ -195,9 +194,7 @@ def test_a_stopped_chapter_takes_its_workers_along(tmp_path):
 
 def test_the_important_parts_take_at_most_four_minutes():
     seconds = limits(["a", "c", "d"], None, {})
-    chapters = sum(len(PARTS[part].chapters) for part in seconds)
-    assert sum(seconds.values()) + GRACE <= 240 and list(PARTS) == ["a", "b", "c", "d", "e"]
-    assert chapters == 4
+    assert sum(seconds.values()) + len(seconds) * GRACE <= 240 and list(PARTS) == ["a", "b", "c", "d", "e"]
 
 
 def test_seconds_are_shared_by_weight():
@@ -206,6 +203,6 @@ def test_seconds_are_shared_by_weight():
     assert shared["a"] / shared["c"] == pytest.approx(PARTS["a"].seconds / PARTS["c"].seconds)
 
 
-def test_numbers_are_told_with_three_figures():
-    told = {0.01234: "0.012", 0.5: "0.50", 12.34: "12.3", 1234.5: "1234", 7: "7", None: "-", "equal": "equal"}
-    assert {value: table.number(value) for value in told} == told
+def test_numbers_have_three_figures():
+    figures = {0.01234: "0.012", 0.5: "0.50", 12.34: "12.3", 1234.5: "1234", 7: "7", None: "-", "equal": "equal"}
+    assert {value: table.number(value) for value in figures} == figures

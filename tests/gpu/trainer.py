@@ -48,7 +48,7 @@ def _steps(setting: Setting, report: Report, engine: Engine, row: str, count: in
     warm, most = (1, 2) if setting.tiny else (WARM, MOST)
     plan = Plan(rank=8, rate=1e-3, steps=1000, batch=rows, targets=TARGETS, half=half)
     marks, losses = clock.Marks(setting.device), []
-    until = time.time() + max(min(report.left, 8.0), 1.0)
+    until = time.time() + max(min(report.left, 5.0), 1.0)
 
     def step(index: int, loss: dict[str, float]) -> None:
         losses.append(sum(loss.values()) / len(loss))
@@ -61,18 +61,18 @@ def _steps(setting: Setting, report: Report, engine: Engine, row: str, count: in
     with TemporaryDirectory() as folder, clock.peak(setting.device, clock.allocated(setting.device)) as peak:
         train(engine.backbone, engine.adapters, concepts, plan, Path(folder), on_step=step, stop=enough)
     seconds = base[count] = statistics.median(marks.spans())
-    forward = _forward(engine, count * rows, shape[1:], half)
+    forward = _forward(engine, count * rows, shape[1:], half, setting.budget)
     first = min(base)
     report.cell(row, {
         "steps/s": 1 / seconds, "ms a step": 1000 * seconds, f"over K = {first}": seconds / base[first], "adapter steps/s": count / seconds,
         "over forward": seconds / forward, "loss": losses[-1], **({"MiB": peak[0]} if peak else {})})
 
 
-def _forward(engine: Engine, rows: int, shape: tuple[int, ...], half: bool) -> float:
+def _forward(engine: Engine, rows: int, shape: tuple[int, ...], half: bool, budget: float) -> float:
     """Seconds of the bare base's evaluation of as many rows, without gradients."""
     backbone = engine.backbone
     cond = backbone.encode(["a thing"], None)
     latents = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(1)).to(backbone.device, backbone.dtype)
     t = torch.tensor(500, device=backbone.device)
     with torch.no_grad(), torch.autocast(backbone.device.type, torch.bfloat16, enabled=half):
-        return clock.median(backbone.device, lambda: backbone.denoise(latents, t, cond), most=5)
+        return clock.median(backbone.device, lambda: backbone.denoise(latents, t, cond), budget=budget, most=5)

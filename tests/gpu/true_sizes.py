@@ -41,7 +41,7 @@ def _size(setting: Setting, report: Report, size: Size) -> None:
         seconds, model = clock.timed(setting.device, lambda: Model(size, setting.device, torch.bfloat16))
         billions = sum(p.numel() for p in model.denoiser.parameters()) / 1e9
         report.remark(f"{size.name}: {billions:.3g} billion parameters, made in {seconds:.1f} s")
-        trial = Trial(report, model, Path(folder))
+        trial = Trial(report, model, Path(folder), setting.budget)
         trial.bare(size.rows)
         for count in (1, 2) if setting.tiny else COUNTS:
             report.attempt(f"{size.name} K = {count}", trial.counted, count)
@@ -49,10 +49,10 @@ def _size(setting: Setting, report: Report, size: Size) -> None:
 
 
 class Trial:
-    """One model's measurements. plain: the bare base's output and seconds by its number of rows."""
+    """One model's measurements. budget: seconds for each. plain: the bare base's output and seconds by its number of rows."""
 
-    def __init__(self, report: Report, model: Model, folder: Path) -> None:
-        self.report, self.model, self.folder, self.rows = report, model, folder, model.size.rows
+    def __init__(self, report: Report, model: Model, folder: Path, budget: float) -> None:
+        self.report, self.model, self.folder, self.budget, self.rows = report, model, folder, budget, model.size.rows
         self.weights = clock.allocated(model.device)
         self.plain: dict[int, tuple[Tensor, float]] = {}
 
@@ -114,7 +114,7 @@ class Trial:
         device, inputs = self.model.device, self.model.inputs(rows)
         with clock.peak(device, self.weights) as peak:
             output = backbone.denoise(*inputs)[:, 0]
-            seconds = clock.median(device, lambda: backbone.denoise(*inputs), most=9)
+            seconds = clock.median(device, lambda: backbone.denoise(*inputs), budget=self.budget)
         plain, base = self.plain.setdefault(rows, (output, seconds))
         values = {"rows": rows, "ms": 1000 * seconds, "over bare": seconds / base, "MiB": peak[0] if peak else None}
         if output is not plain:

@@ -16,10 +16,9 @@ def ordered(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(high, low): the LoRAs by falling frequency, those of low frequency apart.
 
-    order, low: names separated by commas, as a user or a profile pins them; "": by category, and so is order "category", unless a
-    LoRA has that name. low "none": no LoRA is low.
-    When all would be low, none is. known: more names that they may have without effect, as of LoRAs of weight 0. Raises Refused for
-    a name that is not there.
+    order, low: names separated by commas, as a user or a profile pins them; "": by category, and so is order "category", unless a LoRA
+    has that name. low "none": no LoRA is low. When all would be low, none is. known: more names that they may have
+    without effect, as of LoRAs of weight 0. Raises Refused for a name that is not there.
     """
     by_category = sorted(names, key=lambda name: RANK.get(categories.get(name, ""), RANK["other"]))
     pinned = [] if order == CATEGORY and CATEGORY not in names else _listed(order, names, known, "order")

@@ -13,10 +13,10 @@ MEASURES, DEFAULT_MEASURE = ("change", "level"), "change"
 def pinned(request: Request, options: Collection[str], profiles: Mapping[str, Profile | None]) -> tuple[Request, str]:
     """The request with the measured order of its LoRAs (not of those of weight 0), and what was done or is missing, as a sentence.
 
-    The sentence is "" when neither. options: the names of the method's options; nothing is done for a method without `order` and `low`. profiles: by the name of
-    each LoRA, None where it was never measured on this model. Option order: "change" or "level" asks for the measured order, by that
-    number; "" takes it where every LoRA was profiled, else the order by category, which is pinned then. Raises Refused when it is asked for
-    and a LoRA was not profiled.
+    The sentence is "" when neither. options: the names of the method's options; nothing is done for a method without `order` and
+    `low`. profiles: by the name of each LoRA, None where it was never measured on this model. Option order: "change" or "level"
+    asks for the measured order, by that number; "" takes it where every LoRA was profiled, else the order by category, which is
+    pinned then. Raises Refused when it is asked for and a LoRA was not profiled.
     """
     asked = request.options.get("order", "")
     if not concerns(request, options):

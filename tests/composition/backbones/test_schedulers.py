@@ -3,7 +3,16 @@
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+)
 
 from composition.backbones import schedulers
 from composition.request import Refused
@@ -108,6 +117,37 @@ def test_evaluations_and_noise_are_as_declared(name: str) -> None:
         return latents
 
     assert torch.equal(end(1), end(2)) is not entry.noisy
+
+
+@pytest.mark.parametrize("kind, first", [
+    (HeunDiscreteScheduler, lambda made: made.state_in_first_order), (KDPM2DiscreteScheduler, lambda made: made.state_in_first_order),
+    (KDPM2AncestralDiscreteScheduler, lambda made: made.state_in_first_order),
+    (FlowMatchHeunDiscreteScheduler, lambda made: made.state_in_first_order), (EulerDiscreteScheduler, lambda made: True),
+    (DDIMScheduler, lambda made: True),
+])  # fmt: skip
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_step_is_what_a_method_of_higher_order_does_between_two_states(kind, first, steps) -> None:
+    """Stage 0 where the scheduler itself says that a step begins; as many steps as were asked for."""
+    made, latents = kind(), torch.ones(1, 4, 4, 4)
+    made.set_timesteps(steps)
+    found = []
+    for t, (index, stage) in zip(made.timesteps, schedulers.stages(made), strict=True):
+        assert (stage == 0) is first(made)
+        found.append(index)
+        latents = made.step(latents * 0.1, t, latents).prev_sample
+    assert sorted(set(found)) == list(range(steps)) and found == sorted(found)
+
+
+@pytest.mark.parametrize("skip, expected", [
+    (True, [(0, 0), (0, 1), (1, 0), (2, 0), (3, 0), (4, 0)]),
+    (False, [*((step, stage) for step in range(3) for stage in range(4)), (3, 0), (4, 0)]),
+])  # fmt: skip
+def test_the_first_steps_of_pndm_take_several_evaluations(skip, expected) -> None:
+    made = PNDMScheduler(**toys.BETAS, skip_prk_steps=skip)
+    made.set_timesteps(5)
+    assert schedulers.stages(made) == expected
+    made.set_timesteps(6)
+    assert len({index for index, _ in schedulers.stages(made)}) == 6
 
 
 def test_latents_are_not_clipped_unless_the_model_says_so() -> None:

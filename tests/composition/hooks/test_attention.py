@@ -166,7 +166,7 @@ def _reference(backbone, adapters, segments, shares, weights, call):
     on = torch.tensor([[float(name in segment) for name in names] for segment in segments], dtype=torch.float64)
     stacks = {path: (module, stack) for path, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
               and (stack := _attached(module)) is not None}
-    dense = {path: [stack.delta([weights.get(name, 0.0) if name == one else 0.0 for name in names], torch.float64) if stack.touches(k) else None
+    dense = {path: [stack.delta([weights.get(name, 0.0) if name == one else 0.0 for name in names], torch.device("cpu"), torch.float64) if stack.touches(k) else None
                     for k, one in enumerate(names)] for path, (_, stack) in stacks.items()}
     grid = lambda level, size: masks.resized(shares[None], tuple(-(-side // 2**level) for side in size))[0]  # noqa: E731
 
@@ -218,6 +218,104 @@ def test_placed_is_deltas_added_place_by_place(opened, size):
     with regional(backbone, adapters, weights, segments, shares[None], rows=2, size=size, tokens=conds[0].values["text"].shape[2]):
         found = call()
     laws.same(found, _reference(backbone, adapters, segments, shares, weights, call), 1e-9)
+
+
+def _segments(opened, size):
+    """Shares of three segments, their prompts' conditioning joined, the regional context's arguments, and the tokens of each."""
+    backbone, adapters = opened
+    conds = [encode(opened, text) for text in ("the fox and the owl", "the fox", "the owl on a thin moon")]
+    shares = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    shares = shares / shares.sum(1, keepdim=True)
+    tokens = conds[0].values["text"].shape[2]
+    context = lambda: regional(backbone, adapters, {"a": 1.0, "b": 0.7}, [(), ("a",), ("b",)], shares, rows=2, size=size, tokens=tokens)  # noqa: E731
+    return shares, joined(conds, shares), context, tokens
+
+
+def test_maps_are_recorded_under_a_regional_override(opened):
+    """Each segment's attention to its own prompt, segment after segment; the output is that of the regional override alone."""
+    backbone, _ = opened
+    layers, x = backbone.localizing_layers(), latents((16, 16))
+    _, cond, context, tokens = _segments(opened, (16, 16))
+    grid = (16 // 2 ** backbone.prompt_attention()[layers[0]],) * 2
+    call = lambda: backbone.denoise(x, torch.tensor(400), cond)  # noqa: E731
+    with context():
+        alone = call()
+    kept, handles = {}, []
+    for name in layers:
+        for part in ("to_q", "to_k"):
+            module = backbone.denoiser.get_submodule(f"{name}.{part}")
+            handles.append(module.register_forward_hook(lambda m, i, o, key=(name, part): kept.__setitem__(key, o.clone())))
+    with attention.recorded(backbone.denoiser, layers, grid=grid, rows=range) as maps, context():
+        assert torch.equal(call(), alone)
+        seen = maps.read()
+    for handle in handles:
+        handle.remove()
+    each = []
+    for name in layers:
+        heads = backbone.denoiser.get_submodule(name).heads
+        q, k = (kept[name, part].unflatten(-1, (heads, -1)).transpose(1, 2) for part in ("to_q", "to_k"))
+        each.append(torch.cat([((q @ part.transpose(-1, -2)) / q.shape[-1] ** 0.5).softmax(-1).mean(1) for part in k.split(tokens, 2)]))
+    expected = torch.stack(each).mean(0).unflatten(1, grid).permute(0, 3, 1, 2)
+    assert seen.shape == (3 * 2, tokens, *grid)
+    laws.same(seen, expected, 1e-12)
+
+
+class _Bank:
+    """An override that appends five keys and values to every layer, each counted `strength` times."""
+
+    def __init__(self, strength, seed=6):
+        self.strength, self.generator, self.kept = strength, torch.Generator().manual_seed(seed), {}
+
+    def of(self, layer, key):
+        if layer not in self.kept:
+            shape = (2, 1, key.shape[1], 5, key.shape[-1])
+            self.kept[layer] = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return self.kept[layer]
+
+    def __call__(self, call, attend):
+        key, value = self.of(call.layer, call.key).expand(-1, len(call.key), -1, -1, -1)
+        own = call.bias if call.bias is not None else call.key.new_zeros(1, 1, 1, call.key.shape[-2])
+        more = torch.full((*own.shape[:-1], 5), self.strength, dtype=torch.float64).log()
+        return attend(call._replace(key=torch.cat([call.key, key], -2), value=torch.cat([call.value, value], -2), bias=torch.cat([own, more], -1)))
+
+
+@pytest.mark.parametrize("below", [True, False], ids=["after", "before"])
+def test_keys_that_are_appended_under_a_regional_override_belong_to_every_segment(opened, below):
+    """Against dense attention: every segment attends to its own prompt and to the bank, whichever override comes first."""
+    backbone, _ = opened
+    x, (shares, cond, context, tokens) = latents((16, 16)), _segments(opened, (16, 16))
+    layers, bank, wrong = backbone.prompt_attention(), _Bank(0.5), []
+
+    def dense(call, attend):
+        share = masks.resized(shares, (16 // 2 ** layers[call.layer],) * 2).flatten(2)[0]
+        keys, values = bank.of(call.layer, call.key)
+        out = 0
+        for n, (key, value) in enumerate(zip(call.key.split(tokens, 2), call.value.split(tokens, 2), strict=True)):
+            weight = torch.cat([(call.query @ key.transpose(-1, -2) / call.query.shape[-1] ** 0.5).exp(),
+                                0.5 * (call.query @ keys.transpose(-1, -2) / call.query.shape[-1] ** 0.5).exp()], -1)
+            part = weight @ torch.cat([value, values.expand(len(value), -1, -1, -1)], 2) / weight.sum(-1, keepdim=True)
+            out = out + part * share[n][:, None]
+        answer = attend(call)
+        wrong.append(laws.apart(answer, out))
+        return answer
+
+    names = tuple(layers)
+    inner = lambda: attention.override(backbone.denoiser, names, bank)  # noqa: E731
+    with attention.override(backbone.denoiser, names, lambda call, attend: attend(call)):
+        with inner() if below else context(), context() if below else inner():
+            with attention.override(backbone.denoiser, names, dense):
+                found = backbone.denoise(x, torch.tensor(400), cond)
+    assert len(wrong) == len(names) and max(wrong) < 1e-12
+    with context():
+        laws.differ(found, backbone.denoise(x, torch.tensor(400), cond))
+
+
+def test_an_override_that_hands_nothing_on_is_noticed_by_the_one_below(opened):
+    backbone, _ = opened
+    layers, cond = backbone.localizing_layers(), encode(opened, "the fox")
+    with pytest.raises(RuntimeError, match="not"), attention.recorded(backbone.denoiser, layers, grid=(8, 8), rows=range):
+        with attention.override(backbone.denoiser, layers, lambda call, attend: torch.zeros_like(call.query)):
+            backbone.denoise(latents((16, 16)), torch.tensor(500), cond)
 
 
 def test_one_segment_everywhere_is_that_lora_alone(opened):

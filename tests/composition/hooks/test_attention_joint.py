@@ -1,5 +1,7 @@
 """Joint attention of SD3 and FLUX: maps, places and the early end against attention written out, by a processor of the test's own."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,8 +37,8 @@ def encode(opened, text):
 class Plain:
     """Joint attention without any kernel: softmax written out, with a bias; keeps the probabilities of the last call."""
 
-    def __init__(self, bias=None):
-        self.bias, self.seen = bias, None
+    def __init__(self, bias=None, bank=None):
+        self.bias, self.bank, self.seen = bias, bank, None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **_):
         def heads(x, norm):
@@ -53,7 +55,12 @@ class Plain:
         if image_rotary_emb is not None:
             q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=2) for x in (q, k))
         logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-        self.seen = F.softmax(logits + (self.bias if self.bias is not None and (words or flux) else 0), -1)
+        logits = logits + (self.bias if self.bias is not None and (words or flux) else 0)
+        if self.bank is not None and (words or flux):
+            keys, values, strength = self.bank
+            logits = torch.cat([logits, q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5 + math.log(strength)], -1)
+            v = torch.cat([v, values.expand(len(v), -1, -1, -1)], 2)
+        self.seen = F.softmax(logits, -1)
         out = (self.seen @ v).transpose(1, 2).flatten(2)
         if not words:
             return out if getattr(attn, "pre_only", False) else attn.to_out[0](out)
@@ -65,9 +72,9 @@ class Plain:
 class Written:
     """While it lasts every attention that reads the prompt is `Plain`."""
 
-    def __init__(self, backbone, bias=None):
+    def __init__(self, backbone, bias=None, bank=None):
         self.modules = {name: backbone.denoiser.get_submodule(name) for name in backbone.prompt_attention()}
-        self.plain = {name: Plain(bias) for name in self.modules}
+        self.plain = {name: Plain(bias, bank) for name in self.modules}
 
     def __enter__(self):
         self.kept = {name: module.processor for name, module in self.modules.items()}
@@ -141,7 +148,7 @@ def test_a_picture_longer_than_the_sequence_is_told(opened):
             backbone.denoise(latents((16, 16)), torch.tensor(500), encode(opened, "the fox"))
 
 
-def _reference(backbone, adapters, segments, shares, weights, tokens, call):
+def _reference(backbone, adapters, segments, shares, weights, tokens, call, bank=None, seen=None):
     """The regional evaluation: dense deltas added token by token, a bias written out; no gate or seam of ours."""
     names, handles = adapters.names, []
     on = torch.tensor([[float(name in segment) for name in names] for segment in segments], dtype=torch.float64)
@@ -159,7 +166,7 @@ def _reference(backbone, adapters, segments, shares, weights, tokens, call):
         for k, one in enumerate(names):
             if not stack.touches(k):
                 continue
-            delta = stack.delta([weights.get(name, 0.0) if name == one else 0.0 for name in names], torch.float64)
+            delta = stack.delta([weights.get(name, 0.0) if name == one else 0.0 for name in names], torch.device("cpu"), torch.float64)
             place, said = torch.einsum("np,n->p", grid, on[:, k]), on[:, k][owner]
             where = {"grid": place, "text": said, "both": torch.cat([said, place]), "none": on[:, k].max()}[axis.kind]
             if isinstance(module, nn.Conv2d):
@@ -173,8 +180,11 @@ def _reference(backbone, adapters, segments, shares, weights, tokens, call):
             handles.append(module.register_forward_hook(lambda m, a, o, path=path: add(m, a, o, path)))
     try:
         adapters.use({})
-        with Written(backbone, bias):
-            return call()
+        with Written(backbone, bias, bank) as written:
+            out = call()
+            if seen is not None:
+                seen |= {name: plain.seen for name, plain in written.plain.items()}
+            return out
     finally:
         for handle in handles:
             handle.remove()
@@ -193,6 +203,38 @@ def test_placed_is_deltas_added_place_by_place(opened, size):
     with regional(backbone, adapters, weights, segments, shares[None], rows=conds[0].rows, size=size, tokens=tokens):
         found = call()
     laws.same(found, _reference(backbone, adapters, segments, shares, weights, tokens, call), 1e-9)
+
+
+@pytest.mark.parametrize("order", ["regional alone", "bank first", "regional first"])
+def test_overrides_stack_and_keys_may_be_appended(opened, order):
+    """A regional override, a bank of five more keys that count half, and maps recorded under both, against attention written out."""
+    backbone, adapters = opened
+    segments, weights = [(), ("a",), ("b",)], {"a": 1.0, "b": 0.7}
+    conds = [encode(opened, text) for text in ("the fox and the owl", "the fox", "the owl on a thin moon")]
+    shares = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    shares = shares / shares.sum(0)
+    x, cond, tokens = latents((16, 16)), joined(conds, shares[None]), conds[0].values["text"].shape[2]
+    keys, values = torch.randn(2, 1, 2, 5, 16, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    bank = None if order == "regional alone" else (keys, values, 0.5)
+    layers, names, seen = backbone.localizing_layers(), tuple(backbone.prompt_attention()), {}
+    call = lambda: backbone.denoise(x, torch.tensor(400), cond)  # noqa: E731
+
+    def append(call, attend):
+        rows = len(call.key)
+        own = call.bias if call.bias is not None else call.key.new_zeros(1, 1, 1, call.key.shape[-2])
+        more = torch.full((*own.shape[:-1], 5), math.log(0.5), dtype=torch.float64)
+        return attend(call._replace(key=torch.cat([call.key, keys.expand(rows, -1, -1, -1)], 2), bias=torch.cat([own, more], -1),
+                                    value=torch.cat([call.value, values.expand(rows, -1, -1, -1)], 2)))
+
+    by_region = lambda: regional(backbone, adapters, weights, segments, shares[None], rows=cond.rows, size=(16, 16), tokens=tokens)  # noqa: E731
+    appended = lambda: attention.override(backbone.denoiser, names, append if bank else lambda call, attend: attend(call))  # noqa: E731
+    first, second = (by_region, appended) if order == "bank first" else (appended, by_region)  # the one entered last is called first
+    expected = _reference(backbone, adapters, segments, shares, weights, tokens, call, bank, seen)
+    with attention.recorded(backbone.denoiser, layers, grid=(8, 8), rows=range, joint=backbone.joint) as maps, first(), second():
+        laws.same(call(), expected, 1e-9)
+        text, picture = sides(backbone, 3 * tokens, 64)
+        both = 3 * tokens + 64
+        laws.same(maps.read(), torch.stack([seen[name][:, :, :both, :both][:, :, text, picture].mean(1) for name in layers]).mean(0).unflatten(-1, (8, 8)), 1e-9)
 
 
 def test_one_segment_everywhere_is_that_lora_alone(opened):

@@ -150,7 +150,7 @@ def test_same_layer_twice(pipe, parts, made, tmp_path):
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 ABSENT = {  # names as files have them, and whether they are of a layer that this base lacks
     "unet.down_blocks.9.attentions.0.transformer_blocks.0.attn1.to_q": True, "unet.mid_block.attentions.0.transformer_blocks.7.ff.net.2": True,
-    "lora_unet_down_blocks_0_attentions_5_transformer_blocks_0_attn2_to_k": True, "lora_unet_input_blocks_30_1_proj_in": True,
+    "lora_unet_down_blocks_0_attentions_5_transformer_blocks_0_attn2_to_q": True, "lora_unet_input_blocks_30_1_proj_in": True,
     "lora_unet_mid_block_attentions_3_proj_out": True, "lora_te_text_model_encoder_layers_40_mlp_fc1": True,
     "unet.up_blocks.0.upsamplers.0.conv": None, "lora_unet_add_embedding_linear_1": True, "unet.down_blocks.0.resnets.4.conv_shortcut": True,
     f"unet.{BLOCK}.attn1.toq": False, "lora_unet_down_blocks_0_attentoins_0_transformer_blocks_0_attn1_to_q": False,

@@ -357,11 +357,12 @@ def test_a_cache_that_saw_no_pass_says_so():
 
 
 def test_on_pocket():
-    """The shipped model: the cached pass keeps age 0 exact to float32, and the lead is told."""
+    """The shipped model: the cached pass runs with its cache, in the order by category."""
     from composition import Engine
 
     with Engine.open("pocket", device="cpu") as engine:
-        result = engine.run(replace(asked([Lora("raccoon"), Lora("moon"), Lora("ink")], steps=10), guidance=4.5))
+        request = asked([Lora("raccoon"), Lora("moon"), Lora("ink")], steps=10, order="category")
+        result = engine.run(replace(request, guidance=4.5))
         told = result.notes["cmlora"]
         assert told["high"] == ["raccoon", "ink"] and told["low"] == ["moon"]
         assert told["leaders"][0] == "raccoon" and told["leaders"][-1] in ("ink", "moon")

@@ -23,7 +23,7 @@ class Words(Run):
     axes = ("fox", "owl", "moon", "and", "the")
 
     def __init__(self, prompt, **triggers):
-        self.request = SimpleNamespace(prompt=prompt, active=dict.fromkeys(triggers))
+        self.request = SimpleNamespace(prompt=prompt, active={name: Lora(name) for name in triggers})
         self.triggers = {name: tuple(words) for name, words in triggers.items()}
 
     def encode(self, text, use):
