@@ -23,6 +23,8 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
         lines.append(f"the model does not see the end of the prompt: {cut!r}")
     if why := notes.get("negative prompt not read"):
         lines.append(f"the negative prompt was not read: {why}")
+    if how := notes.get("fold"):
+        lines.append(f"the LoRAs were {how}")
     if names := notes.get("acts everywhere in part"):
         lines.append(f"{', '.join(map(str, names))}: layers without a place (time embeddings) act on the whole picture")
     if notes.get("no regions"):

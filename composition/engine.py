@@ -226,7 +226,7 @@ class Engine:
         key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, reader.stamp(path))
                                                   for name, lora, path in loras))
         if self._group is not None:
-            if key != self._group_key:
+            if key != self._group_key or self.adapters.names != request.names or not self.adapters.whole:
                 self._group_key = None
                 self._group.close()
                 self._group_state = self._enter(self._group, request, loras, fold)

@@ -54,6 +54,12 @@ class Adapters:
         """Take every hook off again."""
         self._model.close()
 
+    @property
+    def whole(self) -> bool:
+        """False when the session that is open was interrupted while its fold made way for another or came back."""
+        fold = self._model.current.fold
+        return fold is None or fold.whole
+
     def repair(self) -> bool:
         """Make the model the bare base, whatever an interrupted session or fold has left; True when anything was left.
 

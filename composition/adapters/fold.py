@@ -70,6 +70,7 @@ class Fold:
         """device: where the originals are kept; None: where each weight is."""
         self.layers, self.weights, self._device = dict(layers), tuple(weights), device
         self._originals: dict[str, Tensor] = {}
+        self.whole = False  # the sum is in all of the weights
 
     @torch.no_grad()
     def write(self) -> None:
@@ -81,15 +82,17 @@ class Fold:
             wide = torch.promote_types(weight.dtype, torch.float32)
             update = stack.delta(self.weights, weight.device, wide).view(weight.shape)
             weight.copy_(self._originals[path].to(weight.device, wide) + update)
+        self.whole = True
 
     @torch.no_grad()
     def lift(self) -> None:
         """The originals are in the weights, wherever these are by now."""
+        self.whole = False
         for path, original in self._originals.items():
             cast(Tensor, self.layers[path][0].weight).copy_(original)
 
 
 def _copied(weight: Tensor, device: torch.device) -> Tensor:
-    """A copy, in page-locked memory when it leaves a CUDA device: twice as fast there and back."""
+    """A copy, in page-locked memory when it leaves a CUDA device."""
     pin = weight.device.type == "cuda" and device.type == "cpu"
     return torch.empty(weight.shape, dtype=weight.dtype, device=device, pin_memory=pin).copy_(weight)

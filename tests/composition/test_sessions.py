@@ -168,6 +168,23 @@ def _traced(trace, call):
         sys.settrace(kept)
 
 
+def test_a_group_sees_that_its_fold_is_not_whole(tmp_path):
+    """Interrupted while the fold made way for another session: the next request of the group folds anew."""
+    pipe = toys.sd()
+    file = toys.lora(pipe, tmp_path / "fox.safetensors", seed=1)
+    engine = Engine(UNetBackbone(pipe, "sd"), "toy")
+    asked, before = laws.request("merge", Lora(str(file)), steps=4), laws.fingerprint(engine)
+    with engine.group():
+        expected = engine.run(asked).images[0].tobytes()
+        inner = engine.adapters.session([])
+        inner.__enter__()
+        assert engine.run(asked).images[0].tobytes() == expected
+    assert laws.fingerprint(engine) == before
+    del inner
+    gc.collect()
+    assert laws.fingerprint(engine) == before
+
+
 # where the originals of a fold are kept ------------------------------------------------------------------------------
 
 

@@ -132,3 +132,16 @@ def test_offloading_on_a_gpu(offload: str) -> None:
     place(plain, choose("cuda", "fp32", "none"))
     place(pipe, choose("cuda", "fp32", offload))
     assert torch.allclose(draw(pipe), draw(plain), atol=1e-4)
+
+
+def test_main_memory_is_what_a_container_allows(tmp_path, monkeypatch) -> None:
+    """Its limit less what is used, files in the cache not counted; without a limit what the machine has."""
+    machine = type("Memory", (), {"available": 30 * GIB})
+    monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: machine)
+    assert placement._main_memory(tmp_path) == 30 * GIB
+    (tmp_path / "memory.current").write_text(f"{9 * GIB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {3 * GIB}\nactive_file {GIB}\ninactive_file {5 * GIB}\n")
+    for limit, free in (("max", 30), (16 * GIB, 13), (2 * GIB, 0), (64 * GIB, 30)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert placement._main_memory(tmp_path) == free * GIB
+    assert placement.available(torch.device("cpu")) == 30 * GIB
