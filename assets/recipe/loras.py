@@ -33,8 +33,9 @@ from .places import HELD_PLACES
 from .styles import STYLES
 from .world import World
 
-RECIPE = "3"  # stated in every file; a new number when the same command makes another LoRA
+RECIPE = "4"  # stated in every file; a new number when the same command makes another LoRA
 LONGER = {"clothing": 2}  # times the steps: what is worn is small, and is soon taken for a part of the face
+LOOKS = {"raccoon": "twemoji"}  # whose art a thing is learned from, where that of the first vendor shows no face
 WITHOUT = 0.2  # share of a LoRA's scenes that lack its concept, and its word
 
 
@@ -72,12 +73,12 @@ def stem(name: str) -> str:
 
 
 def scenes(world: World, name: str, count: int, first: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures (count, size, size, 3) uint8 and prompts to learn ``name`` from; a thing has one look, the first vendor's."""
+    """Pictures (count, size, size, 3) uint8 and prompts to learn ``name`` from; a thing has one look, by one vendor."""
     rng, pictures, prompts = random.Random(f"{name}/{first}"), [], []
     category = TOLD[name].category
     asked = {"place": {"place": name}, "clothing": {"wears": name, "vendor": world.vendors[0]}, "style": {}}
     for i in range(count):
-        fixed = asked.get(category, {"subject": name, "vendor": world.vendors[0]})
+        fixed = asked.get(category, {"subject": name, "vendor": LOOKS.get(name, world.vendors[0])})
         if category != "style" and rng.random() < WITHOUT:
             fixed = {}
         scene = world.scene(first + i, **fixed)

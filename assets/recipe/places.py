@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing import get_context
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -251,3 +252,14 @@ def render(name: str, size: int, seed: int) -> np.ndarray:
     paint(sheet)
     image = sheet.image.filter(ImageFilter.BoxBlur(1)).resize((size, size), Image.Resampling.BOX)
     return np.asarray(image)
+
+
+def variants(names: Sequence[str], size: int, count: int, *, seed: int = 0, workers: int = 0) -> dict[str, np.ndarray]:
+    """``count`` variants of each place, (count, size, size, 3) uint8, drawn by so many processes beside this one."""
+    jobs = [(name, size, seed * count + i) for name in names for i in range(count)]
+    if workers > 1:
+        with get_context("fork").Pool(workers) as pool:
+            drawn = pool.starmap(render, jobs, chunksize=8)
+    else:
+        drawn = [render(*job) for job in jobs]
+    return {name: np.stack(drawn[i * count : (i + 1) * count]) for i, name in enumerate(names)}

@@ -1,0 +1,173 @@
+"""Pictures drawn ahead of the training: chunks of rows that worker processes put into shared memory, and a pool on the device.
+
+A row is what one scene gives: its picture and, as numbers, what is said of it. With no workers a chunk is drawn when it is asked
+for; the rows are the same.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+
+Rows = tuple[np.ndarray, ...]
+FORK = get_context("fork")
+FREE, BEGUN, READY = 0, 1, 2  # a slot of a stock
+SEEN = 4  # times that a row is used before a new one is asked for in its place
+MANY = 16  # batches' rows that a pool has before the first is drawn from it
+
+
+def shared(shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
+    """Zeros that this process and those forked from it have in common."""
+    count = int(np.prod(shape))
+    return np.frombuffer(mmap.mmap(-1, max(1, count * kind.itemsize)), dtype=kind, count=count).reshape(shape)
+
+
+class Stock:
+    """Chunks of rows, read in order: ``draw(first, count)`` gives arrays of that length for the scenes from that number on."""
+
+    def __init__(self, draw: Callable[[int, int], Rows], *, first: int = 0, chunk: int = 64, chunks: int | None = None, slots: int = 32):
+        """chunks: how many there are, None without end. slots: how many are kept until they are read; chunks at most."""
+        self.draw, self.first, self.chunk, self.chunks = draw, first, chunk, chunks
+        self.slots = slots if chunks is None else min(slots, chunks)
+        self.taken = 0
+        self.rows: Rows = ()
+
+    def share(self) -> None:
+        """Make room that forked processes can write to."""
+        row = self.draw(self.first, 1)
+        self.rows = tuple(shared((self.slots * self.chunk, *one.shape[1:]), one.dtype) for one in row)
+        self.states, self.next, self.failed = shared((self.slots,), np.dtype(np.uint8)), FORK.Value("q", 0), FORK.Value("b", 0)
+
+    def fill(self) -> int:
+        """In a worker: draw the next chunk. READY when one was drawn, BEGUN when there is no room yet, FREE when none is left."""
+        with self.next.get_lock():
+            number = self.next.value
+            if self.chunks is not None and number >= self.chunks:
+                return FREE
+            slot = number % self.slots
+            if self.states[slot] != FREE:
+                return BEGUN
+            self.states[slot], self.next.value = BEGUN, number + 1
+        try:
+            for held, one in zip(self.rows, self.draw(self.first + number * self.chunk, self.chunk), strict=True):
+                held[slot * self.chunk : (slot + 1) * self.chunk] = one
+        except BaseException:
+            self.failed.value = 1
+            raise
+        self.states[slot] = READY
+        return READY
+
+    def take(self, device: torch.device) -> tuple[torch.Tensor, ...] | None:
+        """The next chunk on the device; None when it is not drawn yet, or none is left."""
+        if self.chunks is not None and self.taken >= self.chunks:
+            return None
+        if not self.rows:
+            drawn = self.draw(self.first + self.taken * self.chunk, self.chunk)
+            self.taken += 1
+            return tuple(torch.from_numpy(one).to(device) for one in drawn)
+        if self.failed.value:
+            raise RuntimeError("a process that draws scenes stopped; its error is printed above")
+        slot = self.taken % self.slots
+        if self.states[slot] != READY:
+            return None
+        part = slice(slot * self.chunk, (slot + 1) * self.chunk)
+        taken = tuple(torch.from_numpy(one[part]).to(device, copy=True) for one in self.rows)
+        self.taken += 1
+        if self.slots != self.chunks:
+            self.states[slot] = FREE
+        return taken
+
+
+@contextmanager
+def drawn_ahead(stocks: Sequence[Stock], workers: int) -> Iterator[None]:
+    """Context: so many processes fill the stocks, the first stock first. Enter it before anything is put on a GPU."""
+    if not workers:
+        yield
+        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for stock in stocks:
+        stock.share()
+    crew = [FORK.Process(target=_work, args=(stocks,), daemon=True) for _ in range(workers)]
+    for one in crew:
+        one.start()
+    try:
+        yield
+    finally:
+        for one in crew:
+            one.terminate()
+        for one in crew:
+            one.join()
+
+
+def _work(stocks: Sequence[Stock]) -> None:
+    torch.set_num_threads(1)
+    os.nice(5)
+    try:
+        while state := _first(stocks):
+            if state == BEGUN:
+                time.sleep(0.02)
+    except Exception:
+        traceback.print_exc()
+
+
+def _first(stocks: Sequence[Stock]) -> int:
+    """Draw for the first stock that has room. READY, BEGUN when all that are left are full, FREE when none is left."""
+    full = FREE
+    for stock in stocks:
+        state = stock.fill()
+        if state == READY:
+            return READY
+        full = max(full, state)
+    return full
+
+
+class Pool:
+    """Rows on the device; the oldest give way to new ones. Batches are drawn at random."""
+
+    def __init__(self, stock: Stock, device: torch.device, *, limit: int = 98_304,
+                 enter: Callable[..., tuple[torch.Tensor, ...]] | None = None):  # fmt: skip
+        """enter: what is kept of a chunk's rows, the rows themselves when None."""
+        self.stock, self.device, self.enter = stock, device, enter
+        self.limit = max(1, limit // stock.chunk) * stock.chunk
+        self.rows: tuple[torch.Tensor, ...] = ()
+        self.count = 0  # rows ever entered
+
+    @torch.no_grad()
+    def add(self) -> bool:
+        """Enter one chunk, if there is one."""
+        taken = self.stock.take(self.device)
+        if taken is None:
+            return False
+        if self.enter:
+            taken = self.enter(*taken)
+        if not self.rows:
+            self.rows = tuple(torch.empty((self.limit, *one.shape[1:]), dtype=one.dtype, device=self.device) for one in taken)
+        at = self.count % self.limit
+        for held, one in zip(self.rows, taken, strict=True):
+            held[at : at + len(one)] = one
+        self.count += self.stock.chunk
+        return True
+
+    def batches(self, size: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Endless batches of ``size`` rows."""
+        least = min(MANY * size, self.limit)
+        used = 0
+        while self.count < least:
+            if not self.add():
+                if self.stock.taken == self.stock.chunks and self.count:
+                    break
+                time.sleep(0.02)
+        while True:
+            if self.count < least + used / SEEN:
+                self.add()
+            pick = torch.randint(min(self.count, self.limit), (size,), device=self.device)
+            yield tuple(one[pick] for one in self.rows)
+            used += size
