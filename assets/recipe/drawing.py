@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,34 @@ def shared(shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
     """Zeros that this process and those forked from it have in common."""
     count = int(np.prod(shape))
     return np.frombuffer(mmap.mmap(-1, max(1, count * kind.itemsize)), dtype=kind, count=count).reshape(shape)
+
+
+def each(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> list[Any]:
+    """What the function gives of each item, in order, worked out by so many forked processes."""
+    if workers < 2 or len(items) < 2:
+        return [function(item) for item in items]
+    done = FORK.SimpleQueue()
+
+    def work(first: int) -> None:
+        torch.set_num_threads(1)
+        for i in range(first, len(items), workers):
+            try:
+                done.put((i, function(items[i]), None))
+            except Exception as error:  # it is raised where the results are waited for
+                done.put((i, None, error))
+
+    crew = [FORK.Process(target=work, args=(i,), daemon=True) for i in range(min(workers, len(items)))]
+    for one in crew:
+        one.start()
+    results: dict[int, Any] = {}
+    for _ in items:
+        number, result, error = done.get()
+        if error is not None:
+            raise error
+        results[number] = result
+    for one in crew:
+        one.join()
+    return [results[i] for i in range(len(items))]
 
 
 class Stock:

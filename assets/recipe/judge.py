@@ -27,7 +27,7 @@ from composition.training.attention import plain_attention
 
 from .autoencoder import tensor
 from .drawing import Pool, Stock
-from .labelled import ALSO, START, TEST, Labelled, Source, phrase
+from .labelled import ALSO, TEST, Labelled, Source, phrase
 from .loop import Loop, Minutes
 
 __all__ = ["ALSO", "TEST", "Labelled", "Source", "phrase"]

@@ -21,7 +21,6 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .muon import Muon
 
-
 SYNC = 8  # steps after which the clock waits for a GPU, which would else be given more steps than it can do in time
 Minutes = float | Callable[[], float]  # a budget, or what says how much is left once training could begin; it may wait before it answers
 
@@ -99,9 +98,8 @@ class Loop:
     def run(self, batches: Iterable, loss_of: Callable[..., torch.Tensor], report: Callable[[str], None] | None = None) -> None:
         """Train until the budget is spent. A batch is a tuple of tensors given to ``loss_of``; its first has length B."""
         batches = iter(batches)
-        if not callable(self.minutes) and self.elapsed >= 60 * self.minutes:
-            return self.save()
-        seconds = self._begun(batches, loss_of)
+        spent = not callable(self.minutes) and self.elapsed >= 60 * self.minutes
+        seconds = self.elapsed if spent else self._begun(batches, loss_of)
         started, last_save, losses = time.monotonic() - self.elapsed, time.monotonic(), []
         while self.elapsed < seconds:
             for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
