@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 
 from .drawing import Pool, Stock, drawn_ahead
 from .loop import Loop, Minutes
@@ -166,9 +167,16 @@ def polish(vae: AutoencoderKL, pool: Pool, work: Path, *, minutes: Minutes, devi
     return loop
 
 
+def with_decoder(folder: Path, file: Path) -> None:
+    """Put the decoder of a safetensors file into the folder of an autoencoder, in half precision."""
+    vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float16)
+    vae.load_state_dict(vae.state_dict() | load_file(file))
+    vae.save_pretrained(folder)
+
+
 def with_latents(vae: AutoencoderKL, stock: Stock, device: torch.device, limit: int = 16_384) -> Pool:
     """Pictures (B, size, size, 3) uint8 and their latents (B, C, h, w) in half precision, for `polish`."""
-    return Pool(stock, device, limit=limit, enter=lambda x: (x, encoded(vae, x)))
+    return Pool(stock, device, limit=limit, enter=lambda x: (x, encoded(vae, x)), seen=2)
 
 
 def encoded(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 Rows = tuple[np.ndarray, ...]
 FORK = get_context("fork")
 FREE, BEGUN, READY = 0, 1, 2  # a slot of a stock
-SEEN = 4  # times that a row is used before a new one is asked for in its place
+SEEN = 4  # times that a row of a pool is used, unless it is told otherwise
 MANY = 16  # batches' rows that a pool has before the first is drawn from it
 
 
@@ -162,9 +162,9 @@ class Pool:
     """Rows on the device; the oldest give way to new ones. Batches are drawn at random."""
 
     def __init__(self, stock: Stock, device: torch.device, *, limit: int = 98_304,
-                 enter: Callable[..., tuple[torch.Tensor, ...]] | None = None):  # fmt: skip
-        """enter: what is kept of a chunk's rows, the rows themselves when None."""
-        self.stock, self.device, self.enter = stock, device, enter
+                 enter: Callable[..., tuple[torch.Tensor, ...]] | None = None, seen: float = SEEN):  # fmt: skip
+        """enter: what is kept of a chunk's rows, the rows themselves when None. seen: times that a row is used before a new one comes."""
+        self.stock, self.device, self.enter, self.seen = stock, device, enter, seen
         self.limit = max(1, limit // stock.chunk) * stock.chunk
         self.rows: tuple[torch.Tensor, ...] = ()
         self.count = 0  # rows ever entered
@@ -195,7 +195,7 @@ class Pool:
                     break
                 time.sleep(0.02)
         while True:
-            if self.count < least + used / SEEN:
+            if self.count < least + used / self.seen:
                 self.add()
             pick = torch.randint(min(self.count, self.limit), (size,), device=self.device)
             yield tuple(one[pick] for one in self.rows)

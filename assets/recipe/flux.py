@@ -213,7 +213,7 @@ def train(scenes: Stock, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenize
     teacher = Teacher(first, vae, torch.device("cpu"))
     model = pupil(teacher, vae, clip, t5, **shape).to(device)
     teacher = Teacher(first, vae, device, settings.size if settings.compiled else 0)
-    if settings.compiled:
+    if settings.compiled and device.type != "cuda":
         model.transformer.compile_repeated_blocks(dynamic=False)
     loop = Loop(model, work / "flux.pt", minutes=minutes, peak=1.5e-3, cool=0.35, average=average, hidden=hidden)
     padded = lengths(random.Random(loop.step))
@@ -236,9 +236,12 @@ def train(scenes: Stock, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenize
     with plain_attention(device, 2 * len(image_ids)), products(settings.library):
         pool = latents_pool(scenes, vae, device, limit)
         batches = unsaid(pool.batches(settings.size), reader(clip, t5)([""]).to(device))
-        if settings.compiled and device.type == "cuda":
-            for length, _ in PADDED:  # each is compiled by itself, before the budget begins
-                loss_of(*next(batches), length=length).backward()
+        if device.type == "cuda":  # what a card cannot do shows before anything is compiled, and every length is compiled ahead
+            loss_of(*next(batches), length=SHORT).backward()
+            if settings.compiled:
+                model.transformer.compile_repeated_blocks(dynamic=False)
+                for length, _ in PADDED:
+                    loss_of(*next(batches), length=length).backward()
         loop.run(batches, loss_of)
     loop.averaged().__enter__()
     return model

@@ -207,8 +207,10 @@ def vocabulary(source: Source) -> PreTrainedTokenizerFast:
 
 
 def train(source: Source, words: PreTrainedTokenizerFast, stock: Stock, folder: Path, work: Path, *, minutes: Minutes,
-          device: torch.device, size: int = 128, asked: int = NAMES, limit: int = 16_384, compiled: bool = True) -> Loop:  # fmt: skip
-    """Train or resume from ``work/judge.pt``, and write the open-clip folder. limit: pictures kept on the device."""
+          device: torch.device, size: int = 128, asked: int = NAMES, limit: int = 16_384, compiled: bool = True,
+          ended: Callable[[], None] = lambda: None) -> Loop:  # fmt: skip
+    """Train or resume from ``work/judge.pt``, and write the open-clip folder. limit: pictures kept on the device. ended: called
+    when the training is over and only its statistics and files are to be made."""
     print(f"judge: {len(source.names)} names, {len(source.places)} places, {len(words)} tokens", flush=True)
     model = build(len(words)).to(device)
     model.visual.to(memory_format=torch.channels_last)
@@ -222,8 +224,9 @@ def train(source: Source, words: PreTrainedTokenizerFast, stock: Stock, folder: 
 
     with plain_attention(device, LENGTH):
         loop.run(pool.batches(size), loss)
+    ended()
     with loop.averaged():
-        settle(model, pool.batches(64))
+        settle(model, pool.batches(size))
         save(model, words, folder)
     return loop
 

@@ -138,7 +138,11 @@ class Loop:
             optimiser.zero_grad()
         if self.weights[0].is_cuda:
             torch.cuda.synchronize()
-        return self.elapsed + 60 * self.minutes() if callable(self.minutes) else 60 * self.minutes
+        if not callable(self.minutes):
+            return 60 * self.minutes
+        seconds = 60 * self.minutes()
+        self.save_every = min(self.save_every, seconds / 4)
+        return self.elapsed + seconds
 
     @torch.no_grad()
     def _share(self) -> None:
