@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PREVIEWS = 6  # by default, the base's own picture included
 LAST = 50  # steps whose losses are averaged for show
+READ = 10  # steps whose losses are read together: reading waits for the device
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def learn(lessons: Sequence[Lesson], wishes: Wishes, out: Console, err: Console)
             out.print(Text(f"going on from step {begun} of {plan.steps} ({checkpoint})"))
         else:
             shown.base()
-        with make.stoppable() as stop, _Bar(plan.steps, begun, err) as bar:
+        with engine.exclusive(), make.stoppable() as stop, _Bar(plan.steps, begun, err) as bar:
 
-            def on_step(step: int, losses: dict[str, float]) -> None:
+            def on_step(step: int, losses: Mapping[str, float]) -> None:
                 bar.show(step, losses)
                 shown.at(step)
 
@@ -196,6 +197,7 @@ class _Bar:
     step: int
     console: Console
     losses: list[float] = field(default_factory=list)
+    unread: list[Mapping[str, float]] = field(default_factory=list)
 
     def __enter__(self) -> "_Bar":
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -211,10 +213,16 @@ class _Bar:
 
     def show(self, step: int, losses: Mapping[str, float]) -> None:
         self.step = step
-        self.losses = [*self.losses[-LAST + 1 :], sum(losses.values()) / len(losses)]
+        self.unread.append(losses)
+        due = step % max(1, self.steps // 10) == 0 or step == self.steps
+        if not due and len(self.unread) < READ:
+            self.progress.update(self.task, completed=step)
+            return
+        self.losses = [*self.losses, *(sum(one.values()) / len(one) for one in self.unread)][-LAST:]
+        self.unread.clear()
         loss = sum(self.losses) / len(self.losses)
         self.progress.update(self.task, completed=step, description=f"loss {loss:.4f}")
-        if not self.console.is_terminal and (step % max(1, self.steps // 10) == 0 or step == self.steps):
+        if not self.console.is_terminal and due:
             left = (time.monotonic() - self.begun) / (step - self.first) * (self.steps - step)
             self.console.print(Text(f"step {step} of {self.steps}, loss {loss:.4f}, {_span(left)} left"))
 

@@ -7,6 +7,7 @@ stacks; `use`, `rows` and `combined` write the gates; `folded` writes the sum in
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from composition import files
 from composition.request import Lora, Receipt, Refused
 from composition.stack import Combine, Gates, Stack
+from composition.trainable import Shape, Trainable, TrainableStack
 
 KEPT_FILES = 32  # parsed LoRA files held in memory, least recently used first out
 
@@ -54,10 +56,10 @@ class Adapters:
         self.family = family
         self._block = block
         self._denoiser = next(iter(self.components))
-        self._layers: dict[str, dict[str, nn.Module]] = {}
+        self._layers: dict[str, dict[str, nn.Linear | nn.Conv2d]] = {}
         self._handles = []
         for component, model in self.components.items():
-            layers: dict[str, nn.Module] = {
+            layers: dict[str, nn.Linear | nn.Conv2d] = {
                 path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
             for module in layers.values():
                 _attach(module, None)
@@ -128,14 +130,21 @@ class Adapters:
     def _stacked(
         self, parts: Sequence[Mapping[str, Mapping[str, files.Factors]]], names: tuple[str, ...], loras: tuple[Lora, ...]
     ) -> Iterator[None]:
+        live = [frozenset(c for c in part if c != self._denoiser and part[c]) for part in parts]
+        with self._named(names, loras, live):
+            for component in self.components if parts else ():
+                self._lay(component, [part.get(component, {}) for part in parts])
+            yield
+
+    @contextmanager
+    def _named(
+        self, names: tuple[str, ...], loras: tuple[Lora, ...], text_live: Sequence[frozenset[str]]
+    ) -> Iterator[None]:
+        """These are the adapters while it lasts; whatever was attached for them is taken off at its end."""
         if self._names:
             raise RuntimeError("a session is already open on these adapters")
-        self._names, self._loras = names, loras
-        self._text_live = tuple(frozenset(c for c in part if c != self._denoiser and part[c]) for part in parts)
+        self._names, self._loras, self._text_live = names, loras, tuple(text_live)
         try:
-            for component in self.components if parts else ():
-                factors = [part.get(component, {}) for part in parts]
-                self._lay(component, factors)
             yield
         finally:
             for layers in self._layers.values():
@@ -143,23 +152,30 @@ class Adapters:
                     _attach(module, None)
             self._gates, self._names, self._loras, self._text_live = {}, (), (), ()
 
-    def _lay(self, component: str, factors: Sequence[Mapping[str, files.Factors]]) -> None:
-        """Build the stacks of one component from each adapter's factors by layer."""
-        layers = self._layers[component]
-        block = self._block if component == self._denoiser else (lambda _: "")
-        blocks = sorted({block(path) for path in layers})
+    def _block_of(self, component: str, path: str) -> str:
+        return self._block(path) if component == self._denoiser else ""
+
+    def _gated(self, component: str) -> tuple[Gates, list[str]]:
+        """New gates of a component, all closed, and the blocks that their rows are of."""
+        blocks = sorted({self._block_of(component, path) for path in self._layers[component]})
         device = _compute_device(self.components[component])
         table = torch.tensor(
             [[_factor(lora, name) if component == self._denoiser else 1.0 for lora in self._loras] for name in blocks],
             dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         gates = self._gates[component] = Gates(table)
+        return gates, blocks
+
+    def _lay(self, component: str, factors: Sequence[Mapping[str, files.Factors]]) -> None:
+        """Build the stacks of one component from each adapter's factors by layer."""
+        layers, device = self._layers[component], _compute_device(self.components[component])
+        gates, blocks = self._gated(component)
         for path in dict.fromkeys(path for part in factors for path in part):
             module, found = layers[path], [part.get(path) for part in factors]
             down = torch.cat([f.down for f in found if f is not None]).to(device)
             up = torch.cat([f.up.flatten(1) for f in found if f is not None], dim=1).to(device)
             ends = torch.tensor([f.rank if f is not None else 0 for f in found]).cumsum(0).tolist()
             spans = list(zip([0, *ends[:-1]], ends, strict=True))
-            _attach(module, Stack(down, up, spans, gates, blocks.index(block(path)), self._axis(path)))
+            _attach(module, Stack(down, up, spans, gates, blocks.index(self._block_of(component, path)), self._axis(path)))
 
     # gates ---------------------------------------------------------------------------------------------------------
 
@@ -282,36 +298,41 @@ class Adapters:
     # training ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def training(
-        self, names: Sequence[str], rank: int, layers: Mapping[str, Sequence[str]], *, alpha: float | None = None,
-        generator: torch.Generator | None = None, start: Sequence[files.LoraFile] = (),
-    ) -> Iterator[dict[str, dict[str, Stack]]]:
-        """New adapters to be trained, K = len(names) of one rank, in one stack per layer; yields them by component, layer.
+    def training(self, names: Sequence[str], rank: int, layers: Mapping[str, Sequence[str]]) -> Iterator[Trainable]:
+        """New adapters to be trained, one per name, all of one rank; yields their factors, which begin at zero.
 
-        layers: component to layer paths. down begins uniform in 1/sqrt(in), up begins zero (as the original LoRA,
-        arXiv 2106.09685). The factors are leaves with gradients: adapter k owns down[k*rank:(k+1)*rank] and
-        up[:, k*rank:(k+1)*rank]; alpha/rank is folded into `up` as everywhere. `start` continues from saved factors.
+        layers: component to layer paths.
         """
-        def fresh(component: str, path: str) -> files.Factors:
-            module = self._layers[component][path]
-            weight = cast(Tensor, module.weight)
-            shape = (rank, *weight.shape[1:])
-            down = (torch.rand(shape, generator=generator) * 2 - 1) / weight[0].numel() ** 0.5
-            return files.Factors(down, torch.zeros(weight.shape[0], rank), rank, alpha or float(rank))
+        shapes = {c: {path: Shape.of(self._layers[c][path]) for path in layers[c]} for c in self.components if layers.get(c)}
+        with self._named(tuple(names), tuple(Lora(name) for name in names), [frozenset(shapes) - {self._denoiser}] * len(names)):
+            trained = Trainable(names, rank, shapes, _compute_device(self.components[self._denoiser]))
+            slots = count()
+            for component, paths in shapes.items():
+                gates, blocks = self._gated(component)
+                for path in paths:
+                    stack = TrainableStack(trained, next(slots), gates, blocks.index(self._block_of(component, path)), self._axis(path))
+                    _attach(self._layers[component][path], stack)
+            yield trained
 
-        parts = [
-            start[k].factors if start else {c: {path: fresh(c, path) for path in paths} for c, paths in layers.items()}
-            for k in range(len(names))
-        ]
-        with self._stacked(parts, tuple(names), tuple(Lora(name) for name in names)):
-            stacks: dict[str, dict[str, Stack]] = {}
-            for component, found in self._layers.items():
-                for path, module in found.items():
-                    if (stack := _attached(module)) is not None:
-                        stack.down.requires_grad_(True)
-                        stack.up.requires_grad_(True)
-                        stacks.setdefault(component, {})[path] = stack
-            yield stacks
+    @contextmanager
+    def in_turn(self, size: int, *, text: bool = False) -> Iterator[None]:
+        """Adapter k alone, at weight 1, in rows k * size to (k + 1) * size of the denoiser, with `text` of a text
+        encoder's prompts. Nothing is written to the device for it."""
+        with self.kept():
+            for component, gates in self._gates.items():
+                if (component != self._denoiser) == text:
+                    gates.in_turn(size)
+            yield
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Whatever is done to the gates while it lasts, they are afterwards as they were."""
+        before = {gates: gates.snapshot() for gates in self._gates.values()}
+        try:
+            yield
+        finally:
+            for gates, state in before.items():
+                gates.restore(state)
 
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Gradient checkpointing that recomputes with the gates of the forward pass, whatever they are by then.

@@ -112,6 +112,15 @@ class Engine:
     # pictures ------------------------------------------------------------------------------------------------------
 
     @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """The device is the caller's alone: requests of other threads wait, its own go on. For what works on the model
+        itself, as training does. Raises RuntimeError inside a group, whose LoRAs may lie in the weights."""
+        with self._lock:
+            if self._group is not None:
+                raise RuntimeError("a group is open: its LoRAs may lie in the weights")
+            yield
+
+    @contextmanager
     def group(self) -> Iterator[None]:
         """Keep the fold and the read prompts between requests of the same LoRAs, until the group ends.
 

@@ -63,11 +63,11 @@ def _downward(
     products = torch.matmul(taps, x.flatten(2).unflatten(0, (runs, -1)))
     if (high, wide) == (1, 1):
         return products.view(rows, rank, height, width)
-    size = [side + 2 * pad - room for side, pad, room in zip((height, width), padding, reach, strict=True)]
+    inner = [room - pad for room, pad in zip(reach, padding, strict=True)]
+    size = (height + padding[0] - inner[0], width + padding[1] - inner[1])
     # As one picture of many channels: over many pictures a GPU goes one by one in the backward of `fold`.
-    folded = F.fold(products.view(1, rows * rank * high * wide, height * width), size, (high, wide), dilation,
-                    [room - pad for room, pad in zip(reach, padding, strict=True)])  # fmt: skip
-    return folded.view(rows, rank, *size)
+    whole = products.view(1, rows * rank * high * wide, height * width)
+    return F.fold(whole, size, (high, wide), dilation, (inner[0], inner[1])).view(rows, rank, *size)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -163,6 +163,8 @@ class Stack:
 
     def _factors(self, like: Tensor, form: str) -> tuple[Tensor, Tensor]:
         """The factors in the activation's device and dtype; `form` "flat" as stored, "padded" as (K, r, in), (K, out, r)."""
+        if self.down.requires_grad:
+            return self._formed(self.down.to(like), self.up.to(like), form)
         kept = self._cast.get(form)
         if kept is None or kept[0].dtype != like.dtype or kept[0].device != like.device:
             kept = self._formed(self.down.to(like), self.up.to(like), form)

@@ -36,7 +36,7 @@ RECIPE = "4"  # stated in every file; a new number when the same command makes a
 LONGER = {"clothing": 2}  # times the steps: what is worn is small, and is soon taken for a part of the face
 LOOKS = {"raccoon": "twemoji"}  # whose art a thing is learned from, where that of the first vendor shows no face
 FIRST = 4 * 10**9  # scene numbers of the first name; the next has them a million on
-TRIAL = 12  # steps by which the time of one is measured
+TRIAL = 16  # steps by which the time of one is measured
 MARGIN = 0.93  # share of the time left that steps are planned for
 WITHOUT = 0.2  # share of a LoRA's scenes that lack its concept, and its word
 
@@ -133,12 +133,13 @@ def learn(pipe, group: Group, scenes: Mapping[str, tuple[np.ndarray, list[str]]]
     concepts = [Concept(stem(name), latents_of(backbone, tensor(scenes[name][0])), scenes[name][1], _metadata(name, base))
                 for name in group.names]  # fmt: skip
     plan, said = group.plan, ", ".join(group.names)
-    losses: list[float] = []
+    losses: list[Mapping[str, float]] = []
 
-    def heard(step: int, loss: dict[str, float]) -> None:
-        losses.append(sum(loss.values()) / len(loss))
+    def heard(step: int, loss: Mapping[str, float]) -> None:
+        losses.append(loss)
         if step % 50 == 0:
-            report(f"{said}: step {step} of {plan.steps}, loss {np.mean(losses[-50:]):.4f}")
+            report(f"{said}: step {step} of {plan.steps}, loss {np.mean([value for one in losses for value in one.values()]):.4f}")
+            losses.clear()
 
     try:
         if minutes is not None:
@@ -163,9 +164,14 @@ def _metadata(name: str, base: str) -> dict[str, str]:
 def _pace(backbone: Backbone, adapters: Adapters, concepts: Sequence[Concept], plan: Plan, folder: Path) -> float:
     """Seconds of a step, by a training that is stopped after a few and writes nothing."""
     times: list[float] = []
-    train(backbone, adapters, concepts, replace(plan, steps=2 * TRIAL), folder, on_step=lambda step, loss: times.append(time.monotonic()),
-          stop=lambda: len(times) == TRIAL)  # fmt: skip
-    return (times[-1] - times[TRIAL // 2]) / (TRIAL - 1 - TRIAL // 2)
+
+    def heard(step: int, loss: Mapping[str, float]) -> None:
+        if step in (TRIAL // 2, TRIAL):
+            sum(loss.values())  # waits for the device
+            times.append(time.monotonic())
+
+    train(backbone, adapters, concepts, replace(plan, steps=2 * TRIAL), folder, on_step=heard, stop=lambda: len(times) == 2)
+    return (times[1] - times[0]) / (TRIAL - TRIAL // 2)
 
 
 def profiled(pipe, names: Sequence[str], folder: Path, keep: Path, report: Callable[[str], None] = print, base: str = "pocket") -> None:

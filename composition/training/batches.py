@@ -1,7 +1,7 @@
-"""The rows of a training step: which pictures, how much noise, and what they read, from (seed, concept, step) alone."""
+"""The rows of a training step, with as many operations on the device whatever the number of concepts."""
 
-import random
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -12,9 +12,9 @@ from composition.adapters import Adapters
 from composition.backbones.base import Backbone
 from composition.sampler import Conditioning
 from composition.training import noise
+from composition.training.draws import Fresh, draws
+from composition.training.encodings import Encodings
 from composition.training.plan import Concept, Plan
-
-GOLDEN = 0.6180339887498949
 
 
 class Batch(NamedTuple):
@@ -35,70 +35,75 @@ class Asked(NamedTuple):
     cond: Conditioning  # (1, n, ...)
 
 
+class Rows(NamedTuple):
+    """A step's rows in main memory, which a device can fetch without making the program wait."""
+
+    noisy: Float[Tensor, "rows C H W"]
+    t: Num[Tensor, "rows"]
+    goal: Float[Tensor, "rows C H W"]
+    prompts: Int[Tensor, "rows"]
+    asked: Int[Tensor, "n"]
+    asked_prompts: Int[Tensor, "n"]
+
+
 class Batches:
     """Draws the rows of a step.
 
     Most rows are a picture with its prompt. Some (Plan.keep) have a prompt without the concept, and the base's own
-    answer for a goal.
+    answer for a goal. Prompts are encoded before the first step; those of text encoders in training, in every step.
+    ahead: prepare the next step's rows in a thread of their own while the device computes (None: where there is one).
     """
 
-    def __init__(self, backbone: Backbone, adapters: Adapters, concepts: Sequence[Concept], plan: Plan) -> None:
-        self.backbone, self.adapters, self.concepts, self.plan = backbone, adapters, concepts, plan
+    def __init__(
+        self, backbone: Backbone, adapters: Adapters, concepts: Sequence[Concept], plan: Plan, *, ahead: bool | None = None
+    ) -> None:
+        self.backbone, self.adapters, self.plan, self.count = backbone, adapters, plan, len(concepts)
+        self.ahead = backbone.device.type != "cpu" if ahead is None else ahead
         self.noise = noise.of(backbone.scheduler)
         self.dtype = None if plan.half else backbone.dtype  # autocast takes single precision as it is
-        self.read: dict[str, dict[str, Tensor]] = {}
+        self.text = "text" in plan.targets
+        self.latents = torch.cat([one.latents.cpu() for one in concepts])
+        self.fresh, self.drawn = Fresh(concepts, plan), draws(concepts, plan, self.noise)
+        numbers = self.drawn.prompts
+        used = (numbers[self.drawn.kept] if self.text else numbers).unique()
+        self.encodings = Encodings(backbone, [self.drawn.words[number] for number in used.tolist()])
+        self.place = torch.zeros(len(self.drawn.words), dtype=torch.long)  # of a word among the encodings
+        self.place[used] = torch.arange(len(used))
+
+    def stream(self, first: int) -> Generator[Batch]:
+        """The batches of step `first` and those after it."""
+        steps = range(first, self.plan.steps)
+        if not self.ahead:
+            yield from map(self.draw, steps)
+            return
+        with ThreadPoolExecutor(1, "rows") as worker:
+            coming = worker.submit(self._rows, first)
+            for step in steps:
+                rows = coming.result()
+                if step + 1 < self.plan.steps:
+                    coming = worker.submit(self._rows, step + 1)
+                yield self._on_device(rows, step)
 
     def draw(self, step: int) -> Batch:
-        parts = [self._rows(concept, step) for concept in self.concepts]
-        device, size = self.backbone.device, self.plan.batch
-        noisy, t, goal = (torch.cat(same).to(device) for same in zip(*(part[:3] for part in parts), strict=True))
-        values = [self._encoded(k, part[3]) for k, part in enumerate(parts)]
-        cond = Conditioning({key: torch.cat([v[key] for v in values], 1) for key in values[0]})
-        asked = [(k * size + row, prompt) for k, part in enumerate(parts) for row, prompt in part[4]]
-        base = None
-        if asked:
-            rows, prompts = zip(*asked, strict=True)
-            base = Asked(torch.tensor(rows, device=device), Conditioning(self._bare(prompts)))
-        return Batch(noisy.to(self.dtype or noisy.dtype), t, goal, cond, len(parts), base)
+        return self._on_device(self._rows(step), step)
 
-    def _rows(
-        self, concept: Concept, step: int
-    ) -> tuple[Tensor, Tensor, Tensor, list[str], list[tuple[int, str]]]:
-        """One concept's noisy latents, times, goals, prompts, and (row, prompt) of what the base is asked."""
-        name = f"{self.plan.seed}/{concept.name}/{step}"
-        rng = random.Random(name)
-        generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        size = self.plan.batch
-        pick = torch.randint(len(concept.prompts), (size,), generator=generator)
-        latents = concept.latents[pick].cpu()
-        fresh = torch.randn(latents.shape, generator=generator, dtype=latents.dtype)
-        t = self.noise.times(size, self.plan.noise, generator)
+    def _rows(self, step: int) -> Rows:
+        latents = self.latents.index_select(0, self.drawn.pictures[step])
+        t, kept, prompts = self.drawn.times[step], self.drawn.kept[step], self.drawn.prompts[step]
+        fresh = self.fresh.draw(step, latents.shape[1:], latents.dtype).to(latents.dtype)
         noisy, goal = self.noise.mix(latents, fresh, t)
-        prompts, asked = [], []
-        for row in range(size):
-            place = (step * size + row) * GOLDEN % 1.0  # shares come out even over any few steps
-            if concept.others and place < self.plan.keep:
-                prompts.append(rng.choice(concept.others))
-                goal[row] = 0
-                asked.append((row, prompts[-1]))
-            else:
-                prompts.append("" if rng.random() < self.plan.empty else concept.prompts[int(pick[row])])
-        return noisy, t, goal, prompts, asked
+        asked = kept.nonzero()[:, 0]
+        rows = Rows(noisy.to(self.dtype or noisy.dtype), t, goal.masked_fill(kept.view(-1, 1, 1, 1), 0.0),
+                    self.place[prompts], asked, self.place[prompts[asked]])  # fmt: skip
+        return Rows(*(value.pin_memory() for value in rows)) if self.backbone.device.type == "cuda" else rows
 
-    def _encoded(self, k: int, prompts: list[str]) -> dict[str, Tensor]:
-        """(1, batch, ...) tensors. With a text part, read anew with the gradient on; else each prompt once."""
-        if "text" in self.plan.targets:
-            self.adapters.use_text({self.concepts[k].name: 1.0})
-            try:
-                return dict(self.backbone.encode(prompts, None).values)
-            finally:
-                self.adapters.use_text({})
-        return self._bare(prompts)
+    def _on_device(self, rows: Rows, step: int) -> Batch:
+        noisy, t, goal, asked = (v.to(self.backbone.device, non_blocking=True) for v in (rows.noisy, rows.t, rows.goal, rows.asked))
+        base = Asked(asked, self.encodings.rows(rows.asked_prompts)) if len(rows.asked) else None
+        cond = self._read(step) if self.text else self.encodings.rows(rows.prompts)
+        return Batch(noisy, t, goal, cond, self.count, base)
 
-    def _bare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The same, read by the base alone."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self.read:
-                with torch.no_grad():
-                    self.read[prompt] = dict(self.backbone.encode([prompt], None).values)
-        return {key: torch.cat([self.read[p][key] for p in prompts], 1) for key in self.read[prompts[0]]}
+    def _read(self, step: int) -> Conditioning:
+        """All rows' prompts in one batch, each by its own adapter, with the gradient on."""
+        with self.adapters.in_turn(self.plan.batch, text=True):
+            return self.backbone.encode([self.drawn.words[number] for number in self.drawn.prompts[step].tolist()], None)

@@ -2,11 +2,12 @@
 
 Many concepts train in one batch of rows, each row with its own adapter; the loss is a sum over adapters and gradients
 are clipped adapter by adapter, so a concept trained in company is the one trained alone. Every random number of a step
-follows from (seed, concept, step): a run that was stopped and resumed is the run that was not.
+follows from (plan, concept, step): a run that was stopped and resumed is the run that was not. A step is as many
+operations for sixteen concepts as for two, and on a device with a queue of its own nothing in it waits for an answer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -20,8 +21,11 @@ from composition.backbones.base import Backbone
 from composition.request import Refused
 from composition.training.attention import plain_attention
 from composition.training.batches import Asked, Batch, Batches
+from composition.training.compiled import Compiled
 from composition.training.lorafile import write
+from composition.training.losses import Losses
 from composition.training.plan import TARGETS, Concept, Plan
+from composition.training.precision import HalfBase
 from composition.training.state import State
 
 __all__ = ["TARGETS", "Concept", "Plan", "choose", "latents_of", "train"]
@@ -41,42 +45,48 @@ def latents_of(backbone: Backbone, pixels: Float[Tensor, "n 3 height width"], pa
 
 def train(
     backbone: Backbone, adapters: Adapters, concepts: Sequence[Concept], plan: Plan, folder: Path, *,
-    checkpoint: Path | None = None, save_every: int = 100, on_step: Callable[[int, dict[str, float]], None] | None = None,
-    stop: Callable[[], bool] | None = None, checkpointing: bool = False,
+    checkpoint: Path | None = None, save_every: int = 100, on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+    stop: Callable[[], bool] | None = None, checkpointing: bool = False, compiled: bool = False,
     describe: Callable[[str], Mapping[str, str]] | None = None,
 ) -> dict[str, Path]:
     """Train one adapter per concept and write `folder/<name>.safetensors`; returns the files by name.
 
     checkpoint: saved every `save_every` steps and at a stop, and continued from when it exists. on_step: (step, loss of
-    each concept). stop: asked after each step; when it says True training ends there, and only the checkpoint is written.
-    checkpointing: compute activations a second time rather than keep them (gradient checkpointing; less memory).
-    describe: more of the header of a concept's file, asked for when its adapter is trained and still in place.
+    each concept), after every step; looking at a loss waits for the device, so look now and then. stop: asked after each
+    step; when it says True training ends there, and only the checkpoint is written. checkpointing: compute activations a
+    second time rather than keep them (gradient checkpointing; less memory). compiled: compile the denoiser for the
+    rows of a step (minutes at first, fewer and larger operations afterwards). describe: more of the header of a
+    concept's file, asked for when its adapter is trained and still in place. Raises RuntimeError when a loss is no
+    number, within some steps and before anything is written.
     """
     names = [concept.name for concept in concepts]
     if len(set(names)) != len(names):
         raise Refused(f"concepts must have different names, not {', '.join(names)}")
     layers = choose(backbone.components, plan.targets)
     again = _recomputing(backbone.denoiser, adapters.checkpoint if checkpointing else None)
-    with _still(backbone.components), again, adapters.training(names, plan.rank, layers, alpha=plan.alpha) as stacks:
-        state = State(stacks, concepts, plan)
+    with _still(backbone.components), again, adapters.training(names, plan.rank, layers) as trained:
+        state = State(trained, concepts, plan)
         if checkpoint and checkpoint.is_file():
             state.load(checkpoint)
         batches = Batches(backbone, adapters, concepts, plan)
-        for step in range(state.step, plan.steps):
-            losses = _learn(backbone, adapters, state, batches.draw(step), plan)
-            state.advance(losses)
-            if on_step:
-                on_step(state.step, dict(zip(names, losses.tolist(), strict=True)))
-            stopped = stop is not None and state.step < plan.steps and stop()
-            if checkpoint and (stopped or state.step % save_every == 0):
-                state.save(checkpoint)
-            if stopped:
-                return {}
+        step = Learning(backbone, adapters, plan, compiled)
+        with closing(batches.stream(state.step)) as stream:
+            for batch in stream:
+                losses = step(batch)
+                state.advance(losses)
+                if on_step:
+                    on_step(state.step, Losses(names, losses))
+                stopped = stop is not None and state.step < plan.steps and stop()
+                if checkpoint and (stopped or state.step % save_every == 0):
+                    state.save(checkpoint)
+                if stopped:
+                    return {}
+        state.check()
         files = {}
         for k, concept in enumerate(concepts):
             files[concept.name] = folder / f"{concept.name}.safetensors"
             told = {**concept.metadata, **(describe(concept.name) if describe else {})}
-            write(files[concept.name], state.factors(k), plan.rank, plan.alpha, told)
+            write(files[concept.name], trained.factors(k), plan.rank, plan.alpha, told)
         return files
 
 
@@ -124,21 +134,28 @@ def _recomputing(denoiser: nn.Module, function: Callable[..., object] | None) ->
             vars(module).update(values)
 
 
-def _learn(backbone: Backbone, adapters: Adapters, state: State, batch: Batch, plan: Plan) -> Tensor:
-    """Gradients of one step; returns the loss of each adapter, (K,)."""
-    weights = [{name: 1.0} for name in state.names for _ in range(plan.batch)]
-    positions = batch.noisy.shape[-2] * batch.noisy.shape[-1]
-    goal = batch.goal
-    with plain_attention(backbone.device, positions):  # the backward pass too: it may compute activations again
-        with torch.autocast(backbone.device.type, torch.bfloat16, enabled=plan.half):
-            if batch.asked is not None:
-                goal = goal + _base(backbone, adapters, batch, batch.asked)
-            with adapters.rows(weights):
-                guess = backbone.denoise(batch.noisy, batch.t, batch.cond)[0]
-        each = F.mse_loss(guess.to(goal), goal, reduction="none").unflatten(0, (batch.count, -1))
-        losses = each.flatten(1).mean(1)
-        losses.sum().backward()
-    return losses.detach()
+class Learning:
+    """Computes the gradients of a step."""
+
+    def __init__(self, backbone: Backbone, adapters: Adapters, plan: Plan, compiled: bool = False) -> None:
+        self.backbone, self.adapters, self.plan = backbone, adapters, plan
+        self.lent = HalfBase(backbone.denoiser, backbone.device, plan.half)
+        self.compiled = Compiled(backbone.denoiser, compiled)
+
+    def __call__(self, batch: Batch) -> Float[Tensor, "K"]:
+        """Adds to the gradients; returns the loss of each adapter."""
+        device, goal = self.backbone.device, batch.goal
+        positions = batch.noisy.shape[-2] * batch.noisy.shape[-1]
+        with plain_attention(device, positions), self.lent():  # the backward pass too: it may compute activations again
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.plan.half):
+                if batch.asked is not None:
+                    goal = goal + _base(self.backbone, self.adapters, batch, batch.asked)
+                with self.adapters.in_turn(self.plan.batch), self.compiled():
+                    guess = self.backbone.denoise(batch.noisy, batch.t, batch.cond)[0]
+            each = F.mse_loss(guess.to(goal), goal, reduction="none").unflatten(0, (batch.count, -1))
+            losses = each.flatten(1).mean(1)
+            losses.sum().backward()
+        return losses.detach()
 
 
 @torch.no_grad()

@@ -5,19 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-
-class Factors(NamedTuple):
-    """One layer's trained factors; the update of its weight is up @ down."""
-
-    down: Float[Tensor, "r in *kernel"]
-    up: Float[Tensor, "out r"]
+from composition.trainable import Factors
 
 
 def write(
@@ -37,8 +30,8 @@ def write(
         text = component.startswith("text_encoder")
         for path, (down, up) in layers.items():
             path = f"text_model.{path.removeprefix('text_model.')}" if text else path
-            wide = up[(..., *[None] * (down.ndim - 2))] / scale
-            tensors[f"{component}.{path}.lora_A.weight"] = down.to(dtype).contiguous()
+            wide = up[(..., *[None] * (down.ndim - 2))].cpu() / scale
+            tensors[f"{component}.{path}.lora_A.weight"] = down.to("cpu", dtype).contiguous()
             tensors[f"{component}.{path}.lora_B.weight"] = wide.to(dtype).contiguous()
         # Without the prefix a path is the ending of the module's name in every transformers.
         short = sorted(path.removeprefix("text_model.") for path in layers)

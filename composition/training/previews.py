@@ -28,12 +28,10 @@ def draw(backbone: Backbone, adapters: Adapters, request: Request) -> list[Image
     def predict(step: Step) -> Prediction:
         return Prediction(run.guide(run.denoise(step)), step.latents)
 
-    try:
+    with adapters.kept():
         latents, times = backbone.start(request, scheduler, run.generators)
         latents = sample(predict, scheduler, latents, times, generator=list(run.generators))
         return backbone.decode(latents)
-    finally:
-        adapters.use({})
 
 
 def thumbnail(picture: Image.Image) -> str:

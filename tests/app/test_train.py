@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,26 @@ def test_ctrl_c_keeps_what_was_learned_and_the_same_command_goes_on(toy, zogs, t
     whole = start("b")
     assert whole.communicate(timeout=600) and whole.returncode == 0
     assert (tmp_path / "a/zog.safetensors").read_bytes() == (tmp_path / "b/zog.safetensors").read_bytes()
+
+
+def test_the_device_is_the_trainers_alone(train, monkeypatch):
+    """A request of another thread waits while adapters are in training."""
+    from composition import engine
+    from composition.training import concept
+
+    honest, had = concept.train, []
+
+    def watched(backbone, *args, **kwargs):
+        lock = engine._LOCKS[str(backbone.device)]
+        other = threading.Thread(target=lambda: had.append(lock.acquire(blocking=False)))
+        other.start()
+        other.join()
+        return honest(backbone, *args, **kwargs)
+
+    monkeypatch.setattr(concept, "train", watched)
+    said = train()
+    assert said.code == 0, said.err
+    assert had == [False]
 
 
 def test_a_checkpoint_of_other_flags_is_not_continued(train, tmp_path):

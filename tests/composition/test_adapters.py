@@ -164,13 +164,12 @@ def test_checkpointing_recomputes_with_the_gates_of_the_forward(pipe, held):
             pipe.unet.enable_gradient_checkpointing(gradient_checkpointing_func=held.checkpoint)
         pipe.unet.train()
         rng = torch.Generator().manual_seed(1)
-        with held.training(["a", "b"], 2, {"unet": layers}, generator=rng) as stacks:
-            for stack in stacks["unet"].values():
-                stack.up.data.normal_(generator=rng)
+        with held.training(["a", "b"], 2, {"unet": layers}) as trained:
+            trained.leaf.data.normal_(generator=rng)
             with held.rows([{"a": 1.0}, {"b": 0.5}]):
                 loss = forward(pipe).square().sum()
             loss.backward()
-            grads = [g for s in stacks["unet"].values() for g in (s.down.grad.clone(), s.up.grad.clone())]
+            grads = list(trained.leaf.grad)
         pipe.unet.disable_gradient_checkpointing()
         pipe.unet.eval()
         return grads
@@ -232,12 +231,14 @@ def test_engines_on_one_device_share_a_lock(pipe):
     taken = threading.Event()
 
     def take():
-        with second._lock:
+        with second.exclusive():
             taken.set()
 
-    with first._lock:
+    with first.exclusive(), first.exclusive():  # the thread that has it may ask again
         thread = threading.Thread(target=take)
         thread.start()
         assert not taken.wait(0.05)
     thread.join(1)
+    with first.group(), pytest.raises(RuntimeError, match="a group is open"), first.exclusive():
+        pass
     assert taken.is_set()

@@ -1,0 +1,97 @@
+"""Adapters in training: the factors of K new adapters of one rank in one leaf, so that a step costs the same calls whatever K is.
+
+Row k of the leaf is adapter k: for every layer its down (r, in, *kernel) and its up (out, r), one after the other. A
+layer's factors are views of the leaf's columns; gradients arrive in one tensor of its shape, where an adapter's length
+is the norm of a row.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from composition.stack import Gates, Stack
+
+
+class Shape(NamedTuple):
+    """What a layer's adapter reads and makes."""
+
+    reads: tuple[int, ...]  # in, *kernel
+    out: int
+
+    @staticmethod
+    def of(module: nn.Linear | nn.Conv2d) -> "Shape":
+        """As the module was declared: a quantised weight is stored in a shape of its own."""
+        if isinstance(module, nn.Conv2d):
+            high, wide = module.kernel_size
+            return Shape((module.in_channels // module.groups, high, wide), module.out_channels)
+        return Shape((module.in_features,), module.out_features)
+
+
+class Factors(NamedTuple):
+    """One layer's factors of one adapter; the update of its weight is up @ down."""
+
+    down: Float[Tensor, "r in *kernel"]
+    up: Float[Tensor, "out r"]
+
+
+class Trainable:
+    """The leaf and where each layer's factors lie in it.
+
+    layers: component to layer path to shape. All factors begin at zero.
+    """
+
+    def __init__(
+        self, names: Sequence[str], rank: int, layers: Mapping[str, Mapping[str, Shape]], device: torch.device
+    ) -> None:
+        self.names, self.rank, self.layers = tuple(names), rank, layers
+        shapes = [shape for found in layers.values() for shape in found.values()]
+        count = len(self.names)
+        self._views = [view for reads, out in shapes for view in ((count, rank, *reads), (count, out, rank))]
+        self._sizes = [torch.Size(view).numel() // count for view in self._views]
+        self.leaf = torch.zeros(count, sum(self._sizes), device=device, requires_grad=True)
+        self._ready: dict[tuple[torch.dtype, torch.device, bool], tuple[Tensor, ...]] = {}
+
+    def read(self, slot: int, like: Tensor) -> tuple[Float[Tensor, "K r in *kernel"], Float[Tensor, "K out r"]]:
+        """The factors of layer `slot` in the order of `layers`, in the device and dtype of `like`.
+
+        The whole leaf is converted at once and then parted, and this is kept until `changed`.
+        """
+        key = (like.dtype, like.device, torch.is_grad_enabled())
+        if key not in self._ready:
+            parts = self.leaf.to(like.device, like.dtype).split(self._sizes, dim=1)
+            self._ready[key] = tuple(part.view(view) for part, view in zip(parts, self._views, strict=True))
+        down, up = self._ready[key][2 * slot : 2 * slot + 2]
+        return down, up
+
+    def changed(self) -> None:
+        """Say that the leaf has other values now."""
+        self._ready.clear()
+
+    def factors(self, k: int) -> dict[str, dict[str, Factors]]:
+        """Adapter k's factors by component and layer: views of the leaf that may be written (and then say `changed`)."""
+        parts = iter([part.view(view[1:]) for part, view in zip(self.leaf.detach()[k].split(self._sizes), self._views, strict=True)])
+        return {component: {path: Factors(next(parts), next(parts)) for path in found} for component, found in self.layers.items()}
+
+
+class TrainableStack(Stack):
+    """A layer's adapters in training, layer `slot` of the leaf; gates act on them as on any others."""
+
+    def __init__(self, source: Trainable, slot: int, gates: Gates, block: int, axis: Any = None) -> None:
+        self.source, self.slot, self.gates, self.block, self.axis = source, slot, gates, block, axis
+        self.spans = tuple((k * source.rank, (k + 1) * source.rank) for k in range(len(source.names)))
+        self.owner = torch.arange(len(source.names), device=source.leaf.device).repeat_interleave(source.rank)
+
+    @property
+    def down(self) -> Float[Tensor, "P in *kernel"]:
+        return self._factors(self.source.leaf, "flat")[0]
+
+    @property
+    def up(self) -> Float[Tensor, "out P"]:
+        return self._factors(self.source.leaf, "flat")[1]
+
+    def _factors(self, like: Tensor, form: str) -> tuple[Tensor, Tensor]:
+        down, up = self.source.read(self.slot, like)
+        return (down, up) if form == "padded" else (down.flatten(0, 1), up.transpose(0, 1).flatten(1))
