@@ -128,7 +128,7 @@ def _base(given: argparse.Namespace, stages: Sequence[str], folder: Path, ground
         with drawn_ahead([scenes], given.workers):
             pool = autoencoder.with_latents(vae.to(device), scenes, device)
             loop = autoencoder.polish(vae, pool, given.work, minutes=_minutes(given, "polish"), **more)
-        print(f"decoder: {loop.seen} pictures more, {autoencoder.psnr(vae, wide):.2f} dB on fresh scenes", flush=True)
+        print(f"decoder: {loop.seen} pictures more, {autoencoder.psnr(vae, autoencoder.some(wide, autoencoder.FRESH, 256)):.2f} dB on fresh scenes", flush=True)
         vae.save_pretrained(given.work / "vae")
     if "export" in stages:
         model, cost = base.trained(vae.cpu(), words, given.work, blocks, given.fine)
@@ -140,7 +140,7 @@ def _judge(given: argparse.Namespace, source: Source) -> None:
     words, folder = judge.vocabulary(source), given.out / "clip"
     scenes = judge.stock(source, words, START + Loop.reached(given.work / "judge.pt"))
     with drawn_ahead([scenes], given.workers):
-        judge.train(source, words, scenes, folder, given.work, minutes=_minutes(given, "judge"), device=torch.device(given.device),
+        judge.train(source.named, words, scenes, folder, given.work, minutes=_minutes(given, "judge"), device=torch.device(given.device),
                     compiled=given.compile)  # fmt: skip
     _keep(given.work, "judge", presence.settle(folder, source, given.measured))
     confusion.settle(folder, source, each=max(2, round(200 * given.measured)))

@@ -68,9 +68,9 @@ def decoded_loss(vae: AutoencoderKL, x: torch.Tensor, z: torch.Tensor, share: to
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, wide: World, count: int = 256) -> float:
-    """dB over fresh scenes, against 8-bit pictures."""
-    x = tensor(some(wide, FRESH, count)).to(vae.device)
+def psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
+    """dB of (n, size, size, 3) uint8, which were never trained on."""
+    x = tensor(pictures).to(vae.device)
     y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(64)])
     error = (((x - y.clamp(-1, 1)) / 2) ** 2).flatten(1).mean(1)
     return float((-10 * error.log10()).mean())
@@ -134,9 +134,10 @@ def train(wide: World, work: Path, *, minutes: Minutes, device: torch.device, si
         loop = Loop(vae, work / "vae.pt", minutes=minutes, peak=2e-3, cool=0.6, average=0.995)
         loop.run(pool.batches(size), lambda x: step(vae, tensor(x)))
     with loop.averaged():
-        print(f"autoencoder: {loop.seen} pictures, {psnr(vae, wide):.2f} dB on fresh scenes", flush=True)
+        fresh = some(wide, FRESH, 256)
+        print(f"autoencoder: {loop.seen} pictures, {psnr(vae, fresh):.2f} dB on fresh scenes", flush=True)
         settle(vae, wide)
-        print(f"autoencoder, settled: {psnr(vae, wide):.2f} dB", flush=True)
+        print(f"autoencoder, settled: {psnr(vae, fresh):.2f} dB", flush=True)
         vae.save_pretrained(work / "vae")
     return AutoencoderKL.from_pretrained(work / "vae").to(device)
 

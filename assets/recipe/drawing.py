@@ -21,14 +21,38 @@ import torch
 Rows = tuple[np.ndarray, ...]
 FORK = get_context("fork")
 FREE, BEGUN, READY = 0, 1, 2  # a slot of a stock
+NEXT, FAILED = -2, -1  # beside the slots: the chunk to be drawn next, and whether drawing one failed
 SEEN = 4  # times that a row of a pool is used, unless it is told otherwise
 MANY = 16  # batches' rows that a pool has before the first is drawn from it
 
 
-def shared(shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
-    """Zeros that this process and those forked from it have in common."""
-    count = int(np.prod(shape))
-    return np.frombuffer(mmap.mmap(-1, max(1, count * kind.itemsize)), dtype=kind, count=count).reshape(shape)
+class Shared:
+    """An array of zeros that this process, those forked from it and those it is sent to have in common, while this one lives."""
+
+    def __init__(self, shape: tuple[int, ...], kind: np.dtype) -> None:
+        self.shape, self.kind, size = shape, np.dtype(kind), max(1, int(np.prod(shape)) * np.dtype(kind).itemsize)
+        self.file = os.memfd_create("rows") if hasattr(os, "memfd_create") else -1  # without files, for forked processes alone
+        if self.file >= 0:
+            os.ftruncate(self.file, size)
+        self.where = f"/proc/{os.getpid()}/fd/{self.file}"
+        self.array = self._mapped(mmap.mmap(self.file, size))
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Shared:
+        made = cls(array.shape, array.dtype)
+        made.array[...] = array
+        return made
+
+    def _mapped(self, memory: mmap.mmap) -> np.ndarray:
+        return np.frombuffer(memory, dtype=self.kind, count=int(np.prod(self.shape))).reshape(self.shape)
+
+    def __getstate__(self) -> tuple[tuple[int, ...], np.dtype, str]:
+        return self.shape, self.kind, self.where
+
+    def __setstate__(self, state: tuple[tuple[int, ...], np.dtype, str]) -> None:
+        self.shape, self.kind, self.where = state
+        with open(self.where, "r+b") as file:
+            self.array = self._mapped(mmap.mmap(file.fileno(), 0))
 
 
 def each(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> list[Any]:
@@ -67,31 +91,40 @@ class Stock:
         self.draw, self.first, self.chunk, self.chunks = draw, first, chunk, chunks
         self.slots = slots if chunks is None else min(slots, chunks)
         self.taken = 0
-        self.rows: Rows = ()
+        self.rows: tuple[Shared, ...] = ()
 
     def share(self) -> None:
-        """Make room that forked processes can write to."""
+        """Make room that other processes can write to; then the stock can also be sent to one that reads it."""
         row = self.draw(self.first, 1)
-        self.rows = tuple(shared((self.slots * self.chunk, *one.shape[1:]), one.dtype) for one in row)
-        self.states, self.next, self.failed = shared((self.slots,), np.dtype(np.uint8)), FORK.Value("q", 0), FORK.Value("b", 0)
+        self.rows = tuple(Shared((self.slots * self.chunk, *one.shape[1:]), one.dtype) for one in row)
+        self.states, self.lock = Shared((self.slots + 2,), np.dtype(np.int64)), FORK.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("draw", "lock")}
+
+    @property
+    def drawn(self) -> int:
+        """Chunks that workers have begun."""
+        return int(self.states.array[NEXT]) if self.rows else self.taken
 
     def fill(self) -> int:
         """In a worker: draw the next chunk. READY when one was drawn, BEGUN when there is no room yet, FREE when none is left."""
-        with self.next.get_lock():
-            number = self.next.value
+        states = self.states.array
+        with self.lock:
+            number = int(states[NEXT])
             if self.chunks is not None and number >= self.chunks:
                 return FREE
             slot = number % self.slots
-            if self.states[slot] != FREE:
+            if states[slot] != FREE:
                 return BEGUN
-            self.states[slot], self.next.value = BEGUN, number + 1
+            states[slot], states[NEXT] = BEGUN, number + 1
         try:
             for held, one in zip(self.rows, self.draw(self.first + number * self.chunk, self.chunk), strict=True):
-                held[slot * self.chunk : (slot + 1) * self.chunk] = one
-        except BaseException:
-            self.failed.value = 1
+                held.array[slot * self.chunk : (slot + 1) * self.chunk] = one
+        except Exception:
+            states[FAILED] = 1
             raise
-        self.states[slot] = READY
+        states[slot] = READY
         return READY
 
     def take(self, device: torch.device) -> tuple[torch.Tensor, ...] | None:
@@ -102,16 +135,16 @@ class Stock:
             drawn = self.draw(self.first + self.taken * self.chunk, self.chunk)
             self.taken += 1
             return tuple(torch.from_numpy(one).to(device) for one in drawn)
-        if self.failed.value:
+        slot, states = self.taken % self.slots, self.states.array
+        if states[FAILED]:
             raise RuntimeError("a process that draws scenes stopped; its error is printed above")
-        slot = self.taken % self.slots
-        if self.states[slot] != READY:
+        if states[slot] != READY:
             return None
         part = slice(slot * self.chunk, (slot + 1) * self.chunk)
-        taken = tuple(torch.from_numpy(one[part]).to(device, copy=True) for one in self.rows)
+        taken = tuple(torch.from_numpy(one.array[part]).to(device, copy=True) for one in self.rows)
         self.taken += 1
         if self.slots != self.chunks:
-            self.states[slot] = FREE
+            states[slot] = FREE
         return taken
 
 

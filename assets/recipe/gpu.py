@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 
 from . import autoencoder, base, flux, judge, loras, parcel, tasks, tokenizer, unigram
-from .drawing import FORK, drawn_ahead
-from .gpu_stages import Stages
+from .drawing import Shared, drawn_ahead
+from .gpu_stages import Stages, Taught
 from .labelled import ALSO, START, Source
 from .places import HELD_PLACES, PLACES, variants
 from .tasks import Task
-from .world import World, strange_words
+from .world import World, batch, strange_words
 
 VENDORS = ("noto", "noto", "noto", "twemoji", "fluent")
 SHARES = {"loras": 115, "polish": 90, "flux": 140, "judge": 90, "flux-loras": 50}  # of the time
@@ -40,6 +40,7 @@ class Sizes(NamedTuple):
     labelled: int = 262_144
     scenes: int = 393_216
     taught: int = 768
+    fresh: int = 512
     variants: int = 160
     chunk: int = 256
     flux: tuple[flux.Settings, ...] = (
@@ -49,7 +50,7 @@ class Sizes(NamedTuple):
     )  # fmt: skip
 
 
-TINY = Sizes(2, 8, 64, 64, 64, 8, 2, 16, (flux.Settings(4, compiled=False),))
+TINY = Sizes(2, 8, 64, 64, 64, 8, 8, 2, 16, (flux.Settings(4, compiled=False),))
 
 
 def arguments() -> argparse.Namespace:
@@ -80,27 +81,11 @@ def main() -> None:
     shutil.rmtree(given.work, ignore_errors=True)
     given.work.mkdir(parents=True)
     given.out.mkdir(parents=True, exist_ok=True)
-    if not probed(given.device):
-        raise SystemExit("a forked process cannot use the card: was it used before?")
     train(given, TINY if given.tiny else Sizes(), deadline - 15 - tasks.LAST)
     logged(given.work, given.out)
     for file in sorted(given.work.glob("*.log")):
         print(f"--- {file.name}", *file.read_text(errors="replace").splitlines()[-8:], sep="\n", flush=True)
     print(f"{time.strftime('%X')} all done, {deadline - time.time():.0f} s left", flush=True)
-
-
-def probed(device: str) -> bool:
-    """Whether a forked process can use the device; it says which it is."""
-
-    def look() -> None:
-        if device == "cuda":
-            print(torch.cuda.get_device_name(), f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB", flush=True)
-        torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)
-
-    child = FORK.Process(target=look)
-    child.start()
-    child.join(60)
-    return child.exitcode == 0
 
 
 def train(given: argparse.Namespace, sizes: Sizes, until: float) -> None:
@@ -113,44 +98,49 @@ def train(given: argparse.Namespace, sizes: Sizes, until: float) -> None:
     names = [*loras.TOLD] if not given.tiny else ["raccoon", "moon", "scarf"]
     taught = loras.drawn(world, names, sizes.taught, given.workers)
     said("scenes of the LoRAs drawn")
+    plan, second = (replace(plan, steps=2, batch=2) if given.tiny else plan for plan in (loras.PLAN, loras.FLUX_PLAN))
+    last = loras.Group(tuple(name for name in names if name in loras.FLUX), second)
+    common = (given.base, given.out, given.work, torch.device(given.device))
+    held = {name: (Shared.of(pictures), prompts) for name, (pictures, prompts) in taught.items()}
+    groups = [Taught(*common, group, {name: held[name] for name in group.names}) for group in loras.groups(names, plan, 24)]
+    chosen = given.only.split(",")
+    first = [Task("loras" if number == 0 else "loras-longer", group.run, SHARES["loras"], (None, None), beside=number > 0)
+             for number, group in enumerate(groups) if "loras" in chosen]  # fmt: skip
+    threads = 1 if given.tiny else 4
+    for task in first:
+        task.start(given.work / f"{task.name}.log", threads)  # the rest is made while it gets ready
     wide = autoencoder.wide_world(given.art, 128, VENDORS, grounds)
     source = Source(given.art, 128, grounds=grounds)
     words = judge.vocabulary(source)
     clip, t5 = tokenizer.CLIPTokenizer.from_pretrained(given.base / "tokenizer"), unigram.build(tokenizer.corpus(given.art))
     said("worlds and tokenizers made")
     sized = lambda count: {"chunk": sizes.chunk, "chunks": count // sizes.chunk, "slots": count}  # noqa: E731
-    pictures = autoencoder.stock(wide, POLISHED, **sized(sizes.wide))
-    scenes = base.stock(world, flux.reader(clip, t5), 0, **sized(sizes.scenes))
-    labelled = judge.stock(source, words, START, **sized(sizes.labelled))
-    stages = Stages(given.base, given.out, given.work, torch.device(given.device), sizes, world, wide, source, words, clip, t5, taught,
-                    pictures, scenes, labelled)  # fmt: skip
-    wanted = given.only.split(",")
-    chosen = [task for task in planned(stages, sizes) if task.name.removesuffix("-longer") in wanted]
-    moments = [0.0]
-
-    def tick() -> None:
-        if time.time() > moments[0] + 20:
-            moments[0] = time.time()
-            logged(given.work, given.out)
-
-    with drawn_ahead([pictures, scenes, labelled], given.workers):
+    stocks = [autoencoder.stock(wide, POLISHED, **sized(sizes.wide)), base.stock(world, flux.reader(clip, t5), 0, **sized(sizes.scenes)),
+              judge.stock(source, words, START, **sized(sizes.labelled))]  # fmt: skip
+    with drawn_ahead(stocks, given.workers):
         said("drawing")
-        tasks.take_turns(chosen, until, given.work, threads=1 if given.tiny else 4, tick=tick)
-        said("drawn:", *(f"{int(s.next.value) * s.chunk}" for s in (pictures, scenes, labelled)))
+        fresh, (unseen, _) = autoencoder.some(wide, autoencoder.FRESH, sizes.fresh), batch(world, flux.UNSEEN, sizes.fresh)
+        stages = Stages(*common, sizes, source.named, words, clip, t5, Shared.of(fresh), Shared.of(unseen), *stocks)
+        eager = (False,) if given.tiny else EAGER
+        fluxed = Task("flux", stages.flux, SHARES["flux"], sizes.flux)
+        rest = [Task("polish", stages.polish, SHARES["polish"], eager), fluxed, Task("judge", stages.judge, SHARES["judge"], eager),
+                Task("flux-loras", Taught(*common, last, {name: held[name] for name in last.names}, True).run, SHARES["flux-loras"],
+                     (None, None), after=[fluxed])]  # fmt: skip
+        tasks.take_turns([*first, *(task for task in rest if task.name in chosen)], until, given.work, threads=threads,
+                         tick=Logs(given.work, given.out))  # fmt: skip
+        said("drawn:", *(f"{stock.drawn * stock.chunk}" for stock in stocks))
 
 
-def planned(stages: Stages, sizes: Sizes) -> list[Task]:
-    """The tasks in the order of their turns. LoRAs that take more steps than others train beside them."""
-    plan = loras.PLAN if sizes is not TINY else replace(loras.PLAN, steps=2, batch=2)
-    second = loras.FLUX_PLAN if sizes is not TINY else replace(loras.FLUX_PLAN, steps=2, batch=2)
-    groups = loras.groups(list(stages.taught), plan, 24)
-    first = [Task("loras" if number == 0 else "loras-longer", stages.lora_task(group, "sd", "pocket"), SHARES["loras"], (None, None),
-                  beside=number > 0) for number, group in enumerate(groups)]  # fmt: skip
-    fluxed = Task("flux", stages.flux, SHARES["flux"], sizes.flux)
-    last = loras.Group(tuple(name for name in stages.taught if name in loras.FLUX), second)
-    return [*first, Task("polish", stages.polish, SHARES["polish"], EAGER if sizes is not TINY else (False,)), fluxed,
-            Task("judge", stages.judge, SHARES["judge"], EAGER if sizes is not TINY else (False,)),
-            Task("flux-loras", stages.lora_task(last, "flux", "pocket-flux"), SHARES["flux-loras"], (None, None), after=[fluxed])]  # fmt: skip
+class Logs:
+    """Called often, it writes every task's output so far as one file now and then."""
+
+    def __init__(self, work: Path, out: Path, every: float = 20) -> None:
+        self.work, self.out, self.every, self.last = work, out, every, 0.0
+
+    def __call__(self) -> None:
+        if time.time() > self.last + self.every:
+            self.last = time.time()
+            logged(self.work, self.out)
 
 
 def logged(work: Path, out: Path) -> None:

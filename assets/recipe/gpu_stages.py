@@ -3,91 +3,70 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from . import autoencoder, export, flux, judge, loras, parcel
-from .drawing import Stock
-from .labelled import Source
+from .drawing import Shared, Stock
+from .labelled import Named
 from .tasks import Turn
-from .world import World, batch
 
 
 @dataclass(frozen=True)
 class Stages:
-    """What all tasks share; every process has it from before it was forked."""
+    """What all tasks are sent. fresh: pictures the decoder is measured on; unseen: those the second base's shift and scale come from."""
 
     base: Path
     out: Path
     work: Path
     device: torch.device
     sizes: Any
-    world: World
-    wide: World
-    source: Source
+    named: Named
     words: PreTrainedTokenizerFast
     clip: CLIPTokenizer
     t5: T5Tokenizer
-    taught: Mapping[str, tuple[np.ndarray, list[str]]]
+    fresh: Shared
+    unseen: Shared
     pictures: Stock
     scenes: Stock
     labelled: Stock
 
-    def lora_task(self, group: loras.Group, folder: str, base: str) -> Callable[[Turn, object], None]:
-        """Learn one group of LoRAs on the first base ("sd") or the second ("flux")."""
-
-        def run(turn: Turn, _: object) -> None:
-            self._begin()
-            if folder == "sd":
-                pipe, files, name = StableDiffusionPipeline.from_pretrained(self.base), self.work / "loras", f"loras-{group.plan.steps}"
-            else:
-                pipe, files, name = FluxPipeline.from_pretrained(self.work / "flux", dtype=torch.float32), self.work / "flux-loras", folder
-                name = "flux-loras"
-            pipe.set_progress_bar_config(disable=True)
-            loras.learn(pipe.to(self.device), group, self.taught, files, self.work, minutes=turn.minutes, base=base, report=_said)
-            turn.trained()
-            self._pack([files / f"{loras.stem(one)}.safetensors" for one in group.names], name)
-
-        return run
-
     def polish(self, turn: Turn, compiled: bool) -> None:
-        """The decoder; the autoencoder's folder is the base's."""
-        self._begin()
+        """The decoder; the rest of the autoencoder stays as it is in the base's folder."""
+        begin()
         vae = AutoencoderKL.from_pretrained(self.base / "vae", dtype=torch.float32).to(self.device, memory_format=torch.channels_last)
-        _said(f"{autoencoder.psnr(vae, self.wide):.2f} dB before")
+        said(f"{autoencoder.psnr(vae, self.fresh.array):.2f} dB before")
         pool = autoencoder.with_latents(vae, self.pictures, self.device, self.sizes.wide)
         loop = autoencoder.polish(vae, pool, self.work, minutes=turn.minutes, device=self.device, size=self.sizes.polish,
                                   compiled=compiled)  # fmt: skip
         turn.trained()
-        _said(f"{loop.step} steps, {loop.seen} pictures from {pool.count}, {autoencoder.psnr(vae, self.wide):.2f} dB")
         file = self.work / "decoder.safetensors"
         save_file({k: v.half().contiguous() for k, v in vae.state_dict().items() if k.startswith("decoder.")}, file)
-        self._pack([file], "decoder")
+        packed(self.work, [file], self.out, "decoder")
+        said(f"{loop.step} steps, {loop.seen} pictures from {pool.count}, {autoencoder.psnr(vae, self.fresh.array):.2f} dB")
 
     def judge(self, turn: Turn, compiled: bool) -> None:
         """Its weights and tokenizer; thresholds and figures are made later, on any processor."""
-        self._begin()
+        begin()
         folder = self.work / "clip"
-        loop = judge.train(self.source, self.words, self.labelled, folder, self.work, minutes=turn.minutes, device=self.device,
+        loop = judge.train(self.named, self.words, self.labelled, folder, self.work, minutes=turn.minutes, device=self.device,
                            size=self.sizes.judge, asked=10**6, limit=self.sizes.labelled, compiled=compiled, ended=turn.trained)  # fmt: skip
-        _said(f"{loop.step} steps, {loop.seen} pictures")
-        self._pack(folder.iterdir(), "clip")
+        packed(self.work, folder.iterdir(), self.out, "clip")
+        said(f"{loop.step} steps, {loop.seen} pictures")
 
     def flux(self, turn: Turn, settings: flux.Settings) -> None:
         """The second base; its autoencoder is the first's, so only the configuration of that is packed."""
-        self._begin()
+        begin()
         vae = AutoencoderKL.from_pretrained(self.base / "vae", dtype=torch.float32).to(self.device)
-        pictures, _ = batch(self.world, flux.UNSEEN, min(512, self.sizes.scenes))
         with torch.no_grad():
-            parts = torch.as_tensor(pictures).to(self.device).split(64)
+            parts = torch.as_tensor(self.unseen.array).to(self.device).split(64)
             flux.settle(vae, torch.cat([vae.encode(autoencoder.tensor(part)).latent_dist.mean for part in parts]))
         model = flux.train(self.scenes, vae, self.clip, self.t5, self.base, self.work, minutes=turn.minutes, device=self.device,
                            settings=settings, limit=self.sizes.scenes)  # fmt: skip
@@ -95,19 +74,45 @@ class Stages:
         folder = self.work / "flux"
         export.export_flux(model.cpu(), vae.cpu(), self.clip, self.t5, folder)
         whole = [path for path in folder.rglob("*") if path.is_file()]
-        self._pack([path for path in whole if path.parent.name != "vae" or path.suffix == ".json"], "flux")
-
-    def _begin(self) -> None:
-        torch.manual_seed(0)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-
-    def _pack(self, paths: Any, name: str) -> None:
-        parts = parcel.pack(self.work, paths, self.out, name)
-        _said(f"packed {', '.join(f'{part.name} ({part.stat().st_size / 2**20:.1f} MiB)' for part in parts)}")
-        if self.device.type == "cuda":
-            _said(f"at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        packed(self.work, [path for path in whole if path.parent.name != "vae" or path.suffix == ".json"], self.out, "flux")
 
 
-def _said(text: str) -> None:
+@dataclass(frozen=True)
+class Taught:
+    """One group of LoRAs and its scenes. second: on the second base, which is in the work folder by then."""
+
+    base: Path
+    out: Path
+    work: Path
+    device: torch.device
+    group: loras.Group
+    scenes: Mapping[str, tuple[Shared, list[str]]]
+    second: bool = False
+
+    def run(self, turn: Turn, _: object) -> None:
+        begin()
+        pipe = FluxPipeline.from_pretrained(self.work / "flux", dtype=torch.float32) if self.second else \
+            StableDiffusionPipeline.from_pretrained(self.base)  # fmt: skip
+        files = self.work / ("flux-loras" if self.second else "loras")
+        loras.learn(pipe.to(self.device), self.group, {name: (held.array, prompts) for name, (held, prompts) in self.scenes.items()},
+                    files, self.work, minutes=turn.minutes, base="pocket-flux" if self.second else "pocket", report=said)  # fmt: skip
+        turn.trained()
+        packed(self.work, [files / f"{loras.stem(one)}.safetensors" for one in self.group.names], self.out,
+               files.name if self.second else f"loras-{self.group.plan.steps}")  # fmt: skip
+
+
+def begin() -> None:
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+
+
+def packed(work: Path, paths: Iterable[Path], out: Path, name: str) -> None:
+    parts = parcel.pack(work, paths, out, name)
+    said(f"packed {', '.join(f'{part.name} ({part.stat().st_size / 2**20:.1f} MiB)' for part in parts)}")
+    if torch.cuda.is_available():
+        said(f"at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def said(text: str) -> None:
     print(time.strftime("%X"), text, flush=True)

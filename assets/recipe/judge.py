@@ -27,7 +27,7 @@ from composition.training.attention import plain_attention
 
 from .autoencoder import tensor
 from .drawing import Pool, Stock
-from .labelled import ALSO, TEST, Labelled, Source, phrase
+from .labelled import ALSO, TEST, Labelled, Named, Source, phrase
 from .loop import Loop, Minutes
 
 __all__ = ["ALSO", "TEST", "Labelled", "Source", "phrase"]
@@ -129,7 +129,7 @@ def answers(labels: torch.Tensor, names: int) -> Answers:
     return Answers(held[:, :names], place, style, said.bool(), labels[:, MOST + 3 :])
 
 
-def labels(source: Source, words: PreTrainedTokenizerFast, scenes: Sequence[Labelled]) -> np.ndarray:
+def labels(source: Named, words: PreTrainedTokenizerFast, scenes: Sequence[Labelled]) -> np.ndarray:
     """(B, MOST + 3 + LENGTH) int16: numbers of the names, place, style, whether the caption says the place, and its tokens."""
     rows = np.full((len(scenes), MOST), len(source.names), np.int16)
     for row, scene in zip(rows, scenes, strict=True):
@@ -148,7 +148,7 @@ def ids(words: PreTrainedTokenizerFast, texts: Sequence[str]) -> torch.Tensor:
 class Questions:
     """The token ids of everything that is always asked: names in two forms of words, places and styles."""
 
-    def __init__(self, source: Source, words: PreTrainedTokenizerFast, device: torch.device, asked: int = NAMES):
+    def __init__(self, source: Named, words: PreTrainedTokenizerFast, device: torch.device, asked: int = NAMES):
         """asked: names in a batch; as many as there are, or more, for all of them."""
         called = [phrase("object", n) for n in source.names]
         self.forms = [ids(words, called).to(device)] * 2 + [ids(words, [f"a picture of {one}" for one in called]).to(device)]
@@ -194,7 +194,7 @@ def stock(source: Source, words: PreTrainedTokenizerFast, first: int, **sizes: i
 
     def draw(start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         scenes = [source.scene(start + i) for i in range(count)]
-        return np.stack([s.picture for s in scenes]), labels(source, words, scenes)
+        return np.stack([s.picture for s in scenes]), labels(source.named, words, scenes)
 
     return Stock(draw, first=first, **sizes)
 
@@ -206,7 +206,7 @@ def vocabulary(source: Source) -> PreTrainedTokenizerFast:
     return build_tokenizer(texts)
 
 
-def train(source: Source, words: PreTrainedTokenizerFast, stock: Stock, folder: Path, work: Path, *, minutes: Minutes,
+def train(source: Named, words: PreTrainedTokenizerFast, stock: Stock, folder: Path, work: Path, *, minutes: Minutes,
           device: torch.device, size: int = 128, asked: int = NAMES, limit: int = 16_384, compiled: bool = True,
           ended: Callable[[], None] = lambda: None) -> Loop:  # fmt: skip
     """Train or resume from ``work/judge.pt``, and write the open-clip folder. limit: pictures kept on the device. ended: called

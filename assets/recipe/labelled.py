@@ -48,6 +48,14 @@ def further_names(art: str | Path) -> dict[str, str]:
     return names
 
 
+class Named(NamedTuple):
+    """What scenes may hold, in the order in which it is numbered."""
+
+    names: list[str]
+    places: list[str]
+    styles: list[str]
+
+
 class Source:
     """Labelled scenes by number: three of four of the world and what is held out, the others of everything."""
 
@@ -59,6 +67,10 @@ class Source:
         self.own, self.further = list(OBJECTS)[:objects], list(more)
         self.names = [*self.own, *HELD_OBJECTS, *WORN, *self.further]
         self.places, self.styles = [*self.world.places, *HELD_PLACES], list(STYLES)
+
+    @property
+    def named(self) -> Named:
+        return Named(self.names, self.places, self.styles)
 
     def scene(self, seed: int, **fixed) -> Labelled:
         """``fixed``: subject, place, count, wears, vendor as a World's scene takes them, and style ("" for none)."""

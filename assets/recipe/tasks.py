@@ -1,4 +1,7 @@
-"""Trainings that take turns on one GPU, each in a process of its own: one gets ready while another trains, and each fails alone."""
+"""Trainings that take turns on one GPU, each in a process of its own: one gets ready while another trains, and each fails alone.
+
+The processes are spawned, not forked: importing the libraries is enough for a forked one to be refused the GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from .drawing import FORK
+from .drawing import Shared
 
+SPAWN = get_context("spawn")
 STARTING, READY, TRAINING, TRAINED = range(4)
 GRACE = 25.0  # seconds that a task may take to write its files when its turn is over
 LAST = 12.0  # and when all time is over
@@ -24,20 +30,27 @@ class Turn:
     """What a task is given: its `minutes` are asked for when all is ready, and wait for the others; then it says `trained`."""
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self.state, self.until = FORK.Value("b", STARTING), FORK.Value("d", 0.0)
+        self.threads, self.held = threads, Shared((2,), np.dtype(np.float64))
+
+    @property
+    def state(self) -> int:
+        return int(self.held.array[0])
+
+    def give(self, until: float) -> None:
+        """Let it train until this moment."""
+        self.held.array[1] = until
 
     def minutes(self) -> float:
         """Wait for the turn; how long it lasts."""
-        self.state.value = READY
-        print(f"ready at {time.strftime('%X')}", flush=True)
-        while not self.until.value:
+        self.held.array[0] = READY
+        print(f"{time.strftime('%X')} ready", flush=True)
+        while not self.held.array[1]:
             time.sleep(0.02)
-        self.state.value = TRAINING
-        return max(0.0, self.until.value - time.time()) / 60
+        self.held.array[0] = TRAINING
+        return max(0.0, self.held.array[1] - time.time()) / 60
 
     def trained(self) -> None:
-        self.state.value = TRAINED
+        self.held.array[0] = TRAINED
 
 
 class Task:
@@ -55,7 +68,7 @@ class Task:
     def start(self, log: Path, threads: int) -> None:
         """In a process of its own, whose output goes to the log."""
         self.turn, setting = Turn(threads), self.settings.pop(0)
-        self.process = FORK.Process(target=_work, args=(self.run, self.turn, setting, log))
+        self.process = SPAWN.Process(target=_work, args=(self.run, self.turn, setting, log))
         self.process.start()
         print(f"{time.strftime('%X')} {self.name}: started{'' if setting is None else f' with {setting}'}", flush=True)
 
@@ -75,7 +88,7 @@ class Task:
             end = self.end
             self.start(log, threads)
             if end:  # its turn is not over
-                self.turn.until.value = end
+                self.turn.give(end)
         else:
             self.failed = True
         print(f"{time.strftime('%X')} {self.name}: {'done' if self.done else 'failed' if self.failed else 'once more'}", flush=True)
@@ -91,7 +104,7 @@ class Task:
 
     @property
     def state(self) -> int:
-        return TRAINED if self.done or self.failed else self.turn.state.value if self.turn else STARTING
+        return TRAINED if self.done or self.failed else self.turn.state if self.turn else STARTING
 
 
 def _work(run: Callable[[Turn, Any], None], turn: Turn, setting: Any, log: Path) -> None:
@@ -119,7 +132,8 @@ def _next(turns: Sequence[Sequence[Task]], until: float) -> None:
     end = time.time() + (until - time.time()) * turn[0].share / sum(one[0].share for one in turns)
     for task in turn:
         if task.state == READY:
-            task.end = task.turn.until.value = end
+            task.end = end
+            task.turn.give(end)
             print(f"{time.strftime('%X')} {task.name}: trains for {end - time.time():.0f} s", flush=True)
 
 
