@@ -31,6 +31,7 @@ class Gates:
     def __init__(self, factors: Float[Tensor, "blocks K"]) -> None:
         self.factors = factors  # what Lora.blocks says, per block
         self._known = factors.cpu()  # the same where it can be read without waiting for the device
+        self._ones = bool((self._known == 1).all())
         self.mode: Mode = "off"
         self.only = 0
         self.rows = 1
@@ -105,7 +106,7 @@ class Gates:
 
         Raises ValueError when blocks have factors, which take a buffer.
         """
-        if not bool((self._known == 1).all()):
+        if not self._ones:
             raise ValueError("adapters in turn are all at weight 1, in every block")
         self.runs, self.rows = tuple(range(self.count)), size * self.count
         self.plain = self.even = True

@@ -114,7 +114,8 @@ class UNetBackbone(Stock):
         """SDXL's micro-conditioning: original size, crop corner, target size, as (height, width) in pixels."""
         factor = self.pipeline.vae_scale_factor
         height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
-        return latents.new_tensor([[height, width, 0, 0, height, width]]).expand(rows, -1)
+        # Filled there: a list of numbers would be copied from here, and whoever copies waits for all that the device has to do.
+        return torch.cat([latents.new_full((rows, 1), side) for side in (height, width, 0, 0, height, width)], 1)
 
     def axis(self, layer: str) -> Axis:
         if _NONE.search(layer):

@@ -1,5 +1,6 @@
 """What a training step costs: as many operations for sixteen adapters as for two, and nobody waited for."""
 
+import functools
 import threading
 from dataclasses import replace
 
@@ -36,7 +37,7 @@ class Counted(TorchDispatchMode):
 
 
 def one_step(count, plan, make):
-    """The operations of one whole step (rows, prompts, forward, backward, update) of so many adapters."""
+    """The operations of one whole step of so many adapters: of its rows and prompts; of forward, backward and update."""
     backbone, adapters = toy(torch.float32, make)
     concepts = [concept(f"c{k}", k, dtype=torch.float32) for k in range(count)]
     layers = choose(backbone.components, plan.targets)
@@ -47,11 +48,11 @@ def one_step(count, plan, make):
             state, rows = State(factors, concepts, plan), Batches(backbone, adapters, concepts, plan)
             learn = Learning(backbone, adapters, plan)
             state.advance(learn(rows.draw(0)))  # the optimiser's moments exist from the second step on
-            with Counted() as counted:
+            with Counted() as drawing:
                 batch = rows.draw(1)
-                losses = learn(batch)
-                state.advance(losses)
-            return counted.seen
+            with Counted() as learning:
+                state.advance(learn(batch))
+            return drawing.seen, learning.seen
     finally:
         adapters.close()
 
@@ -64,7 +65,9 @@ def test_a_step_is_as_many_operations_for_sixteen_as_for_two(make, extra):
     plan = Plan(rank=2, steps=4, batch=2, **extra)
     two, sixteen = (one_step(count, plan, make) for count in (2, 16))
     assert two == sixteen
-    assert sum(two.values()) > 100
+    assert sum(two[1].values()) > 100
+    # What reads a number, or makes a tensor as long as numbers say, waits for the device.
+    assert not [name for name in two[1] if any(word in name for word in ("_local_scalar", "nonzero", "equal", "unique", "masked_select"))]
 
 
 def test_an_update_is_a_handful_of_operations_whatever_the_layers():
@@ -223,9 +226,12 @@ def test_a_quantised_layer_is_trained_by_its_declared_sizes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True])
-def test_compiled_learns_the_same(tmp_path, half):
+def test_compiled_learns_the_same(tmp_path, monkeypatch, half):
+    """By the compiler's own kernels of operations: generating code for a processor takes many minutes, and is not ours."""
     from jaxtyping import config
 
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     config.update("jaxtyping_disable", True)  # the check of shapes is no part of what is compiled
     seen = {}
     try:
@@ -240,4 +246,6 @@ def test_compiled_learns_the_same(tmp_path, half):
             adapters.close()
     finally:
         config.update("jaxtyping_disable", False)
+    found = torch._dynamo.utils.counters
+    assert found["stats"]["unique_graphs"] == 1 and not found["graph_break"]
     torch.testing.assert_close(torch.tensor(seen[True]), torch.tensor(seen[False]), rtol=2e-2 if half else 1e-4, atol=0)
