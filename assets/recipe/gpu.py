@@ -42,6 +42,7 @@ class Sizes(NamedTuple):
     taught: int = 768
     fresh: int = 512
     variants: int = 160
+    trial: int = loras.TRIAL
     chunk: int = 256
     flux: tuple[flux.Settings, ...] = (
         flux.Settings(768), flux.Settings(768, half_text=False), flux.Settings(256, half_text=False, library="cublaslt"),
@@ -50,7 +51,7 @@ class Sizes(NamedTuple):
     )  # fmt: skip
 
 
-TINY = Sizes(2, 8, 64, 64, 64, 8, 8, 2, 16, (flux.Settings(4, compiled=False),))
+TINY = Sizes(2, 8, 64, 64, 64, 8, 8, 2, 2, 16, (flux.Settings(4, compiled=False),))
 
 
 def arguments() -> argparse.Namespace:
@@ -102,7 +103,7 @@ def train(given: argparse.Namespace, sizes: Sizes, until: float) -> None:
     last = loras.Group(tuple(name for name in names if name in loras.FLUX), second)
     common = (given.base, given.out, given.work, torch.device(given.device))
     held = {name: (Shared.of(pictures), prompts) for name, (pictures, prompts) in taught.items()}
-    groups = [Taught(*common, group, {name: held[name] for name in group.names}) for group in loras.groups(names, plan, 24)]
+    groups = [Taught(*common, group, {name: held[name] for name in group.names}, trial=sizes.trial) for group in loras.groups(names, plan, 24)]
     chosen = given.only.split(",")
     first = [Task("loras" if number == 0 else "loras-longer", group.run, SHARES["loras"], (None, None), beside=number > 0)
              for number, group in enumerate(groups) if "loras" in chosen]  # fmt: skip
@@ -124,7 +125,7 @@ def train(given: argparse.Namespace, sizes: Sizes, until: float) -> None:
         eager = (False,) if given.tiny else EAGER
         fluxed = Task("flux", stages.flux, SHARES["flux"], sizes.flux)
         rest = [Task("polish", stages.polish, SHARES["polish"], eager), fluxed, Task("judge", stages.judge, SHARES["judge"], eager),
-                Task("flux-loras", Taught(*common, last, {name: held[name] for name in last.names}, True).run, SHARES["flux-loras"],
+                Task("flux-loras", Taught(*common, last, {name: held[name] for name in last.names}, True, sizes.trial).run, SHARES["flux-loras"],
                      (None, None), after=[fluxed])]  # fmt: skip
         tasks.take_turns([*first, *(task for task in rest if task.name in chosen)], until, given.work, threads=threads,
                          tick=Logs(given.work, given.out))  # fmt: skip

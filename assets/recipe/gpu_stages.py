@@ -88,6 +88,7 @@ class Taught:
     group: loras.Group
     scenes: Mapping[str, tuple[Shared, list[str]]]
     second: bool = False
+    trial: int = loras.TRIAL
 
     def run(self, turn: Turn, _: object) -> None:
         begin()
@@ -95,7 +96,7 @@ class Taught:
             StableDiffusionPipeline.from_pretrained(self.base)  # fmt: skip
         files = self.work / ("flux-loras" if self.second else "loras")
         loras.learn(pipe.to(self.device), self.group, {name: (held.array, prompts) for name, (held, prompts) in self.scenes.items()},
-                    files, self.work, minutes=turn.minutes, base="pocket-flux" if self.second else "pocket", report=said)  # fmt: skip
+                    files, self.work, minutes=turn.minutes, trial=self.trial, base="pocket-flux" if self.second else "pocket", report=said)  # fmt: skip
         turn.trained()
         packed(self.work, [files / f"{loras.stem(one)}.safetensors" for one in self.group.names], self.out,
                files.name if self.second else f"loras-{self.group.plan.steps}")  # fmt: skip

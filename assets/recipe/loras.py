@@ -123,10 +123,12 @@ def make(pipe, world: World, names: Sequence[str], folder: Path, work: Path, *, 
 
 
 def learn(pipe, group: Group, scenes: Mapping[str, tuple[np.ndarray, list[str]]], folder: Path, work: Path, *,
-          minutes: Callable[[], float] | None = None, report: Callable[[str], None] = print, base: str = "pocket") -> None:  # fmt: skip
+          minutes: Callable[[], float] | None = None, trial: int = TRIAL, report: Callable[[str], None] = print,
+          base: str = "pocket") -> None:  # fmt: skip
     """Train one group on this base.
 
-    minutes: says, when training could begin, how much time there is; the plan is then cut to the steps that fit in it.
+    minutes: says, when training could begin, how much time there is; the plan is then cut to the steps that fit in it, as measured on
+    so many steps of a trial.
     """
     backbone = backbones.of(pipe, opening.family(pipe))
     adapters = Adapters(backbone.components, family=backbone.family, block=backbone.block)
@@ -143,9 +145,9 @@ def learn(pipe, group: Group, scenes: Mapping[str, tuple[np.ndarray, list[str]]]
 
     try:
         if minutes is not None:
-            _pace(backbone, adapters, concepts, plan, folder)  # whatever fails or compiles does so before its time begins
+            _pace(backbone, adapters, concepts, plan, folder, trial)  # whatever fails or compiles does so before its time begins
             until = time.monotonic() + 60 * minutes()
-            pace = _pace(backbone, adapters, concepts, plan, folder)
+            pace = _pace(backbone, adapters, concepts, plan, folder, trial)
             plan = replace(plan, steps=max(1, min(plan.steps, int(MARGIN * (until - time.monotonic()) / pace))))
             report(f"{said}: {1000 * pace:.0f} ms a step, {plan.steps} steps")
         checkpoint = work / f"lora-{'-'.join(map(stem, group.names))[:100]}.pt" if minutes is None else None
@@ -161,17 +163,17 @@ def _metadata(name: str, base: str) -> dict[str, str]:
     return {"title": told.title, "category": told.category, "trigger_words": told.triggers, "base": base, "recipe": RECIPE}
 
 
-def _pace(backbone: Backbone, adapters: Adapters, concepts: Sequence[Concept], plan: Plan, folder: Path) -> float:
+def _pace(backbone: Backbone, adapters: Adapters, concepts: Sequence[Concept], plan: Plan, folder: Path, trial: int) -> float:
     """Seconds of a step, by a training that is stopped after a few and writes nothing."""
     times: list[float] = []
 
     def heard(step: int, loss: Mapping[str, float]) -> None:
-        if step in (TRIAL // 2, TRIAL):
+        if step in (trial // 2, trial):
             sum(loss.values())  # waits for the device
             times.append(time.monotonic())
 
-    train(backbone, adapters, concepts, replace(plan, steps=2 * TRIAL), folder, on_step=heard, stop=lambda: len(times) == 2)
-    return (times[1] - times[0]) / (TRIAL - TRIAL // 2)
+    train(backbone, adapters, concepts, replace(plan, steps=2 * trial), folder, on_step=heard, stop=lambda: len(times) == 2)
+    return (times[1] - times[0]) / (trial - trial // 2)
 
 
 def profiled(pipe, names: Sequence[str], folder: Path, keep: Path, report: Callable[[str], None] = print, base: str = "pocket") -> None:
