@@ -1,7 +1,7 @@
 """The base stage: text encoder and denoiser trained together on settled latents, v-prediction.
 
-Latents are encoded once into a pool whose oldest part is replaced after every round, so the denoiser sees a scene a few
-times and then never again.
+Scenes are encoded once into a pool whose oldest give way to new ones, so the denoiser sees a scene a few times and then never
+again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -19,13 +20,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from composition.training.attention import plain_attention
 
-from .autoencoder import tensor
-from .loop import Loop
+from .autoencoder import encoded
+from .drawing import Pool, Stock, drawn_ahead
+from .loop import Loop, Minutes, joined
 from .tokenizer import LENGTH, ids
 from .world import World, batch
 
 APART = 10**8  # scene numbers between two processes that train together
 EMPTY = 0.1  # share of captions replaced by nothing, for guidance
+BLOCKS = (96, 192)  # widths of the denoiser's levels
 CENTRE, WIDTH = 0.0, 1.1  # ln sigma of the noise trained on: normal, besides a tenth spread evenly over the steps
 
 
@@ -44,13 +47,13 @@ def build_text(tokenizer: CLIPTokenizer, width: int = 192, layers: int = 2) -> C
     ))  # fmt: skip
 
 
-def build_unet(channels: int, side: int, text_width: int, blocks: tuple[int, ...] = (64, 160)) -> UNet2DConditionModel:
-    """Attention at every level but the finest, whose positions are many; heads of 32; residual blocks begin as the identity."""
-    count = len(blocks)
+def build_unet(channels: int, side: int, text_width: int, blocks: tuple[int, ...] = BLOCKS, fine: bool = True) -> UNet2DConditionModel:
+    """Attention at every level; not ``fine``: at every one but the finest. Heads of 32; residual blocks begin as the identity."""
+    rest, finest = len(blocks) - 1, ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D") if fine else ("DownBlock2D", "UpBlock2D")
     unet = UNet2DConditionModel(
         sample_size=side, in_channels=channels, out_channels=channels, block_out_channels=blocks, layers_per_block=1,
-        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * (count - 1)),
-        up_block_types=(*("CrossAttnUpBlock2D",) * (count - 1), "UpBlock2D"),
+        down_block_types=(finest[0], *("CrossAttnDownBlock2D",) * rest),
+        up_block_types=(*("CrossAttnUpBlock2D",) * rest, finest[1]),
         cross_attention_dim=text_width, attention_head_dim=tuple(b // 32 for b in blocks), norm_num_groups=16,
         use_linear_projection=True,
     )  # fmt: skip
@@ -74,39 +77,26 @@ class Denoiser(nn.Module):
         self.unet, self.text = unet, text
 
 
-class Pool:
-    """Scenes encoded with the frozen autoencoder: latents (n, C, h, w) half precision and what ``read`` makes of captions (n, L)."""
+def stock(world: World, read: Callable[[list[str]], torch.Tensor], first: int, **sizes: int | None) -> Stock:
+    """Scenes of the world: pictures (size, size, 3) uint8, and what ``read`` makes of their captions, (L,) int16."""
 
-    def __init__(self, world: World, vae: AutoencoderKL, read: Callable[[list[str]], torch.Tensor], *, first: int, limit: int = 98_304):
-        self.world, self.vae, self.read, self.next, self.limit = world, vae, read, first, limit
-        self.latents: list[torch.Tensor] = []
-        self.tokens: list[torch.Tensor] = []
+    def draw(start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        pictures, captions = batch(world, start, count)
+        return pictures, read(captions).numpy().astype(np.int16)
 
-    @torch.no_grad()
-    def add(self, count: int, part: int = 256) -> None:
-        """Encode ``count`` new scenes; beyond the limit the oldest go."""
-        for _ in range(0, count, part):
-            pictures, captions = batch(self.world, self.next, part)
-            x = tensor(pictures).to(self.vae.device, memory_format=torch.channels_last)
-            with torch.autocast(x.device.type, torch.bfloat16):
-                z = self.vae.encode(x).latent_dist.mean
-            self.latents.append(z.half().contiguous())
-            self.tokens.append(self.read(captions).to(x.device))
-            self.next += part
-        while len(self.latents) * part > self.limit:
-            del self.latents[0], self.tokens[0]
+    return Stock(draw, first=first, **sizes)
 
-    def batches(self, size: int, start: int, refresh: int, rounds: int = 512) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Endless (latents, tokens), ``rounds`` batches between refreshes."""
-        self.add(start)
-        empty = self.read([""]).to(self.vae.device)
-        while True:
-            latents, tokens = torch.cat(self.latents), torch.cat(self.tokens)
-            for _ in range(rounds):
-                pick = torch.randint(len(latents), (size,), device=latents.device)
-                dropped = torch.rand(size, 1, device=latents.device) < EMPTY
-                yield latents[pick].float(), torch.where(dropped, empty, tokens[pick])
-            self.add(refresh)
+
+def latents_pool(stock: Stock, vae: AutoencoderKL, device: torch.device, limit: int = 98_304) -> Pool:
+    """Latents (n, C, h, w) in half precision and tokens (n, L) of the stock's scenes."""
+    return Pool(stock, device, limit=limit, enter=lambda pictures, tokens: (encoded(vae, pictures), tokens))
+
+
+def unsaid(batches: Iterator[tuple[torch.Tensor, ...]], empty: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same (latents (B, C, h, w), tokens (B, L)) with a share of the captions replaced by ``empty`` (1, L)."""
+    for latents, tokens in batches:
+        dropped = torch.rand(len(tokens), 1, device=tokens.device) < EMPTY
+        yield latents.float(), torch.where(dropped, empty, tokens.long())
 
 
 class Noise:
@@ -133,51 +123,51 @@ def predict(unet: UNet2DConditionModel, noisy, t, hidden) -> torch.Tensor:
     return unet(noisy, t, hidden, return_dict=False)[0]
 
 
-def train(world: World, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, *, minutes: float, device: torch.device,
-          size: int = 64, average: float = 0.998,
-          blocks: tuple[int, ...] = (64, 160), start: int = 24_576, refresh: int = 4_096,
-          begin: Path | None = None) -> Denoiser:  # fmt: skip
+def train(world: World, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, *, minutes: Minutes, device: torch.device,
+          size: int = 64, average: float = 0.998, blocks: tuple[int, ...] = BLOCKS, fine: bool = True, begin: Path | None = None,
+          workers: int = 0, compiled: bool = True) -> Denoiser:  # fmt: skip
     """Train or resume; the checkpoint is ``work/base.pt``. Returns the averaged weights.
 
     begin: a Pocket folder whose text encoder a new training begins with, in place of a random one.
     """
-    vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    model = build(vae, tokenizer, blocks)
+    model, read = build(vae, tokenizer, blocks, fine), partial(ids, tokenizer)
     if begin is not None:
         held = CLIPTextModel.from_pretrained(begin / "text_encoder", dtype=torch.float32)
         model.text.load_state_dict(held.state_dict())
-    model.to(device)
-    model.unet.to(memory_format=torch.channels_last)
-    loop = Loop(model, work / "base.pt", minutes=minutes, peak=1.5e-3, cool=0.35, average=average, hidden=hidden)
-    pool = Pool(world, vae, partial(ids, tokenizer), first=loop.seen + loop.rank * APART)
-    noise = Noise(device)
-    compiled = torch.compile(predict, dynamic=False)
+    scenes = stock(world, read, first=Loop.reached(work / "base.pt") + joined()[0] * APART)
+    with drawn_ahead([scenes], workers), plain_attention(device, model.unet.config.sample_size**2):
+        model.to(device)
+        model.unet.to(memory_format=torch.channels_last)
+        vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        loop = Loop(model, work / "base.pt", minutes=minutes, peak=1.5e-3, cool=0.35, average=average, hidden=hidden)
+        noise, call = Noise(device), torch.compile(predict, dynamic=False) if compiled else predict
 
-    def loss_of(latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        t = noise.steps(len(latents))
-        noisy, v = noise.mix(latents, t)
-        noisy = noisy.to(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
-            hidden = model.text(tokens).last_hidden_state
-            guess = compiled(model.unet, noisy, t, hidden)
-        return F.mse_loss(guess.float(), v)
+        def loss_of(latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            t = noise.steps(len(latents))
+            noisy, v = noise.mix(latents, t)
+            noisy = noisy.to(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden = model.text(tokens).last_hidden_state
+                guess = call(model.unet, noisy, t, hidden)
+            return F.mse_loss(guess.float(), v)
 
-    with plain_attention(device, model.unet.config.sample_size**2):
-        loop.run(pool.batches(size, start, refresh), loss_of)
+        pool = latents_pool(scenes, vae, device)
+        loop.run(unsaid(pool.batches(size), read([""]).to(device)), loss_of)
     loop.averaged().__enter__()
     return model
 
 
-def build(vae: AutoencoderKL, tokenizer: CLIPTokenizer, blocks: tuple[int, ...]) -> Denoiser:
+def build(vae: AutoencoderKL, tokenizer: CLIPTokenizer, blocks: tuple[int, ...] = BLOCKS, fine: bool = True) -> Denoiser:
     """Untrained, of the autoencoder's latent size."""
     text = build_text(tokenizer)
     side = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
-    return Denoiser(build_unet(vae.config.latent_channels, side, text.config.hidden_size, blocks), text)
+    return Denoiser(build_unet(vae.config.latent_channels, side, text.config.hidden_size, blocks, fine), text)
 
 
-def trained(vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, blocks: tuple[int, ...]) -> tuple[Denoiser, dict]:
+def trained(vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, blocks: tuple[int, ...] = BLOCKS,
+            fine: bool = True) -> tuple[Denoiser, dict]:  # fmt: skip
     """The averaged weights of the checkpoint, while training goes on elsewhere, and what it says of its cost."""
-    model = build(vae, tokenizer, blocks)
+    model = build(vae, tokenizer, blocks, fine)
     held = torch.load(work / "base.pt", map_location="cpu", weights_only=True)
     with torch.no_grad():
         for weight, value in zip([p for p in model.parameters() if p.requires_grad], held["smooth"], strict=True):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from retrieval.judge import CONFUSION, Judge
 
-from .judge import TEST, Labelled, Source, phrase
+from .labelled import TEST, Labelled, Source, phrase
 from .loras import TOLD
 from .objects import CHARACTERS, THINGS, article
 from .presence import alone, holds, known, pictures
@@ -69,9 +69,9 @@ def _drawn(source: Source, names: list[str], seed: int) -> Image.Image:
     return Image.fromarray(source.world.scene(seed, names=names, place=place).picture)
 
 
-def settle(folder: Path, art: str | Path, pixels: int = 64, *, each: int = 200) -> dict[str, Any]:
+def settle(folder: Path, source: Source, *, each: int = 200) -> dict:
     """Write confusion.json into the judge's folder."""
-    source, judge = Source(art, pixels), Judge.open(str(folder))
+    judge = Judge.open(str(folder))
     table = matrix(judge, source, each) | {"leakage": leakage(judge, source, each)}
     rows = ",\n  ".join(json.dumps(row) for row in table["rows"])
     rest = {key: value for key, value in table.items() if key != "rows"}

@@ -16,12 +16,15 @@ from .flux import Flow
 
 
 def export(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write ``folder``; weights are rounded to half precision here, the models given are changed so."""
+    """Write ``folder``; weights are rounded to half precision here, the models given are changed so.
+
+    The denoiser is cut into files of at most 15 MB.
+    """
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=model.text, tokenizer=tokenizer, unet=model.unet, scheduler=scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    pipe.to(torch.float16).save_pretrained(folder)
+    pipe.to(torch.float16).save_pretrained(folder, max_shard_size="15MB")
     settle_text(folder / "text_encoder")
     tidy(folder)
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +27,9 @@ from composition.training.attention import plain_attention
 
 from . import base, unigram
 from . import tokenizer as clip_words
-from .base import APART, Pool, build_text
-from .loop import Loop
-from .world import World
+from .base import build_text, latents_pool, unsaid
+from .drawing import Stock
+from .loop import Loop, Minutes
 
 SHORT = 20  # T5 tokens that every caption of this world fits in
 PADDED = ((20, 0.5), (28, 0.2), (40, 0.14), (64, 0.12), (128, 0.03), (512, 0.01))  # padded lengths and their share of batches
@@ -72,7 +74,7 @@ def build_t5(tokenizer: T5Tokenizer, width: int = 192, layers: int = 2) -> T5Enc
     ))  # fmt: skip
 
 
-def build_transformer(channels: int, text: int, pooled: int, *, width: int = 256, double: int = 3, single: int = 5) -> FluxTransformer2DModel:
+def build_transformer(channels: int, text: int, pooled: int, *, width: int = 256, double: int = 2, single: int = 6) -> FluxTransformer2DModel:
     """Every block begins as the identity: its modulation starts at nothing, so its gates are zero."""
     model = FluxTransformer2DModel(
         patch_size=1, in_channels=4 * channels, num_layers=double, num_single_layers=single, attention_head_dim=HEAD,
@@ -124,7 +126,8 @@ def lengths(rng: random.Random) -> Iterator[int]:
 class Teacher:
     """The first base, frozen: what it believes the velocity to be at the noisy latents that the second is shown."""
 
-    def __init__(self, folder: Path, vae: AutoencoderKL, device: torch.device, compiled: bool = False):
+    def __init__(self, folder: Path, vae: AutoencoderKL, device: torch.device, compiled: int = 0):
+        """compiled: the batch size whose computation is compiled, 0 for none; other sizes are rare."""
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.bfloat16).to(device, memory_format=torch.channels_last)
         self.text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).to(device)
         self.shift, self.scale = vae.config.shift_factor, vae.config.scaling_factor
@@ -132,7 +135,8 @@ class Teacher:
         self.sigma = ((1 - self.kept) / self.kept) ** 0.5  # of the latents as the autoencoder makes them, rising with the step
         for part in (self.unet, self.text):
             part.requires_grad_(False).eval()
-        self.predict = torch.compile(base.predict, dynamic=False) if compiled else base.predict
+        self.predict, self.usual = base.predict, compiled
+        self.quick = torch.compile(base.predict, dynamic=False)
 
     def levels(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Steps of the teacher (B,) int64 and the s (B,) in 0..1 that has the same share of noise."""
@@ -150,7 +154,8 @@ class Teacher:
         a, b = self.kept[steps][:, None, None, None].sqrt(), (1 - self.kept[steps])[:, None, None, None].sqrt()
         mixed = a * latents + b * noise
         words = self.text(tokens).last_hidden_state.bfloat16()
-        v = self.predict(self.unet, mixed.bfloat16().contiguous(memory_format=torch.channels_last), steps, words).float()
+        predict = self.quick if len(latents) == self.usual else self.predict
+        v = predict(self.unet, mixed.bfloat16().contiguous(memory_format=torch.channels_last), steps, words).float()
         return a * v + b * mixed - (a * mixed - b * v - self.shift) * self.scale
 
 
@@ -170,46 +175,89 @@ def velocity(model: FluxTransformer2DModel, noisy, s, states, pooled, image_ids)
     return model(noisy, states, pooled, s, image_ids, ids, return_dict=False)[0]
 
 
-def train(world: World, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, first: Path, work: Path, *, minutes: float,
-          device: torch.device, size: int = 64, average: float = 0.998, start: int = 24_576, refresh: int = 4_096,
-          compiled: bool = True, **shape: int) -> Flow:  # fmt: skip
-    """Train or resume; the checkpoint is ``work/flux.pt``. Returns the averaged weights.
+class Settings(NamedTuple):
+    """How a training step is computed. size: pictures of a batch; half: bfloat16 in the transformer, and in the text encoders with
+    half_text; compiled: the transformer's blocks and the teacher, library: of matrix products on a GPU."""
 
-    vae: with shift and scale in its config (`settle`). first: the folder of the first base, the teacher, whose autoencoder and CLIP
-    tokenizer these are.
-    """
-    vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    model, teacher = build(vae, clip, t5, **shape), Teacher(first, vae, device, compiled)
+    size: int = 64
+    half: bool = True
+    half_text: bool = True
+    compiled: bool = True
+    library: str = ""
+
+
+USUAL = Settings()
+
+
+def pupil(teacher: Teacher, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, **shape: int) -> Flow:
+    """Untrained but for the text encoders: CLIP's weights are the teacher's, T5's embedding says what CLIP says."""
+    model = build(vae, clip, t5, **shape)
     model.text.clip.load_state_dict(teacher.text.state_dict())
     spell(model.text.t5, t5, model.text.clip, clip)
-    model.to(device)
+    return model
+
+
+def reader(clip: CLIPTokenizer, t5: T5Tokenizer) -> Callable[[list[str]], torch.Tensor]:
+    """Captions to the tokens (B, LENGTH + SHORT) that Text is given."""
+    return lambda captions: torch.cat([clip_words.ids(clip, captions), unigram.ids(t5, captions, SHORT)], 1)
+
+
+def train(scenes: Stock, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, first: Path, work: Path, *, minutes: Minutes,
+          device: torch.device, settings: Settings = USUAL, average: float = 0.998, limit: int = 98_304, **shape: int) -> Flow:  # fmt: skip
+    """Train or resume; the checkpoint is ``work/flux.pt``. Returns the averaged weights.
+
+    scenes: pictures and `reader`'s tokens. vae: with shift and scale in its config (`settle`). first: the folder of the first base, the
+    teacher, whose autoencoder and CLIP tokenizer these are. limit: scenes kept on the device.
+    """
+    vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    teacher = Teacher(first, vae, torch.device("cpu"))
+    model = pupil(teacher, vae, clip, t5, **shape).to(device)
+    teacher = Teacher(first, vae, device, settings.size if settings.compiled else 0)
+    if settings.compiled and device.type != "cuda":
+        model.transformer.compile_repeated_blocks(dynamic=False)
     loop = Loop(model, work / "flux.pt", minutes=minutes, peak=1.5e-3, cool=0.35, average=average, hidden=hidden)
-
-    def read(captions: list[str]) -> torch.Tensor:
-        return torch.cat([clip_words.ids(clip, captions), unigram.ids(t5, captions, SHORT)], 1)
-
-    pool = Pool(world, vae, read, first=loop.seen + loop.rank * APART)
     padded = lengths(random.Random(loop.step))
     image_ids = places(vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1), device)
-    call = torch.compile(velocity, dynamic=False) if compiled else velocity
 
-    def loss_of(latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        length = next(padded)
-        part = len(latents) // FEWER.get(length, 1)
+    def loss_of(latents: torch.Tensor, tokens: torch.Tensor, length: int = 0) -> torch.Tensor:
+        length = length or next(padded)
+        part = -(-len(latents) // FEWER.get(length, 1))
         latents, tokens = latents[:part], tokens[:part]
         steps, s = teacher.levels(part)
         noise = torch.randn_like(latents)
         goal = teacher.velocity(latents, noise, steps, tokens[:, : clip_words.LENGTH])
         noisy = torch.lerp((latents - teacher.shift) * teacher.scale, noise, s[:, None, None, None])
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.half and settings.half_text):
             states, pooled = model.text(tokens, length)
-            guess = call(model.transformer, pack(noisy), s, states, pooled, image_ids)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.half):
+            guess = velocity(model.transformer, pack(noisy), s, states, pooled, image_ids)
         return F.mse_loss(guess.float(), pack(goal))
 
-    with plain_attention(device, 2 * len(image_ids)):
-        loop.run(pool.batches(size, start, refresh), loss_of)
+    with plain_attention(device, 2 * len(image_ids)), products(settings.library):
+        pool = latents_pool(scenes, vae, device, limit)
+        batches = unsaid(pool.batches(settings.size), reader(clip, t5)([""]).to(device))
+        if device.type == "cuda":  # what a card cannot do shows before anything is compiled, and every length is compiled ahead
+            loss_of(*next(batches), length=SHORT).backward()
+            if settings.compiled:
+                model.transformer.compile_repeated_blocks(dynamic=False)
+                for length, _ in PADDED:
+                    loss_of(*next(batches), length=length).backward()
+        loop.run(batches, loss_of)
     loop.averaged().__enter__()
     return model
+
+
+@contextmanager
+def products(library: str) -> Iterator[None]:
+    """Context: matrix products on a GPU by this library of NVIDIA's ("cublas", "cublaslt"), as torch chooses when none is named."""
+    before = torch.backends.cuda.preferred_blas_library()
+    try:
+        if library:
+            torch.backends.cuda.preferred_blas_library(library)
+        yield
+    finally:
+        if library:
+            torch.backends.cuda.preferred_blas_library(before)
 
 
 def trained(vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, work: Path, **shape: int) -> tuple[Flow, dict]:

@@ -10,8 +10,7 @@ frozen by the hash in the model card.
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,85 +25,18 @@ from transformers import PreTrainedTokenizerFast
 
 from composition.training.attention import plain_attention
 
-from .loop import Loop
-from .objects import HELD_OBJECTS, OBJECTS, WORN, article
-from .places import HELD_PLACES, PLACES
-from .styles import STYLES
-from .world import ART, World
+from .autoencoder import tensor
+from .drawing import Pool, Stock
+from .labelled import ALSO, TEST, Labelled, Named, Source, phrase
+from .loop import Loop, Minutes
 
-SIDE = 64  # pictures of any size are scaled to this
+__all__ = ["ALSO", "TEST", "Labelled", "Source", "phrase"]
+
+SIDE = 96  # pictures of any size are scaled to this
 LENGTH = 24  # tokens of a text, both ends included
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-GROUPS = (3, 4, 5, 6, 7)  # animals, food, travel, activities, things: of emojibase's groups
 NAMES = 96  # phrases of names that each batch is asked about, those in its pictures first
-ALSO = (*HELD_OBJECTS, *WORN, *HELD_PLACES)
-START, TEST = 6 * 10**9, 7 * 10**9  # scene numbers for its training and for what is measured
-
-
-class Labelled(NamedTuple):
-    """A picture and all that is true of it: names of objects and things worn, place, style ("" for none), caption."""
-
-    picture: np.ndarray  # (size, size, 3) uint8
-    names: frozenset[str]
-    place: str
-    style: str
-    caption: str
-
-
-def further_names(art: str | Path) -> dict[str, str]:
-    """Emoji names and code points beside the world's own: those all vendors draw, one name for one look."""
-    taken = {c: n for n, c in (OBJECTS | HELD_OBJECTS).items()} | {w.code: n for n, w in WORN.items()}
-    names: dict[str, str] = {}
-    for entry in json.loads((Path(art) / "emojibase-data/en/data.json").read_text()):
-        code, label = entry["hexcode"].lower().removesuffix("-fe0f"), entry["label"].lower()
-        plain = label.removesuffix(" face")
-        known = {*taken.values(), *names}
-        if entry.get("group") not in GROUPS or code in taken or {label, plain} & known or "thirty" in label:
-            continue
-        if not label.replace(" ", "").replace("-", "").isalpha() or len(label.split()) > 3 or "moon" in label:
-            continue
-        spelled = [[Path(art) / ART[v].format(s) for s in (code, f"{code}-fe0f")] for v in ART]
-        if all(any(p.is_file() for p in paths) for paths in spelled):
-            names[plain] = code
-    return names
-
-
-class Source:
-    """Labelled scenes by number: three of four of the world and what is held out, the others of everything."""
-
-    def __init__(self, art: str | Path, size: int, *, objects: int = 48, places: int = len(PLACES)):
-        more = further_names(art)
-        common = {"objects": objects, "places": places, "size": size, "vendors": tuple(ART), "also": ALSO}
-        self.world, self.everything = World(art, **common), World(art, more=more, **common)
-        self.own, self.further = list(OBJECTS)[:objects], list(more)
-        self.names = [*self.own, *HELD_OBJECTS, *WORN, *self.further]
-        self.places, self.styles = [*self.world.places, *HELD_PLACES], list(STYLES)
-
-    def scene(self, seed: int, **fixed) -> Labelled:
-        """``fixed``: subject, place, count, wears, vendor as a World's scene takes them, and style ("" for none)."""
-        rng = random.Random(f"judge/{seed}")
-        wide = rng.random() < 0.25
-        world = self.everything if wide else self.world
-        style = fixed.pop("style", rng.choice(self.styles) if rng.random() < 0.2 else "")
-        if not fixed.get("subject"):
-            fixed["subject"] = rng.choice(self.further if wide else list(HELD_OBJECTS) if rng.random() < 0.3 else self.own)
-        if "wears" not in fixed and rng.random() < 0.35:
-            fixed["wears"] = rng.choice(list(WORN))
-        fixed.setdefault("place", rng.choice(self.places))
-        fixed.setdefault("count", rng.choices((1, 2, 3), (0.5, 0.38, 0.12))[0])
-        scene = world.scene(seed, **fixed)
-        picture, caption = scene.picture, scene.caption
-        if style:
-            words, draw = STYLES[style]
-            picture, caption = draw(picture), f"{caption}, {words}"
-        return Labelled(picture, frozenset(thing.name for thing in scene.objects), scene.place, style, caption)
-
-
-def phrase(kind: str, name: str) -> str:
-    """What the judge is asked: "a fox", "on the moon", "ink drawing"."""
-    if kind == "place":
-        return (PLACES | HELD_PLACES)[name][0]
-    return STYLES[name][0] if kind == "style" else article(name)
+MOST = 6  # names that a picture can hold
 
 
 def build_tokenizer(texts: Sequence[str], entries: int = 2048) -> PreTrainedTokenizerFast:
@@ -148,17 +80,20 @@ def build(entries: int) -> nn.Module:
 
 def blurred(x: torch.Tensor) -> torch.Tensor:
     """Generated pictures are softer, noisier and off in colour: (B, 3, size, size) in -1..1 to the judge's SIDE."""
-    b = len(x)
-    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    x = x + (soft - x) * torch.rand(b, 1, 1, 1).mul(1.4).clamp(max=1)
-    gain, shift = 1 + 0.3 * (torch.rand(b, 3, 1, 1) - 0.5), 0.3 * (torch.rand(b, 3, 1, 1) - 0.5)
-    x = x * gain + shift + 0.08 * torch.rand(b, 1, 1, 1) * torch.randn_like(x)
+    b, by = len(x), max(1, x.shape[-1] // 64)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.rand(b, *shape, device=x.device)
+
+    soft = F.avg_pool2d(F.pad(x, (by, by, by, by), mode="replicate"), 2 * by + 1, 1)
+    x = x + (soft - x) * some(1, 1, 1).mul(1.4).clamp(max=1)
+    x = x * (1 + 0.3 * (some(3, 1, 1) - 0.5)) + 0.3 * (some(3, 1, 1) - 0.5) + 0.08 * some(1, 1, 1) * torch.randn_like(x)
     return F.interpolate(x.clamp(-1, 1), (SIDE, SIDE), mode="bicubic", align_corners=False)
 
 
 class Asked(NamedTuple):
     """One batch: pictures (B, 3, SIDE, SIDE), token ids of T texts (T, LENGTH), their truth (B, T): 1, 0, or -1 for no
-    matter, and which of all names each picture holds (B, N)."""
+    matter, and which of all N names each picture holds (B, N)."""
 
     images: torch.Tensor
     ids: torch.Tensor
@@ -174,46 +109,79 @@ class Learner(nn.Module):
         self.model, self.table = model, nn.Parameter(torch.randn(names, dim))
 
 
-def question(source: Source, scenes: Sequence[Labelled], rng: random.Random) -> tuple[list[str], torch.Tensor]:
-    """Texts and the truth of each for each scene: names, every place and style, and the scenes' own captions."""
-    held = sorted({n for s in scenes for n in s.names})
-    asked = (held + rng.sample(source.names, NAMES))[:NAMES]
-    asked = list(dict.fromkeys(asked))
-    form = rng.choice(("{}", "{}", "a picture of {}"))
-    texts = [form.format(phrase("object", n)) for n in asked]
-    truth = [[float(n in s.names) for n in asked] + [float(p == s.place) for p in source.places]
-             + [float(k == s.style) for k in source.styles] for s in scenes]  # fmt: skip
-    texts += [phrase("place", p) for p in source.places] + [phrase("style", k) for k in source.styles]
-    captions = scenes[: len(scenes) // 4]
-    texts += [c.caption for c in captions]
-    for i, row in enumerate(truth):
-        s = scenes[i]
-        for j, c in enumerate(captions):
-            agrees = c.names <= s.names and (c.place == s.place or phrase("place", c.place) not in c.caption)
-            agrees = agrees and c.style in ("", s.style)
-            row.append(1.0 if i == j else -1.0 if agrees else 0.0)
-    return texts, torch.tensor(truth)
+class Answers(NamedTuple):
+    """What is true of B scenes, as numbers in the order of a Source: names held (B, N) bool, place (B,), style (B,) (0 is none),
+    whether the caption says the place (B,) bool, and the caption's tokens (B, LENGTH)."""
+
+    names: torch.Tensor
+    place: torch.Tensor
+    style: torch.Tensor
+    said: torch.Tensor
+    caption: torch.Tensor
 
 
-def questions(source: Source, words: PreTrainedTokenizerFast, size: int, first: int, device: torch.device) -> Iterator[Asked]:
-    """Endless batches never seen before."""
-    while True:
-        rng = random.Random(first)
-        scenes = [source.scene(first + i) for i in range(size)]
-        texts, truth = question(source, scenes, rng)
-        x = torch.from_numpy(np.stack([s.picture for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        ids = words(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
-        names = torch.tensor([[float(n in s.names) for n in source.names] for s in scenes])
-        yield Asked(blurred(x).to(device, memory_format=torch.channels_last), ids.to(device), truth.to(device), names.to(device))
-        first += size
+def answers(labels: torch.Tensor, names: int) -> Answers:
+    """From the rows (B, MOST + 3 + LENGTH) that `labels` makes."""
+    labels = labels.long()
+    held = torch.zeros(len(labels), names + 1, dtype=torch.bool, device=labels.device)
+    held.scatter_(1, labels[:, :MOST], True)  # the number beside the last name stands for no name
+    place, style, said = labels[:, MOST : MOST + 3].unbind(1)
+    return Answers(held[:, :names], place, style, said.bool(), labels[:, MOST + 3 :])
 
 
-def loss_of(learner: Learner, images: torch.Tensor, ids: torch.Tensor, truth: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
+def labels(source: Named, words: PreTrainedTokenizerFast, scenes: Sequence[Labelled]) -> np.ndarray:
+    """(B, MOST + 3 + LENGTH) int16: numbers of the names, place, style, whether the caption says the place, and its tokens."""
+    rows = np.full((len(scenes), MOST), len(source.names), np.int16)
+    for row, scene in zip(rows, scenes, strict=True):
+        held = sorted(source.names.index(name) for name in scene.names)
+        row[: len(held)] = held
+    rest = [[source.places.index(s.place), 1 + source.styles.index(s.style) if s.style else 0, phrase("place", s.place) in s.caption]
+            for s in scenes]  # fmt: skip
+    return np.concatenate([rows, np.array(rest, np.int16), ids(words, [s.caption for s in scenes]).numpy().astype(np.int16)], 1)
+
+
+def ids(words: PreTrainedTokenizerFast, texts: Sequence[str]) -> torch.Tensor:
+    """(T, LENGTH) int64."""
+    return words(list(texts), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+
+
+class Questions:
+    """The token ids of everything that is always asked: names in two forms of words, places and styles."""
+
+    def __init__(self, source: Named, words: PreTrainedTokenizerFast, device: torch.device, asked: int = NAMES):
+        """asked: names in a batch; as many as there are, or more, for all of them."""
+        called = [phrase("object", n) for n in source.names]
+        self.forms = [ids(words, called).to(device)] * 2 + [ids(words, [f"a picture of {one}" for one in called]).to(device)]
+        other = [phrase("place", p) for p in source.places] + [phrase("style", k) for k in source.styles]
+        self.other, self.asked = ids(words, other).to(device), min(asked, len(called))
+        self.places, self.styles = len(source.places), len(source.styles)
+
+    def ask(self, images: torch.Tensor, known: Answers) -> Asked:
+        """The texts of one batch: names, every place and style, and the captions of a quarter of its scenes."""
+        pick = (known.names.any(0) + torch.rand(known.names.shape[1], device=images.device)).topk(self.asked).indices
+        form = self.forms[int(torch.randint(len(self.forms), ()))]
+        count = len(images) // 4
+        truth = torch.cat([known.names[:, pick].float(), F.one_hot(known.place, self.places).float(),
+                           F.one_hot(known.style, self.styles + 1)[:, 1:].float(), agreement(known, count)], 1)  # fmt: skip
+        return Asked(images, torch.cat([form[pick], self.other, known.caption[:count]]), truth, known.names.float())
+
+
+def agreement(known: Answers, count: int) -> torch.Tensor:
+    """Truth of the first ``count`` scenes' captions for every scene, (B, count): 1 of its own, -1 where it holds, else 0."""
+    first = Answers(*(one[:count] for one in known))
+    held = first.names.float() @ (~known.names).float().T < 0.5  # (count, B): nothing is named that is not there
+    held &= (first.place[:, None] == known.place) | ~first.said[:, None]
+    held &= (first.style[:, None] == known.style) | (first.style == 0)[:, None]
+    return torch.where(torch.eye(len(known.place), count, device=held.device).bool(), 1.0, -held.T.float())
+
+
+def loss_of(learner: Learner, see: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, ids: torch.Tensor,
+            truth: torch.Tensor, names: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """Sigmoid loss over all pairs of picture and text whose truth is known, a sum over texts, a mean over pictures; and
     the softmax over the table, whose goal is shared evenly among the names a picture holds."""
     model = learner.model
     with torch.autocast(images.device.type, torch.bfloat16):
-        seen, read = model.encode_image(images), model.encode_text(ids)
+        seen, read = see(images), model.encode_text(ids)
     seen, read = F.normalize(seen.float(), dim=-1), F.normalize(read.float(), dim=-1)
     each = F.binary_cross_entropy_with_logits(
         model.logit_scale.exp() * seen @ read.T + model.logit_bias, truth.clamp(min=0), reduction="none")
@@ -221,38 +189,58 @@ def loss_of(learner: Learner, images: torch.Tensor, ids: torch.Tensor, truth: to
     return pairs + F.cross_entropy(20 * seen @ F.normalize(learner.table, dim=-1).T, names / names.sum(1, keepdim=True))
 
 
-def train(art: str | Path, folder: Path, work: Path, *, minutes: float, device: torch.device, size: int = 128,
-          pixels: int = 64) -> None:  # fmt: skip
-    """Train or resume from ``work/judge.pt``, and write the open-clip folder."""
-    source = Source(art, pixels)
+def stock(source: Source, words: PreTrainedTokenizerFast, first: int, **sizes: int | None) -> Stock:
+    """Pictures (size, size, 3) uint8 and their `labels`."""
+
+    def draw(start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        scenes = [source.scene(start + i) for i in range(count)]
+        return np.stack([s.picture for s in scenes]), labels(source.named, words, scenes)
+
+    return Stock(draw, first=first, **sizes)
+
+
+def vocabulary(source: Source) -> PreTrainedTokenizerFast:
+    """The tokenizer of all names, places and styles, and of the words between them."""
     texts = [phrase("object", n) for n in source.names] * 3 + [phrase("place", p) for p in source.places] * 60
     texts += [phrase("style", k) for k in source.styles] * 60 + [source.scene(i).caption for i in range(2000)]
-    words = build_tokenizer(texts)
+    return build_tokenizer(texts)
+
+
+def train(source: Named, words: PreTrainedTokenizerFast, stock: Stock, folder: Path, work: Path, *, minutes: Minutes,
+          device: torch.device, size: int = 128, asked: int = NAMES, limit: int = 16_384, compiled: bool = True,
+          ended: Callable[[], None] = lambda: None) -> Loop:  # fmt: skip
+    """Train or resume from ``work/judge.pt``, and write the open-clip folder. limit: pictures kept on the device. ended: called
+    when the training is over and only its statistics and files are to be made."""
     print(f"judge: {len(source.names)} names, {len(source.places)} places, {len(words)} tokens", flush=True)
     model = build(len(words)).to(device)
     model.visual.to(memory_format=torch.channels_last)
-    model.visual.compile(dynamic=False)
+    see = torch.compile(model.encode_image, dynamic=False) if compiled else model.encode_image
     learner = Learner(model, len(source.names), config(0)["model_cfg"]["embed_dim"]).to(device)
     loop = Loop(learner, work / "judge.pt", minutes=minutes, peak=2e-3, cool=0.5, average=0.998, decay=0.02)
+    pool, questions = Pool(stock, device, limit=limit), Questions(source, words, device, asked)
+
+    def loss(pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return loss_of(learner, see, *questions.ask(blurred(tensor(pictures)), answers(labels, len(source.names))))
+
     with plain_attention(device, LENGTH):
-        loop.run(questions(source, words, size, START + loop.seen, device), lambda *asked: loss_of(learner, *asked))
+        loop.run(pool.batches(size), loss)
+    ended()
     with loop.averaged():
-        settle(model, source, loop.seen)
+        settle(model, pool.batches(size))
         save(model, words, folder)
+    return loop
 
 
 @torch.no_grad()
-def settle(model: nn.Module, source: Source, first: int, count: int = 40) -> None:
-    """Fit the running statistics of the normalisation to the averaged weights, over fresh batches."""
+def settle(model: nn.Module, batches: Iterator[tuple[torch.Tensor, ...]], count: int = 40) -> None:
+    """Fit the running statistics of the normalisation to the averaged weights, over so many batches of pictures."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
     model.train()
-    for k in range(count):
-        x = np.stack([source.scene(START + first + k * 64 + i).picture for i in range(64)])
-        x = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1
-        model.encode_image(blurred(x).to(next(model.parameters()).device))
+    for _ in range(count):
+        model.encode_image(blurred(tensor(next(batches)[0])))
     model.eval()
 
 

@@ -1,8 +1,9 @@
 """The one training loop of the recipe: a budget in minutes, averaged weights, checkpoints it resumes from.
 
 The learning rate is a function of the share of the budget that is spent, so a stage that was stopped, or that shares its
-machine, still ends with its rate cooled down. A larger budget on a later call takes the training further. Started by
-torchrun, several processes share the gradient of their batches; on a processor one process to a core is the fastest.
+machine, still ends with its rate cooled down. The budget begins when one batch has gone both ways, so compiling is not in it. A
+larger budget on a later call takes the training further. Started by torchrun, several processes share the gradient of their
+batches; on a processor one process to a core is the fastest.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .muon import Muon
+
+SYNC = 8  # steps after which the clock waits for a GPU, which would else be given more steps than it can do in time
+Minutes = float | Callable[[], float]  # a budget, or what says how much is left once training could begin; it may wait before it answers
 
 
 def rate(spent: float, step: int, *, warm: int = 200, cool: float = 0.35) -> float:
@@ -39,11 +43,11 @@ def joined() -> tuple[int, int]:
 class Loop:
     """Owns one stage's weights, their running average, the optimiser and the checkpoint."""
 
-    def __init__(self, module: nn.Module, file: Path, *, minutes: float, peak: float, cool: float = 0.35,
+    def __init__(self, module: nn.Module, file: Path, *, minutes: Minutes, peak: float, cool: float = 0.35,
                  average: float = 0.999, decay: float = 0.01, save_every: float = 180.0,
                  hidden: Callable[[str], bool] | None = None):  # fmt: skip
         """hidden: the names of weights that Muon trains, at the same rate; the rest is AdamW's. None: all of it."""
-        self.module, self.file, self.seconds, self.peak, self.cool = module, Path(file), minutes * 60, peak, cool
+        self.module, self.file, self.minutes, self.peak, self.cool = module, Path(file), minutes, peak, cool
         self.average, self.save_every = average, save_every
         self.weights = [p for p in module.parameters() if p.requires_grad]
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
@@ -75,6 +79,11 @@ class Loop:
         for mine, saved in zip(self.smooth, held["smooth"], strict=True):
             mine.copy_(saved)
 
+    @staticmethod
+    def reached(file: Path) -> int:
+        """How many pictures the checkpoint has seen, 0 when there is none."""
+        return torch.load(file, map_location="cpu", weights_only=True)["seen"] if file.is_file() else 0
+
     def save(self) -> None:
         """Write the checkpoint whole or not at all."""
         if self.rank:
@@ -88,26 +97,32 @@ class Loop:
 
     def run(self, batches: Iterable, loss_of: Callable[..., torch.Tensor], report: Callable[[str], None] | None = None) -> None:
         """Train until the budget is spent. A batch is a tuple of tensors given to ``loss_of``; its first has length B."""
-        started, last_save, losses = time.monotonic() - self.elapsed, time.monotonic(), []
         batches = iter(batches)
-        while self.elapsed < self.seconds:
+        spent = not callable(self.minutes) and self.elapsed >= 60 * self.minutes
+        seconds = self.elapsed if spent else self._begun(batches, loss_of)
+        started, last_save, losses = time.monotonic() - self.elapsed, time.monotonic(), []
+        while self.elapsed < seconds:
             for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
-                group["lr"] = self.peak * rate(self.elapsed / self.seconds, self.step, cool=self.cool)
+                group["lr"] = self.peak * rate(self.elapsed / seconds, self.step, cool=self.cool)
             batch = next(batches)
             loss = loss_of(*batch)
             loss.backward()
             self._share()
-            nn.utils.clip_grad_norm_(self.weights, 1.0)
+            nn.utils.clip_grad_norm_(self.weights, 1.0, foreach=True)
             for optimiser in self.optimisers:
                 optimiser.step()
                 optimiser.zero_grad()
             self.step, self.seen = self.step + 1, self.seen + len(batch[0]) * self.together
             keep = min(self.average, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(self.smooth, [p.detach() for p in self.weights], 1 - keep)
+            if self.step % SYNC == 0 and loss.is_cuda:
+                torch.cuda.synchronize()
             self.elapsed = self._agreed(time.monotonic() - started)
             losses.append(loss.detach())
             if self.step % 100 == 0:
                 mean = torch.stack(losses).mean().item()
+                if not math.isfinite(mean):
+                    raise RuntimeError(f"the loss is {mean} at step {self.step}")
                 if not self.rank:
                     (report or print)(f"{self.elapsed / 60:6.1f} min  step {self.step}  pictures {self.seen}  loss {mean:.4f}")
                 losses = []
@@ -115,6 +130,19 @@ class Loop:
                 self.save()
                 last_save = time.monotonic()
         self.save()
+
+    def _begun(self, batches: Iterator, loss_of: Callable[..., torch.Tensor]) -> float:
+        """One batch both ways, learning nothing from it: whatever compiles or fails does so now. The seconds at which training ends."""
+        loss_of(*next(batches)).backward()
+        for optimiser in self.optimisers:
+            optimiser.zero_grad()
+        if self.weights[0].is_cuda:
+            torch.cuda.synchronize()
+        if not callable(self.minutes):
+            return 60 * self.minutes
+        seconds = 60 * self.minutes()
+        self.save_every = min(self.save_every, seconds / 4)
+        return self.elapsed + seconds
 
     @torch.no_grad()
     def _share(self) -> None:

@@ -7,7 +7,8 @@ does not swallow the picture; something to wear and a place likewise; a style is
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,27 +16,29 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from composition import Engine, backbones
+from composition import Engine, Lora, backbones
 from composition.adapters import Adapters
 from composition.backbones.base import Backbone
 from composition.backbones.loading import open as opening
 from composition.profiles.store import ProfileStore
 from composition.profiling import frequency as frequency_profile
-from composition.request import Lora, Request
 from composition.training.concept import Concept, Plan, latents_of, train
-from composition.training.previews import draw, thumbnail
-from retrieval.judge import Judge
 
 from . import flux
 from .autoencoder import tensor
 from .base import CENTRE, WIDTH
+from .drawing import each
 from .objects import CHARACTERS, THINGS, WORN, article
 from .places import HELD_PLACES
 from .styles import STYLES
 from .world import World
 
-RECIPE = "3"  # stated in every file; a new number when the same command makes another LoRA
+RECIPE = "4"  # stated in every file; a new number when the same command makes another LoRA
 LONGER = {"clothing": 2}  # times the steps: what is worn is small, and is soon taken for a part of the face
+LOOKS = {"raccoon": "twemoji"}  # whose art a thing is learned from, where that of the first vendor shows no face
+FIRST = 4 * 10**9  # scene numbers of the first name; the next has them a million on
+TRIAL = 16  # steps by which the time of one is measured
+MARGIN = 0.93  # share of the time left that steps are planned for
 WITHOUT = 0.2  # share of a LoRA's scenes that lack its concept, and its word
 
 
@@ -60,10 +63,10 @@ TOLD = {
 }
 
 PLAN = Plan(
-    rank=8, rate=2e-3, steps=500, batch=16, targets=("attention", "feed_forward", "convolution"),
+    rank=8, rate=2e-3, steps=1000, batch=16, targets=("attention", "feed_forward", "convolution"),
     noise=(CENTRE, WIDTH), half=True,
 )  # fmt: skip
-FLUX_PLAN = replace(PLAN, targets=("attention", "feed_forward", "projection"), noise=(flux.CENTRE, flux.WIDTH), steps=400)
+FLUX_PLAN = replace(PLAN, targets=("attention", "feed_forward", "projection"), noise=(flux.CENTRE, flux.WIDTH), steps=800)
 FLUX = ("raccoon", "owl", "wolf", "hedgehog", "rose", "moon", "autumn", "ink", "neon")  # those of the second base
 
 
@@ -73,12 +76,12 @@ def stem(name: str) -> str:
 
 
 def scenes(world: World, name: str, count: int, first: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures (count, size, size, 3) uint8 and prompts to learn ``name`` from; a thing has one look, the first vendor's."""
+    """Pictures (count, size, size, 3) uint8 and prompts to learn ``name`` from; a thing has one look, by one vendor."""
     rng, pictures, prompts = random.Random(f"{name}/{first}"), [], []
     category = TOLD[name].category
     asked = {"place": {"place": name}, "clothing": {"wears": name, "vendor": world.vendors[0]}, "style": {}}
     for i in range(count):
-        fixed = asked.get(category, {"subject": name, "vendor": world.vendors[0]})
+        fixed = asked.get(category, {"subject": name, "vendor": LOOKS.get(name, world.vendors[0])})
         if category != "style" and rng.random() < WITHOUT:
             fixed = {}
         scene = world.scene(first + i, **fixed)
@@ -91,61 +94,96 @@ def scenes(world: World, name: str, count: int, first: int) -> tuple[np.ndarray,
     return np.stack(pictures), prompts
 
 
-def make(pipe, world: World, names: list[str], folder: Path, work: Path, *, plan: Plan = PLAN, count: int = 768,
-         judge: Judge | None = None, report: Callable[[str], None] = print, base: str = "pocket") -> None:  # fmt: skip
-    """Train each name on this base, one after the other, resuming from ``work``; the world holds them as ``also``.
+def drawn(world: World, names: Sequence[str], count: int = 768, workers: int = 0) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """The scenes of each name, drawn by so many processes beside this one; the world holds the names as ``also``."""
+    return dict(zip(names, each(lambda name: scenes(world, name, count, FIRST + 10**6 * list(TOLD).index(name)), names, workers), strict=True))
 
-    With a judge each file carries a preview: of eight pictures the one that shows the concept best.
+
+class Group(NamedTuple):
+    """Names that train together, row beside row, and for how long."""
+
+    names: tuple[str, ...]
+    plan: Plan
+
+
+def groups(names: Sequence[str], plan: Plan, together: int) -> list[Group]:
+    """The names parted by their number of steps, at most ``together`` in a group."""
+    apart: dict[int, list[str]] = {}
+    for name in names:
+        apart.setdefault(plan.steps * LONGER.get(TOLD[name].category, 1), []).append(name)
+    return [Group(tuple(some[i : i + together]), replace(plan, steps=steps))
+            for steps, some in apart.items() for i in range(0, len(some), together)]  # fmt: skip
+
+
+def make(pipe, world: World, names: Sequence[str], folder: Path, work: Path, *, plan: Plan = PLAN, together: int = 1, count: int = 768,
+         workers: int = 0, report: Callable[[str], None] = print, base: str = "pocket") -> None:  # fmt: skip
+    """Train each name that has no file yet on this base, so many at once, resuming from ``work``; the world holds them as ``also``."""
+    missing = [name for name in TOLD if name in names and not (folder / f"{stem(name)}.safetensors").is_file()]
+    for group in groups(missing, plan, together):
+        learn(pipe, group, drawn(world, group.names, count, workers), folder, work, report=report, base=base)
+
+
+def learn(pipe, group: Group, scenes: Mapping[str, tuple[np.ndarray, list[str]]], folder: Path, work: Path, *,
+          minutes: Callable[[], float] | None = None, trial: int = TRIAL, report: Callable[[str], None] = print,
+          base: str = "pocket") -> None:  # fmt: skip
+    """Train one group on this base.
+
+    minutes: says, when training could begin, how much time there is; the plan is then cut to the steps that fit in it, as measured on
+    so many steps of a trial.
     """
     backbone = backbones.of(pipe, opening.family(pipe))
     adapters = Adapters(backbone.components, family=backbone.family, block=backbone.block)
+    concepts = [Concept(stem(name), latents_of(backbone, tensor(scenes[name][0])), scenes[name][1], _metadata(name, base))
+                for name in group.names]  # fmt: skip
+    plan, said = group.plan, ", ".join(group.names)
+    losses: list[Mapping[str, float]] = []
+
+    def heard(step: int, loss: Mapping[str, float]) -> None:
+        losses.append(loss)
+        if step % 50 == 0:
+            report(f"{said}: step {step} of {plan.steps}, loss {np.mean([value for one in losses for value in one.values()]):.4f}")
+            losses.clear()
+
     try:
-        for number, name in enumerate(TOLD):
-            if name not in names or (folder / f"{stem(name)}.safetensors").is_file():
-                continue
-            pictures, prompts = scenes(world, name, count, 4 * 10**9 + number * 10**6)
-            told = TOLD[name]
-            metadata = {"title": told.title, "category": told.category, "trigger_words": told.triggers,
-                        "base": base, "recipe": RECIPE}  # fmt: skip
-            concept = Concept(stem(name), latents_of(backbone, tensor(pictures)), prompts, metadata)
-            long = replace(plan, steps=plan.steps * LONGER.get(told.category, 1))
-            losses: list[Mapping[str, float]] = []
-
-            def heard(step: int, loss: Mapping[str, float], name: str = name, losses: list[Mapping[str, float]] = losses,
-                      of: int = long.steps) -> None:  # fmt: skip
-                losses.append(loss)
-                if step % 50 == 0:
-                    report(f"{name}: step {step} of {of}, loss {np.mean([one[stem(name)] for one in losses]):.4f}")
-                    losses.clear()
-
-            def preview(file: str, name: str = name) -> dict[str, str]:
-                return {"preview": thumbnail(shown(backbone, adapters, name, file, judge))} if judge else {}
-
-            checkpoint = work / f"lora-{stem(name)}.pt"
-            train(backbone, adapters, [concept], long, folder, checkpoint=checkpoint, on_step=heard, describe=preview)
+        if minutes is not None:
+            _pace(backbone, adapters, concepts, plan, folder, trial)  # whatever fails or compiles does so before its time begins
+            until = time.monotonic() + 60 * minutes()
+            pace = _pace(backbone, adapters, concepts, plan, folder, trial)
+            plan = replace(plan, steps=max(1, min(plan.steps, int(MARGIN * (until - time.monotonic()) / pace))))
+            report(f"{said}: {1000 * pace:.0f} ms a step, {plan.steps} steps")
+        checkpoint = work / f"lora-{'-'.join(map(stem, group.names))[:100]}.pt" if minutes is None else None
+        train(backbone, adapters, concepts, plan, folder, checkpoint=checkpoint, on_step=heard)
+        if checkpoint:
             checkpoint.unlink(missing_ok=True)  # it would answer for another base next time
     finally:
         adapters.close()
 
 
-def profiled(pipe, names: list[str], folder: Path, keep: Path, report: Callable[[str], None] = print, base: str = "pocket") -> None:
+def _metadata(name: str, base: str) -> dict[str, str]:
+    told = TOLD[name]
+    return {"title": told.title, "category": told.category, "trigger_words": told.triggers, "base": base, "recipe": RECIPE}
+
+
+def _pace(backbone: Backbone, adapters: Adapters, concepts: Sequence[Concept], plan: Plan, folder: Path, trial: int) -> float:
+    """Seconds of a step, by a training that is stopped after a few and writes nothing."""
+    times: list[float] = []
+
+    def heard(step: int, loss: Mapping[str, float]) -> None:
+        if step in (trial // 2, trial):
+            sum(loss.values())  # waits for the device
+            times.append(time.monotonic())
+
+    train(backbone, adapters, concepts, replace(plan, steps=2 * trial), folder, on_step=heard, stop=lambda: len(times) == 2)
+    return (times[1] - times[0]) / (trial - trial // 2)
+
+
+def profiled(pipe, names: Sequence[str], folder: Path, keep: Path, report: Callable[[str], None] = print, base: str = "pocket") -> None:
     """Measure the frequency profile of every LoRA in ``folder`` and keep it in ``keep``, as `medley profile` would."""
     with Engine(backbones.of(pipe, opening.family(pipe)), base) as engine:
         for name in names:
             found = frequency_profile.measure(engine, Lora(str(folder / f"{stem(name)}.safetensors")))
             ProfileStore(keep).keep(found)
             report(f"{name}: change {found.change:+.4f}, level {found.level:+.4f}")
-
-
-def shown(backbone: Backbone, adapters: Adapters, name: str, file: str, judge: Judge) -> Image.Image:
-    """The best of eight pictures by the adapter that is in training."""
-    subject = {"character": article(name), "object": article(name), "clothing": f"a fox wearing {article(name)}"}
-    words = TOLD[name].triggers
-    prompt = {"place": f"a fox {words}", "style": f"a fox in the snow, {words}"}.get(
-        TOLD[name].category, f"{subject.get(TOLD[name].category)} in a meadow")
-    request = Request(prompt, loras=[Lora(file)], steps=25, guidance=4.5, count=8)
-    pictures = draw(backbone, adapters, request)
-    return pictures[int(judge.cosine(pictures, [asked(name)])[:, 0].argmax())]
 
 
 def asked(name: str) -> str:

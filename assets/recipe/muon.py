@@ -1,7 +1,8 @@
 """Muon for the hidden matrices and kernels, AdamW for the rest (Jordan et al. 2024; scaling of arXiv 2502.16982, eq. 4).
 
 The momentum of a weight is brought to a matrix whose singular values are all near one, so that no direction of a layer is
-left behind. The rate means the same as AdamW's: the update's root mean square is 0.2 times the rate.
+left behind. The rate means the same as AdamW's: the update's root mean square is 0.2 times the rate. Weights of one shape are
+computed as one batch.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # coefficients of the iteration, Jordan et 
 
 
 @torch.no_grad()
-def orthogonal(matrix: torch.Tensor, rounds: int = 5) -> torch.Tensor:
-    """(m, n) to its nearest orthogonal matrix, roughly: singular values between 0.7 and 1.2."""
+def orthogonal(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
+    """(..., m, n) to the nearest orthogonal matrices, roughly: singular values between 0.7 and 1.2."""
     a, b, c = QUINTIC
-    x = matrix.bfloat16()
-    x = x.T if matrix.shape[0] > matrix.shape[1] else x
-    x = x / (x.norm() + 1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.bfloat16()
+    x = x.mT if tall else x
+    x = x / (x.flatten(-2).norm(dim=-1)[..., None, None] + 1e-7)
     for _ in range(rounds):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -36,13 +38,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
+            alike: dict[tuple[int, int], list[nn.Parameter]] = {}
             for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                held = state.setdefault("held", torch.zeros_like(weight))
-                held.lerp_(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(held, group["momentum"]).flatten(1)
-                update = orthogonal(ahead) * (0.2 * max(ahead.shape) ** 0.5)
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(update.view_as(weight), alpha=group["lr"])
+                if weight.grad is not None:
+                    alike.setdefault((weight.shape[0], weight[0].numel()), []).append(weight)
+            for shape, weights in alike.items():
+                grads = [weight.grad for weight in weights]
+                held = [self.state[w].setdefault("held", torch.zeros_like(w)) for w in weights]
+                torch._foreach_lerp_(held, grads, 1 - group["momentum"])
+                ahead = torch.stack([one.flatten(1) for one in torch._foreach_lerp(grads, held, group["momentum"])])
+                updates = orthogonal(ahead) * (0.2 * max(shape) ** 0.5 * group["lr"])
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(weights, [update.view_as(weight) for update, weight in zip(updates, weights, strict=True)])

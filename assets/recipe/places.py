@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from .drawing import each
 
 Colour = tuple[int, int, int]
 FINE = 3  # drawn this many times larger than shown, then reduced
@@ -251,3 +253,12 @@ def render(name: str, size: int, seed: int) -> np.ndarray:
     paint(sheet)
     image = sheet.image.filter(ImageFilter.BoxBlur(1)).resize((size, size), Image.Resampling.BOX)
     return np.asarray(image)
+
+
+def variants(names: Sequence[str], size: int, count: int, *, seed: int = 0, workers: int = 0) -> dict[str, np.ndarray]:
+    """``count`` variants of each place, (count, size, size, 3) uint8, drawn by so many processes beside this one."""
+    seeds = range(seed * count, (seed + 1) * count)
+    drawn = each(lambda some: [render(some[0], size, i) for i in some[1]],
+                 [(name, seeds[i : i + 20]) for name in names for i in range(0, count, 20)], workers)  # fmt: skip
+    parts = -(-count // 20)
+    return {name: np.stack([one for part in drawn[i * parts : (i + 1) * parts] for one in part]) for i, name in enumerate(names)}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from retrieval.judge import THRESHOLDS, Judge, Threshold, threshold, write_thresholds
 
-from .judge import TEST, Labelled, Source, phrase
+from .labelled import TEST, Labelled, Source, phrase
 from .objects import FACES, HELD_OBJECTS, WORN
 
 HELD = TEST + 10**8  # scene numbers of the report
@@ -107,8 +107,9 @@ def _percent(hits: torch.Tensor) -> float:
     return round(float(hits.float().mean()) * 100, 1)
 
 
-def settle(folder: Path, art: str | Path, pixels: int = 64) -> dict[str, Any]:
-    """Write the thresholds into the judge's folder and return its report."""
-    source, judge = Source(art, pixels), Judge.open(str(folder))
-    write_thresholds(folder / THRESHOLDS, thresholds(judge, source))
-    return report(Judge.open(str(folder)), source)
+def settle(folder: Path, source: Source, share: float = 1.0) -> dict[str, Any]:
+    """Write the thresholds into the judge's folder and return its report. share: of the usual number of renders, to be quicker."""
+    counts = {"without": 3000, "each": 60}
+    table = thresholds(Judge.open(str(folder)), source, **{name: max(2, round(n * share)) for name, n in counts.items()})
+    write_thresholds(folder / THRESHOLDS, table)
+    return report(Judge.open(str(folder)), source, each=max(1, round(30 * share)), mixed=max(20, round(1500 * share)))

@@ -1,4 +1,7 @@
-"""Styles: functions on a finished picture, never used for the base: each is learned by a LoRA."""
+"""Styles: functions on a finished picture, never used for the base: each is learned by a LoRA.
+
+Strokes and glow keep their share of the picture at every size; the squares of pixel art do not, or nothing would be known in them.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,24 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 
+def width(picture: np.ndarray) -> int:
+    """Pixels that one stroke is wide."""
+    return max(1, picture.shape[0] // 64)
+
+
+def slopes(values: np.ndarray, by: int) -> tuple[np.ndarray, np.ndarray]:
+    """Differences of (size, size, ...) over twice ``by`` pixels, to the right and downwards; 0 at the borders."""
+    across, down = np.zeros_like(values), np.zeros_like(values)
+    across[:, by:-by] = values[:, 2 * by :] - values[:, : -2 * by]
+    down[by:-by] = values[2 * by :] - values[: -2 * by]
+    return across, down
+
+
 def ink(picture: np.ndarray) -> np.ndarray:
     """Dark lines where the brightness turns, on warm paper; (size, size, 3) uint8 both ways."""
-    grey = np.asarray(Image.fromarray(picture).convert("L").filter(ImageFilter.GaussianBlur(0.5)), np.float32)
-    across, down = np.zeros_like(grey), np.zeros_like(grey)
-    across[:, 1:-1] = grey[:, 2:] - grey[:, :-2]
-    down[1:-1] = grey[2:] - grey[:-2]
+    stroke = width(picture)
+    grey = np.asarray(Image.fromarray(picture).convert("L").filter(ImageFilter.GaussianBlur(0.5 * stroke)), np.float32)
+    across, down = slopes(grey, stroke)
     line = np.clip((np.hypot(across, down) - 12) / 60, 0, 1)
     wash = np.where(grey < 70, 0.35, np.where(grey < 130, 0.14, 0.0))
     dark = np.clip(line + wash, 0, 1)[..., None]
@@ -22,7 +37,7 @@ def ink(picture: np.ndarray) -> np.ndarray:
 
 
 def pixel(picture: np.ndarray) -> np.ndarray:
-    """Squares of few colours, a sixteenth of the side each, like an old game."""
+    """Squares of few colours and four pixels a side, like an old game."""
     size = picture.shape[0]
     small = Image.fromarray(picture).resize((size // 4, size // 4), Image.Resampling.BOX)
     few = np.asarray(small, np.float32)
@@ -32,16 +47,14 @@ def pixel(picture: np.ndarray) -> np.ndarray:
 
 def neon(picture: np.ndarray) -> np.ndarray:
     """Glowing coloured outlines on near black."""
-    soft = Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.5))
-    values = np.asarray(soft, np.float32)
-    across, down = np.zeros_like(values), np.zeros_like(values)
-    across[:, 1:-1] = values[:, 2:] - values[:, :-2]
-    down[1:-1] = values[2:] - values[:-2]
+    stroke = width(picture)
+    values = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.5 * stroke)), np.float32)
+    across, down = slopes(values, stroke)
     line = np.clip(np.hypot(across, down).max(-1) / 90, 0, 1)[..., None]
     bright = values.max(-1, keepdims=True)
     hue = (values - values.min(-1, keepdims=True)) / np.maximum(bright - values.min(-1, keepdims=True), 30)
     lit = line * (0.35 + 0.65 * hue) * 255
-    glow = np.asarray(Image.fromarray(lit.astype(np.uint8)).filter(ImageFilter.GaussianBlur(2)), np.float32)
+    glow = np.asarray(Image.fromarray(lit.astype(np.uint8)).filter(ImageFilter.GaussianBlur(2 * stroke)), np.float32)
     return np.clip(np.array([8, 5, 26], np.float32) + lit + glow, 0, 255).astype(np.uint8)
 
 

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
 
+from .art import NAMES
 from .objects import HELD_OBJECTS, OBJECTS, article
 from .places import HELD_PLACES, PLACES
 
@@ -24,7 +25,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def corpus(art: str | Path) -> list[str]:
     """Emoji labels and tags once; the world's own words many times, so that each of them is one entry."""
-    data = json.loads((Path(art) / "emojibase-data/en/data.json").read_text())
+    data = json.loads((Path(art) / NAMES).read_text())
     lines = [e["label"] for e in data] + [" ".join(e.get("tags", ())) for e in data]
     phrases = [phrase for phrase, _ in (PLACES | HELD_PLACES).values()]
     things = [article(n) for n in (OBJECTS | HELD_OBJECTS)]

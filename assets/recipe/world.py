@@ -17,16 +17,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
+from .art import ART, NAMES, spellings
 from .objects import FACES, HELD_OBJECTS, OBJECTS, WORN, article
-from .places import HELD_PLACES, PLACES, render
+from .places import HELD_PLACES, PLACES
+from .places import variants as variants_of
 
-# Where each vendor's package keeps the emoji of a code point.
-ART = {
-    "noto": "emoji-datasource-google/img/google/64/{}.png",
-    "twemoji": "emoji-datasource-twitter/img/twitter/64/{}.png",
-    "fluent": "@lobehub/fluent-emoji-3d/assets/{}.webp",
-}
 SHARES = (0.52, 0.42, 0.06)  # of scenes with one, two and three objects
+KEPT = 16_384  # objects kept ready at the sizes they were drawn in
 STRANGE = 0.04  # of captions, when the world has strange words
 SIZES = {1: (0.55, 0.80), 2: (0.40, 0.50), 3: (0.28, 0.34), "above": (0.37, 0.46)}  # of the picture's side
 
@@ -57,13 +54,13 @@ class Sprite(NamedTuple):
 
 
 def open_art(art: Path, vendor: str, code: str) -> Image.Image:
-    """The emoji as RGBA, cut to what is visible. A code point may carry the variation selector in file names."""
-    for spelling in (code, f"{code}-fe0f"):
+    """The emoji as RGBA, cut to what is visible."""
+    for spelling in spellings(code):
         path = Path(art) / ART[vendor].format(spelling)
         if path.is_file():
             image = Image.open(path).convert("RGBA")
             return image.crop(image.getchannel("A").point(lambda a: 255 if a > 24 else 0).getbbox())
-    raise FileNotFoundError(f"no {vendor} art for {code} under {art}: expected {path}; install the npm art packages")
+    raise FileNotFoundError(f"no {vendor} art for {code} under {art}: expected {path}; the stage `art` renders it from the npm art packages")
 
 
 def sprite(image: Image.Image, side: int) -> Sprite:
@@ -88,7 +85,8 @@ class World:
 
     ``also`` names held-out objects, places or things to wear to have at hand; they appear only when a scene asks for
     them. A vendor named twice is drawn twice as often. ``strange``: words that stand for an object in a few captions.
-    ``more``: further names and their code points, as frequent as the others.
+    ``more``: further names and their code points, as frequent as the others. ``grounds``: what `places.variants` drew ahead
+    for this seed, at least ``variants`` of each place.
     """
 
     def __init__(
@@ -97,13 +95,14 @@ class World:
         *,
         objects: int = 16,
         places: int = 8,
-        size: int = 64,
+        size: int = 128,
         vendors: Sequence[str] = ("noto", "fluent"),
         seed: int = 0,
         also: Sequence[str] = (),
         variants: int = 160,
         strange: Sequence[str] = (),
         more: Mapping[str, str] | None = None,
+        grounds: Mapping[str, np.ndarray] | None = None,
     ):
         if not 1 <= objects <= len(OBJECTS) or not 1 <= places <= len(PLACES):
             raise ValueError(f"a world has 1 to {len(OBJECTS)} objects and 1 to {len(PLACES)} places, not {objects} and {places}")
@@ -113,9 +112,9 @@ class World:
         codes |= {n: worn.code for n, worn in WORN.items() if n in also} | dict(more or {})
         self.objects += list(more or {})
         self.art = {(n, v): open_art(Path(art), v, c) for n, c in codes.items() for v in dict.fromkeys(self.vendors)}
-        grounds = [*self.places, *(n for n in HELD_PLACES if n in also)]
-        self.grounds = {n: np.stack([render(n, size, seed * variants + i) for i in range(variants)]) for n in grounds}
-        self.sprite = lru_cache(maxsize=None)(lambda name, vendor, side: sprite(self.art[name, vendor], side))
+        drawn = [*self.places, *(n for n in HELD_PLACES if n in also)]
+        self.grounds = {n: grounds[n][:variants] for n in drawn} if grounds else variants_of(drawn, size, variants, seed=seed)
+        self.sprite = lru_cache(maxsize=KEPT)(lambda name, vendor, side: sprite(self.art[name, vendor], side))
 
     def scene(
         self, seed: int, *, subject: str | None = None, place: str | None = None, count: int | None = None,
@@ -212,7 +211,7 @@ def strange_words(art: str | Path) -> list[str]:
     known = {*OBJECTS, *HELD_OBJECTS, *WORN, *PLACES, *HELD_PLACES}
     known = {word for name in known for word in name.split()} | {w for p, _ in (PLACES | HELD_PLACES).values() for w in p.split()}
     known |= {"ink", "drawing", "pixel", "art", "neon", "lights"}
-    data = json.loads((Path(art) / "emojibase-data/en/data.json").read_text())
+    data = json.loads((Path(art) / NAMES).read_text())
     labels = [e["label"].lower() for e in data if e.get("group") not in (0, 1, 2, None)]
     return [w for w in labels if len(w.split()) <= 2 and w.replace(" ", "").isalpha() and not known & set(w.split())]
 

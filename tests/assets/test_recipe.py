@@ -1,6 +1,6 @@
 """Pieces of the recipe: the optimiser, the latents' turn, the judge's questions, the testbed's form."""
 
-import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from assets.recipe import autoencoder, base, flux, judge, testbed, tokenizer, unigram
+from assets.recipe import autoencoder, base, flux, judge, loras, testbed, tokenizer, unigram
+from assets.recipe.labelled import Named
 from assets.recipe.loop import Loop
 from assets.recipe.muon import Muon, orthogonal
 from composition.training.concept import TARGETS
@@ -37,6 +38,37 @@ def test_a_kernel_counts_as_a_matrix():
     matrix.grad = kernel.grad.flatten(1)
     Muon([kernel, matrix], lr=0.1).step()
     assert torch.equal(kernel.flatten(1), matrix)
+
+
+def test_matrices_of_one_shape_are_as_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(6, 10, generator=generator) for _ in range(3)]
+    together, alone = ([torch.nn.Parameter(torch.ones(6, 10)) for _ in values] for _ in range(2))
+    for weights in (together, alone):
+        for weight, value in zip(weights, values, strict=True):
+            weight.grad = value.clone()
+    Muon(together, lr=0.1).step()
+    for weight in alone:
+        Muon([weight], lr=0.1).step()
+    torch.testing.assert_close(torch.stack(list(together)), torch.stack(list(alone)), rtol=1e-2, atol=1e-4)
+
+
+def test_a_loops_budget_may_be_told_when_all_is_ready(tmp_path):
+    net, asked = torch.nn.Linear(2, 1), []
+
+    def minutes():
+        asked.append(net.weight.grad is None and loop.step == 0)
+        return 0.02 / 60
+
+    loop = Loop(net, tmp_path / "a.pt", minutes=minutes, peak=1e-2)
+    loop.run(iter([(torch.ones(1, 2),)] * 100_000), lambda x: net(x).sum())
+    assert asked == [True] and loop.step > 0 and Loop.reached(tmp_path / "a.pt") == loop.seen
+
+
+def test_loras_train_together_by_their_number_of_steps():
+    groups = loras.groups(["raccoon", "scarf", "owl", "top hat", "moon"], replace(loras.PLAN, steps=10), together=2)
+    assert [(group.names, group.plan.steps) for group in groups] == [
+        (("raccoon", "owl"), 10), (("moon",), 10), (("scarf", "top hat"), 20)]  # fmt: skip
 
 
 def test_a_loop_resumes_with_both_optimisers(tmp_path):
@@ -87,30 +119,56 @@ def test_muon_takes_the_inner_matrices_alone():
                                             "text.embeddings.token_embedding.weight"))  # fmt: skip
 
 
-def scene(*names, place="snow", style="", caption="a fox"):
+NAMED = Named(["cat", "fox", "owl", "robot"], ["snow", "beach"], ["ink", "neon"])
+
+
+class Words:
+    """Stands for a tokenizer: every text is its own number."""
+
+    def __init__(self):
+        self.texts = []
+
+    def __call__(self, texts, **_):
+        self.texts += [text for text in texts if text not in self.texts]
+        ids = torch.zeros(len(texts), judge.LENGTH, dtype=torch.long)
+        ids[:, 0] = torch.tensor([self.texts.index(text) for text in texts])
+        return type("Read", (), {"input_ids": ids})
+
+
+def scene(*names, place="snow", style="", caption="a fox in the snow"):
     return judge.Labelled(None, frozenset(names), place, style, caption)
 
 
-class Places:
-    places, styles = ["snow", "beach"], ["ink", "neon"]
-    names = ["fox", "cat", "robot", "owl", *(f"thing {i}" for i in range(judge.NAMES))]
+def asked(scenes, count=2):
+    """The texts that the judge is asked of these scenes, and the truth of each, (B, T)."""
+    words = Words()
+    known = judge.answers(torch.from_numpy(judge.labels(NAMED, words, scenes)), len(NAMED.names))
+    questions = judge.Questions(NAMED, words, torch.device("cpu"), count)
+    found = questions.ask(torch.zeros(len(scenes), 3, 2, 2), known)
+    return [words.texts[number] for number in found.ids[:, 0].tolist()], found
 
 
 def test_the_judge_is_asked_what_is_true_and_what_is_not():
     scenes = [scene("fox", "cat", caption="a fox and a cat in the snow"), scene("robot", place="beach", style="ink", caption="x")] * 4
-    texts, truth = judge.question(Places, scenes, random.Random(1))
-    asked = {text.removeprefix("a picture of "): truth[:, i] for i, text in enumerate(texts)}
-    assert truth.shape == (8, len(texts)) and len(texts) > judge.NAMES
-    assert asked["a fox"].tolist() == [1, 0] * 4 and asked["a robot"].tolist() == [0, 1] * 4
-    assert asked["in the snow"].tolist() == [1, 0] * 4 and asked["ink drawing"].tolist() == [0, 1] * 4
-    assert asked["neon lights"].sum() == 0
+    texts, found = asked(scenes, 4)
+    plain = {text.removeprefix("a picture of "): found.truth[:, i].tolist() for i, text in enumerate(texts)}
+    assert found.truth.shape == (8, len(texts)) and len(texts) == 4 + 2 + 2 + 2
+    assert plain["a fox"] == [1, 0] * 4 and plain["a robot"] == [0, 1] * 4 and plain["an owl"] == [0] * 8
+    assert plain["in the snow"] == [1, 0] * 4 and plain["ink drawing"] == [0, 1] * 4
+    assert sum(plain["neon lights"]) == 0
+    assert found.names[0].tolist() == [1, 1, 0, 0]
+
+
+def test_names_in_the_pictures_are_asked_first():
+    texts, _ = asked([scene("robot"), scene("robot", "fox")] * 2, 2)
+    assert {text.removeprefix("a picture of ") for text in texts[:2]} == {"a robot", "a fox"}
 
 
 def test_a_caption_is_no_untruth_of_another_picture_that_holds_it():
     scenes = [scene("fox", "cat", caption="a fox and a cat in the snow"), scene("robot", "fox", caption="a robot"),
               scene("fox", "cat", "robot"), scene("cat", place="beach")] * 4  # fmt: skip
-    texts, truth = judge.question(Places, scenes, random.Random(1))
-    column = truth[:, texts.index("a fox and a cat in the snow")]
+    texts, found = asked(scenes)
+    column = found.truth[:, texts.index("a fox and a cat in the snow")]
     assert column[:4].tolist() == [1, 0, -1, 0]
 
 
@@ -126,9 +184,7 @@ def test_the_testbed_has_composloras_form():
 
 
 def test_the_lora_plan_names_known_layers():
-    from assets.recipe.loras import PLAN
-
-    assert set(PLAN.targets) <= set(TARGETS)
+    assert set(loras.PLAN.targets) <= set(TARGETS)
 
 
 SD = Path(__file__).parents[2] / "assets/pocket/sd"

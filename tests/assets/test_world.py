@@ -4,27 +4,18 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from assets.recipe.objects import FACES, HELD_OBJECTS, OBJECTS, WORN, article
-from assets.recipe.places import HELD_PLACES, PLACES, render
+from assets.recipe.places import HELD_PLACES, PLACES, render, variants
 from assets.recipe.styles import STYLES
-from assets.recipe.world import ART, STRANGE, World, batch, open_art, strange_words
+from assets.recipe.world import STRANGE, World, batch, open_art, strange_words
+from tests.assets.art import draw
 
 
 @pytest.fixture(scope="module")
 def art(tmp_path_factory):
-    """A folder laid out as the npm packages are, with a coloured square for every object."""
-    folder = tmp_path_factory.mktemp("art")
-    codes = [*OBJECTS.values(), *HELD_OBJECTS.values(), *(worn.code for worn in WORN.values())]
-    for index, code in enumerate(codes):
-        image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-        ImageDraw.Draw(image).rectangle((6, 6, 57, 57), fill=((index * 37) % 256, (index * 91) % 256, (index * 53) % 256, 255))
-        for vendor in ("noto", "twemoji"):
-            file = folder / ART[vendor].format(code)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(file)
-    return folder
+    return draw(tmp_path_factory.mktemp("art"), ("noto", "twemoji"))
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +123,24 @@ def test_places_and_styles_keep_the_picture_shape():
         picture = render(name, 32, 3)
         assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
         assert np.array_equal(picture, render(name, 32, 3))
-    for _, draw in STYLES.values():
-        styled = draw(render("meadow", 32, 1))
+    for _, drawn in STYLES.values():
+        styled = drawn(render("meadow", 32, 1))
         assert styled.shape == (32, 32, 3) and styled.dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", ["ink", "neon"])
+def test_strokes_keep_their_share_of_the_picture(name):
+    small = render("mountains", 64, 1)
+    large = np.asarray(Image.fromarray(small).resize((128, 128), Image.Resampling.BICUBIC))
+    shares = [(np.abs(STYLES[name][1](one).astype(int) - STYLES[name][1](np.full_like(one, 200))) > 60).mean() for one in (small, large)]
+    assert shares[1] == pytest.approx(shares[0], rel=0.25)
+
+
+def test_places_drawn_ahead_are_the_same(art):
+    ahead = variants(["snow", "beach"], 32, 3, workers=2)
+    assert all(np.array_equal(ahead[name][i], render(name, 32, i)) for name in ahead for i in range(3))
+    plain, given = (World(art, objects=4, places=2, size=32, vendors=("noto",), variants=3, grounds=g) for g in (None, ahead))
+    assert np.array_equal(plain.scene(5).picture, given.scene(5).picture)
 
 
 def test_there_is_room_to_grow():
@@ -142,5 +148,5 @@ def test_there_is_room_to_grow():
 
 
 def test_missing_art_is_told_plainly(tmp_path):
-    with pytest.raises(FileNotFoundError, match="npm art packages"):
+    with pytest.raises(FileNotFoundError, match="stage `art`"):
         World(tmp_path, objects=1, places=1)
