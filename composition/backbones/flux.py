@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
@@ -96,7 +95,7 @@ class FluxBackbone(PipelineBackbone):
         width, height = self.size(request)
         factor = self.pipeline.vae_scale_factor
         shape = (len(generators), self.denoiser.config.in_channels // 4, height // factor, width // factor)
-        noise = randn_tensor(shape, generator=list(generators), device=self.device, dtype=self.dtype)
+        noise = self.noise(shape, generators)
         sigmas = np.linspace(1.0, 1 / request.length, request.length)
         scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=shift(scheduler.config, shape[2] * shape[3] // 4))
         scheduler.set_begin_index(0)

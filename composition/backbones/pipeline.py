@@ -1,12 +1,13 @@
 """What every backbone has of its stock diffusers pipeline: components, device, number type, decoding, letting go."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from composition.backbones import vae
 from composition.backbones.loading.placement import Placement
@@ -39,6 +40,14 @@ class PipelineBackbone:
     @property
     def writable(self) -> bool:
         return self.placement is None or self.placement.offload in ("none", "model")
+
+    def noise(self, shape: tuple[int, ...], generators: Sequence[Generator]) -> Float[Tensor, "B C H W"]:
+        """Standard normal noise, a generator for each picture, drawn in float32 at least and then rounded to the model's dtype.
+
+        In half precision some releases of PyTorch (2.11) draw other numbers from the same seed, and so another picture.
+        """
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return randn_tensor(shape, generator=list(generators), device=self.device, dtype=wide).to(self.dtype)
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> list[Image.Image]:
         return vae.decode(self.pipeline, latents)

@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
@@ -89,7 +88,7 @@ class SD3Backbone(PipelineBackbone):
         width, height = self.size(request)
         factor, patch = self.pipeline.vae_scale_factor, self.denoiser.config.patch_size
         shape = (len(generators), self.denoiser.config.in_channels, height // factor, width // factor)
-        noise = randn_tensor(shape, generator=list(generators), device=self.device, dtype=self.dtype)
+        noise = self.noise(shape, generators)
         shifted = {}
         if scheduler.config.get("use_dynamic_shifting"):
             shifted["mu"] = shift(scheduler.config, shape[2] // patch * (shape[3] // patch))

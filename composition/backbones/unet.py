@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
@@ -90,7 +89,7 @@ class UNetBackbone(PipelineBackbone):
         factor = self.pipeline.vae_scale_factor
         shape = (len(generators), self.denoiser.config.in_channels, height // factor, width // factor)
         scheduler.set_timesteps(request.steps, device=self.device)
-        noise = randn_tensor(shape, generator=list(generators), device=self.device, dtype=self.dtype)
+        noise = self.noise(shape, generators)
         return noise * scheduler.init_noise_sigma, scheduler.timesteps
 
     def denoise(

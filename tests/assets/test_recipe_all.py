@@ -5,10 +5,10 @@ import sys
 
 import pytest
 from diffusers import FluxPipeline, StableDiffusionPipeline
-from retrieval.judge import Judge
 from safetensors import safe_open
 
 from assets.recipe.__main__ import main
+from retrieval.judge import Judge
 from tests.assets import art
 
 

@@ -1,24 +1,19 @@
 """Part a: every method on Pocket and Pocket-FLUX, the processor's float32 against the device's float32, bfloat16 and float16.
 
 The processor's pictures are made by forked workers while the device makes its own. float32 on CUDA is without TF32, so that what
-differs is the order of sums. The first noise is drawn in float32 for every precision: some releases of PyTorch draw other noise in half
-precision for the same seed, and then the pictures would differ by that alone; a remark says so. Seconds are of one picture after a warm-up, loading left out.
+differs is the order of sums. Seconds are of one picture after a warm-up, loading left out.
 """
 
 import functools
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from composition import Engine, methods
-from composition.backbones import flux, unet
 from tests.gpu import clock
 from tests.gpu.chapter import Setting
 from tests.gpu.report import Report
@@ -53,24 +48,6 @@ def _turn(method: str) -> int:
     return HEAVY.index(method) if method in HEAVY else len(HEAVY)
 
 
-@contextmanager
-def _one_noise() -> Iterator[None]:
-    """Backbones draw their first noise in float32 and then round it."""
-    draw = unet.randn_tensor
-
-    def rounded(*args: Any, dtype: torch.dtype, **kwargs: Any) -> torch.Tensor:
-        return draw(*args, dtype=torch.float32, **kwargs).to(dtype)
-
-    with patch.object(unet, "randn_tensor", rounded), patch.object(flux, "randn_tensor", rounded):
-        yield
-
-
-def _other_noise(dtype: torch.dtype) -> bool:
-    """Whether one seed gives other noise in this type than in float32, rounding apart."""
-    wide, narrow = (torch.randn(256, generator=torch.Generator().manual_seed(7), dtype=kind).float() for kind in (torch.float32, dtype))
-    return float((wide - narrow).abs().max()) > 0.1
-
-
 def measure(setting: Setting, report: Report) -> None:
     jobs = {model: list(methods.all()) for model in MODELS if there(model)}
     if setting.tiny and "pocket-flux" in jobs:
@@ -92,9 +69,7 @@ def measure(setting: Setting, report: Report) -> None:
 
 def _precision(setting: Setting, report: Report, model: str, names: list[str], precision: str, expected: dict[tuple[str, str], Any]) -> None:
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    if _other_noise(getattr(torch, PRECISIONS[precision])):
-        report.remark(f"this PyTorch draws other noise in {precision} than in float32 for the same seed: as they are, the pictures differ by that too")
-    with _one_noise(), Engine.open(model, device=setting.device, dtype=PRECISIONS[precision], offload="none") as engine:
+    with Engine.open(model, device=setting.device, dtype=PRECISIONS[precision], offload="none") as engine:
         engine.run(request("merge", steps=2))
         for name in names:
             report.attempt(f"{model} {name} in {precision}", _picture, setting, report, engine, name, precision, expected[model, name])
