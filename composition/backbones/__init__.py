@@ -1,4 +1,7 @@
-"""The model families. `open` turns a name, a folder, a file or a hub id into a Backbone."""
+"""The model families. `open` turns a name, a folder, a file or a hub id into a Backbone.
+
+What belongs here: one class per family, and what they share. What does not: hooks, methods. May import composition.loop and what lies below it.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

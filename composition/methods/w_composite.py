@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from composition.loop import Predict, Prediction, Step
 from composition.methods import method
-from composition.methods.w_switch import vector
+from composition.methods.shared.text_vector import text_vector
 from composition.run import Run
 
 
@@ -41,10 +41,10 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
 
 def nearness(run: Run, names: Sequence[str]) -> dict[str, float]:
     """The weights of these LoRAs, summing to 1; never under a hundredth of the largest."""
-    whole, near = vector(run, run.request.prompt), {}
+    whole, near = text_vector(run, run.request.prompt), {}
     for name in names:
         if words := run.triggers.get(name, ()):
-            near[name] = max(0.01, float(F.cosine_similarity(whole, vector(run, ", ".join(words)), dim=0)))
+            near[name] = max(0.01, float(F.cosine_similarity(whole, text_vector(run, ", ".join(words)), dim=0)))
     usual = sum(near.values()) / len(near) if near else 1.0
     weights = {name: near.get(name, usual) for name in names}
     total = sum(weights.values()) or 1.0

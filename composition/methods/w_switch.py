@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
 
 from composition.loop import Predict, Prediction, Step
 from composition.methods import method
+from composition.methods.shared.text_vector import text_vector
 from composition.run import Run
 
 LEAST, UNKNOWN, ALL, SHORT = 0.05, 0.1, 2.0, 5  # need: at least; without trigger words; when under SHORT letters remain
@@ -58,7 +57,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
 def needs(run: Run) -> dict[str, float]:
     """How much the prompt needs each LoRA; only their ratio means anything."""
     prompt = run.request.prompt
-    whole, need = vector(run, prompt), {}
+    whole, need = text_vector(run, prompt), {}
     for name in run.names:
         words = run.triggers.get(name, ())
         rest = without(prompt, words)
@@ -67,7 +66,7 @@ def needs(run: Run) -> dict[str, float]:
         elif len(rest) < SHORT:
             need[name] = ALL
         else:
-            need[name] = max(LEAST, 1 - float(F.cosine_similarity(whole, vector(run, rest), dim=0)))
+            need[name] = max(LEAST, 1 - float(F.cosine_similarity(whole, text_vector(run, rest), dim=0)))
     return need
 
 
@@ -81,8 +80,3 @@ def without(prompt: str, words: Sequence[str]) -> str:
     for word in words:
         prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "", prompt, flags=re.IGNORECASE)
     return " ".join(prompt.split()).strip(" ,")
-
-
-def vector(run: Run, text: str) -> Float[Tensor, " D"]:
-    """The mean over all positions of the text encoder's output, without any LoRA."""
-    return run.encode(text, use={}).values["text"][-1, 0].float().mean(0)
