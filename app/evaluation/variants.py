@@ -8,7 +8,7 @@ from typing import Any
 
 from app import options
 from app.evaluation.cases import Case
-from composition import Refused, Request
+from composition import Refused, Request, prompt_syntax
 
 NONE, SUPPLIED, EQUAL = "none", "supplied", "@equal"
 MANY = 1.05  # times the prompt alone's evaluations, from which a variant is also made at equal evaluations
@@ -40,7 +40,7 @@ class Variants:
 
     def alone(self, case: Case) -> Row:
         assert case.request
-        return Row(case, NONE, replace(case.request, loras=(), method="merge", options={}))
+        return Row(case, NONE, replace(case.request, prompt=prompt_syntax.untagged(case.request.prompt)[0], loras=(), method="merge", options={}))
 
     def row(self, case: Case, name: str, factor: float | None = None) -> Row:
         assert case.request
