@@ -35,6 +35,8 @@ class Gates:
 
     def __init__(self, factors: Float[Tensor, "blocks K"]) -> None:
         self.factors = factors  # what Lora.blocks says, per block, on the CPU
+        self._ones = bool((factors == 1).all())
+        self._written = 0  # how often the values were changed
         self.mode: Mode = "off"
         self.only = 0
         self.rows = 1
@@ -101,7 +103,7 @@ class Gates:
 
         Raises ValueError when blocks have factors, which take a buffer.
         """
-        if not bool((self.factors == 1).all()):
+        if not self._ones:
             raise ValueError("adapters in turn are all at weight 1, in every block")
         self.runs, self.rows = tuple(range(self.count)), size * self.count
         self.plain = self.even = True
@@ -117,6 +119,7 @@ class Gates:
         for part, value in enumerate(values):
             if value is None or len(value) <= len(here[part]) and torch.equal(here[part][: len(value)], value):
                 continue  # the same as before: a device need not be written to
+            self._written += 1
             for device, buffers in self._buffers.items():
                 if len(buffers[part]) < len(value):
                     buffers[part] = buffers[part].new_zeros(value.shape)
@@ -126,12 +129,13 @@ class Gates:
     def snapshot(self) -> tuple:
         """All of its state, values copied, for `restore`."""
         return (self.mode, self.only, self.rows, self.runs, self.plain, self.even, self.combine, self.step, self.places,
-                self.ready, tuple(value.clone() for value in self._buffers[torch.device("cpu")]))
+                self.ready, self._written, tuple(value.clone() for value in self._buffers[torch.device("cpu")]))
 
     def restore(self, state: tuple) -> None:
         (self.mode, self.only, self.rows, self.runs, self.plain, self.even, self.combine, self.step, self.places,
-         self.ready, values) = state
-        self._write(*values)
+         self.ready, written, values) = state
+        if written != self._written:
+            self._write(*values)
 
 
 def _moved(value: Tensor, device: torch.device) -> Tensor:

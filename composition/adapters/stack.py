@@ -111,10 +111,9 @@ class Stack:
             return (_conv if conv else _linear)(module, x, y, *self._slice(y, gates.only))
         if gates.mode == "rows":
             self._check(x, gates.rows)
-            values = gates.on(y.device)
             # Copies: the buffers may be written before backward.
-            down, up = self.each(y, None if gates.plain else values.index.clone())
-            scale = None if gates.even else values.scale[:, self.block].to(down, copy=True)
+            down, up = self.each(y, None if gates.plain else gates.on(y.device).index.clone())
+            scale = None if gates.even else gates.on(y.device).scale[:, self.block].to(down, copy=True)
             if isinstance(module, nn.Conv2d):
                 return rowwise.conv(module, x.to(y.device), y, down, up, scale)
             return rowwise.linear(x.to(y.device), y, down, up, scale)

@@ -188,7 +188,7 @@ def _alpha_ignored(monkeypatch):
     honest = Stack.__init__
 
     def deaf(self, factors, *rest, **named):
-        honest(self, [part and replace(part, up=part.up * 2.0) for part in factors], *rest, **named)
+        honest(self, [part and replace(part, alpha=None) for part in factors], *rest, **named)
 
     monkeypatch.setattr(Stack, "__init__", deaf)
 

@@ -298,7 +298,7 @@ def test_a_methods_options_follow_it_and_are_kept(tab, tmp_path):
     fill(page, "option-switch-tau", 2)
     page.keyboard.press("Tab")  # as anybody leaves a field
     page.get_by_label("Composite", exact=True).check()
-    page.get_by_text("Asks every LoRA at every step").wait_for()
+    page.get_by_text("Makes one prediction with each LoRA at every step").wait_for()
     page.locator("#options-switch").wait_for(state="hidden")
     page.get_by_label("Switch", exact=True).check()
     page.locator("#options-switch").wait_for()
