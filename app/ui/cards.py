@@ -57,7 +57,7 @@ def cards(files: Iterable[Path]) -> dict[str, Card]:
         key = stem if alone else f"{stem} ({shown(path.parent.name)})"
         while key in found:
             key += "'"
-        title, category, triggers, preview, trouble = _read(path, _stamp(path))
+        title, category, triggers, preview, trouble = _read(path, library.stamp(path))
         found[key] = Card(key, path.stem if alone else str(path), title or key, category, triggers, preview, trouble)
     return dict(sorted(found.items(), key=lambda pair: (_ORDER[pair[1].category], pair[1].title.lower(), pair[0])))
 
@@ -73,14 +73,6 @@ def with_words(prompt: str, words: Sequence[str]) -> str:
         if not prompts.says(prompt, word):
             prompt = f"{prompt.rstrip().rstrip(',')}, {word}" if prompt.strip() else word
     return prompt
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError:
-        return 0, 0
-    return stat.st_mtime_ns, stat.st_size
 
 
 @lru_cache(maxsize=4096)

@@ -85,7 +85,7 @@ def _candidates(spellings: Collection[str], known: Sequence[tuple[Path, Path]], 
     for spelling in spellings:
         yield _distinct([path] if (path := _ended(Path(_bare(spelling)))) else [])
     for spelling in spellings:
-        yield _distinct([path for _, path in known if _alias(path, _stamp(path)) == _bare(spelling)])
+        yield _distinct([path for _, path in known if _alias(path, stamp(path)) == _bare(spelling)])
 
 
 def _bare(name: str) -> str:
@@ -122,7 +122,8 @@ def _alias(path: Path, stamp: tuple[int, int]) -> str:
         return ""
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file does: its time of change in nanoseconds and its bytes; zeros for one that is not there."""
     try:
         stat = path.stat()
     except OSError:
