@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def pictures(at: Workbench, request: Request, folder: Path, stem: str = "", *, keep_paths: bool = False) -> Iterator[tuple[Path, Result]]:
     """Every picture of the request by itself, written as soon as it is made: each one's record makes it again."""
+    record.mend(folder)
     for index in range(request.count):
         result = at.run(request.alone(index), request.method)
         name = f"{stem}-{record.free(folder, f'{stem}-'):04d}" if stem else ""
