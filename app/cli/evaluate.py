@@ -1,6 +1,7 @@
 """`medley evaluate`: methods on a testbed or a manifest, scored, with intervals, as a report. The flags; the work is in
 app.evaluation."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,9 +126,12 @@ def _bar(text: str) -> tuple[str, str, float]:
     if not match or match[2] not in known:
         raise Refused(f"--fail-below {text}: write METRIC=VALUE or METHOD:METRIC=VALUE, with one of {', '.join(known)}")
     try:
-        return (match[1] or "").strip(), match[2], float(match[3])
+        bar = float(match[3])
     except ValueError:
-        raise Refused(f"--fail-below {text}: {match[3]!r} is not a number") from None
+        bar = math.nan
+    if not math.isfinite(bar):
+        raise Refused(f"--fail-below {text}: {match[3]!r} is not a number that a mean could reach or miss")
+    return (match[1] or "").strip(), match[2], bar
 
 
 def _endpoint(url: str, model: str) -> Any:

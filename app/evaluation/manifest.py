@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.evaluation.cases import Asked, Case, ExpectedConcept, Problem
+from app.errors import sentence
+from app.evaluation.cases import Asked, Case, ExpectedConcept, Problem, shortened
 from app.evaluation.variants import SUPPLIED
 from composition import Receipt, Refused, Request, manifest
 
@@ -40,8 +41,8 @@ def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "p
             continue
         try:
             case = _case(manifest.row_of(line), path.parent, inspect, model, number)
-        except Refused as error:
-            asked.problems.append(Problem(str(path), str(error), number))
+        except Exception as error:  # a name that the system refuses, a file that no reader foresaw: one line's trouble
+            asked.problems.append(Problem(str(path), shortened(sentence(error)), number))
             continue
         taken = seen.setdefault((case.group, case.method), set())
         free = case.seed if case.seed >= 0 and case.seed not in taken else max(taken, default=-1) + 1  # no two answer for one
@@ -68,6 +69,9 @@ def _case(row: dict[str, Any], folder: Path, inspect: Callable[[str], Receipt | 
     group, method = row.get("group", text), row.get("method", SUPPLIED if path else "")
     if not isinstance(group, str) or not isinstance(method, str):
         raise Refused("group and method are texts")
+    for what, words in (("text", text), ("group", group), ("method", method), *(("a concept", f"{c.name} {c.phrase}") for c in concepts)):
+        if any("\ud800" <= letter <= "\udfff" for letter in words):
+            raise Refused(f"{what} has half a character in it, which no file can hold: write it whole")
     if request and not request.loras and path and "method" not in row:
         method = SUPPLIED
     seed = row.get("seed", -1) if path else (request.seed if request else -1)

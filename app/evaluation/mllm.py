@@ -22,7 +22,7 @@ from PIL import Image
 
 from app.evaluation import statistics
 from app.evaluation.variants import EQUAL, NONE
-from composition import Refused
+from composition import Refused, pictures
 from composition.log import Log
 
 LOG = "mllm.jsonl"
@@ -87,8 +87,7 @@ class Endpoint:
 
 
 def _data(path: Path) -> str:
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    picture = pictures.load(path).convert("RGB")
     if min(picture.size) < SIDE:
         scale = SIDE / min(picture.size)
         picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)

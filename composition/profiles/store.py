@@ -7,6 +7,7 @@ from pathlib import Path
 
 from composition import atomic, bundled
 from composition.profiles.frequency import Profile
+from composition.request import Refused
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,10 @@ class ProfileStore:
         for folder in self._folders(model):
             file = folder / _file_name(tensor_sha256, model)
             if file.is_file():
-                profile = Profile.read(file.read_bytes())
+                try:
+                    profile = Profile.read(file.read_bytes())
+                except (Refused, OSError) as error:
+                    raise Refused(f"{file}: {error}; measure it again with `medley profile --again`, or delete the file") from None
                 if profile.tensor_sha256 == tensor_sha256:
                     return profile
         return None
