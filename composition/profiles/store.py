@@ -34,6 +34,7 @@ class ProfileStore:
         if self.folder is None:
             raise ValueError("this store has no folder to write to")
         self.folder.mkdir(parents=True, exist_ok=True)
+        atomic.sweep(self.folder, shared=True)
         return atomic.write(self.folder / _file_name(profile.tensor_sha256, profile.model), profile.json() + "\n")
 
     def _folders(self, model: str) -> Sequence[Path]:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,6 +16,7 @@ from composition import Engine, Lora, Request, Result, atomic, backbones, record
 from composition.batch import run_many
 from composition.log import Log
 from composition.record import png
+from composition.training import captions
 from tests import toys
 
 
@@ -38,6 +41,20 @@ def test_names_with_line_separators_are_not_made_again(engine, tmp_path):
     assert [item.fresh for item in run_many(engine, requests, tmp_path)] == [False] * len(requests)
     listed = Log(tmp_path / "pictures/metadata.jsonl")
     assert [row["text"] for row in listed.rows()] == [request.prompt for request in requests] and listed.damaged == 0
+
+
+def test_captions_in_a_table_may_have_line_separators(tmp_path):
+    lines = [{"file_name": f"{n}.png", "text": f"a fox{letter}in the snow"} for n, letter in enumerate("\u2028\x85\x0b")]
+    (tmp_path / "metadata.jsonl").write_text("\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\r\n", "utf-8")
+    assert captions.beside(tmp_path, [tmp_path / f"{n}.png" for n in range(3)]) == {f"{n}.png": "a fox in the snow" for n in range(3)}
+
+
+def test_nobody_but_the_log_appends_to_a_file():
+    root = Path(__file__).parents[2]
+    append = re.compile(r"""open\([^)\n]*["'][abt+]*a[abt+]*["']|O_APPEND""")
+    assert append.search('path.open("ab")') and append.search("open(path, 'a')") and not append.search('path.open("rb")')
+    files = [path for room in ("app", "composition", "retrieval") for path in (root / room).rglob("*.py")]
+    assert {path.relative_to(root).as_posix() for path in files if append.search(path.read_text("utf-8"))} == {"composition/log.py"}
 
 
 def test_half_a_character_of_a_file_name_is_written_and_read_back(tmp_path):
