@@ -320,7 +320,8 @@ class Engine:
     def _overflow(self, error: NotFinite, request: Request) -> str:
         """Where the numbers of a picture overflowed, whose update is the largest, and what to do."""
         where = f"at step {error.step} of {error.count}" if error.step else "while the picture was decoded"
-        sizes = {name: (abs(request.weights[name]) * size, layer) for name, (size, layer) in self.adapters.sizes().items()}
+        sizes = {name: (abs(request.weights[name]) * size, layer) for name, (size, layer) in self.adapters.sizes().items()
+                 if name in request.active}
         if not sizes:
             return (f"the numbers overflowed {where}, so there is no picture: no LoRA is on, so choose another dtype "
                     f"(float32 or bfloat16, not {str(self.dtype).removeprefix('torch.')}) or less guidance")

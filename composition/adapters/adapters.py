@@ -158,7 +158,7 @@ class Adapters:
         for component, stacks in self._model.current.stacks.items():
             for path, stack in stacks.items():
                 weight = self._layers[component][path].weight
-                plain = weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
+                plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
                 length = float(torch.linalg.vector_norm(weight.detach().double().cpu())) if plain else weight.numel() ** 0.5
                 for k, name in enumerate(self.names):
                     largest[name] = max(largest.get(name, (0.0, "")), (stack.size(k) / max(length, 1e-30), f"{component}.{path}"))
