@@ -199,7 +199,7 @@ def run_training(folder: Path, count: int | None) -> tuple[int, int]:
 
 @pytest.mark.parametrize("method", ["merge", "cmlora"])
 def test_a_run_by_itself(method, tmp_path):
-    hits, tried = run_alone(method, tmp_path, FEW)
+    hits, tried = run_alone(method, tmp_path, FEW if method == "cmlora" else 3 * FEW)
     assert hits >= tried - 1 >= 3  # nothing swallows an interruption
 
 
@@ -230,16 +230,15 @@ def test_ctrl_c_inside_an_attention_layer(method, mutant, tmp_path, monkeypatch)
     expected, before = engine.run(request).images[0].tobytes(), state(engine)
     if mutant:
         monkeypatch.setattr(attention._Seam, "leave", lambda self: None)
-    for layer in ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0", "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"):
-        handle = stop_once(engine, layer)
-        with pytest.raises(KeyboardInterrupt):
-            engine.run(request)
-        handle.remove()
-        if mutant:
-            assert len(modes()) == 1
-            overrides._pop_mode()
-        else:
-            assert state(engine) == before and engine.run(request).images[0].tobytes() == expected
+    handle = stop_once(engine, f"{engine.backbone.localizing_layers()[0]}.to_q")
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(request)
+    handle.remove()
+    if mutant:
+        assert len(modes()) == 1
+        overrides._pop_mode()
+    else:
+        assert state(engine) == before and engine.run(request).images[0].tobytes() == expected
 
 
 def test_ctrl_c_while_blocks_go_through_a_cache(tmp_path):
