@@ -30,13 +30,13 @@ class EngineOptions:
     denoiser: str | None = None
 
 
-def folders(given: Sequence[Path]) -> tuple[Path, ...]:
+def folders(named: Sequence[Path]) -> tuple[Path, ...]:
     """The user's LoRA folder, when it is there, and the given ones. Raises Refused for one that is not."""
-    for folder in given:
+    for folder in named:
         if not folder.is_dir():
             raise Refused(f"--lora-dir {folder} is not a folder")
     own = settings.lora_folder()
-    return tuple(dict.fromkeys([*([own] if own.is_dir() else []), *given]))
+    return tuple(dict.fromkeys([*([own] if own.is_dir() else []), *named]))
 
 
 def prepare(model: str, *, judge: str = "pocket") -> None:

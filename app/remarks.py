@@ -38,8 +38,8 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
 
 def everywhere(notes: Mapping[str, Any]) -> list[str]:
     """The LoRAs that a method of places left without one: styles, places, and those without a region."""
-    told = [notes[method] for method in ("clora", "regions") if isinstance(notes.get(method), Mapping)]
-    return [printable(str(name)) for one in told for name in one.get("everywhere", ())]
+    regional_notes = [notes[method] for method in ("clora", "regions") if isinstance(notes.get(method), Mapping)]
+    return [printable(str(name)) for note in regional_notes for name in note.get("everywhere", ())]
 
 
 def timeline(notes: Mapping[str, Any]) -> list[str]:

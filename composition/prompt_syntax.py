@@ -117,9 +117,9 @@ def unread(*prompts: str) -> list[str]:
     """The pieces of these prompts that other tools read as instructions and Medley as plain words, each once, shortened."""
     pieces: dict[str, None] = {}
     for prompt in prompts:
-        found = [*_bracketed(prompt), *(match.span() for match in _WORD.finditer(prompt)),
+        spans = [*_bracketed(prompt), *(match.span() for match in _WORD.finditer(prompt)),
                  *(match.span() for match in _OTHER_TAG.finditer(prompt))]
-        for start, end in sorted(found):
+        for start, end in sorted(spans):
             piece = prompt[start:end]
             pieces[piece if len(piece) <= MAX_SHOWN else f"{piece[:MAX_SHOWN]}..."] = None
     return list(pieces)[:MOST_SHOWN]

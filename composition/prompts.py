@@ -64,22 +64,22 @@ def scene(
 
     Raises Refused when the words of a LoRA are not in the prompt, are there twice, or belong to another LoRA too.
     """
-    found: dict[str, Span] = {}
+    bound: dict[str, Span] = {}
     for name, lora in loras.items():
         if (span := _span(prompt, name, lora, categories.get(name, ""), triggers.get(name, ()))) is not None:
-            found[name] = span
-    placed = sorted(found, key=lambda name: found[name])
-    for first, second in pairwise(placed):
-        if found[second][0] < found[first][1]:
-            words = (prompt[slice(*found[name])] for name in (first, second))
+            bound[name] = span
+    order = sorted(bound, key=lambda name: bound[name])
+    for first, second in pairwise(order):
+        if bound[second][0] < bound[first][1]:
+            words = (prompt[slice(*bound[name])] for name in (first, second))
             raise Refused(f"{first} and {second} are bound to words that overlap ({', '.join(map(repr, words))}): bind each to words of its own")
-    plain = {name: _without(prompt[slice(*found[name])], triggers.get(name, ())) for name in found}
-    own = {name: _with(prompt[slice(*found[name])], triggers.get(name, ())) for name in found}
-    made = [_written(prompt, found, placed, plain)]
-    made += [_written(prompt, found, placed, plain | {name: own[name]}) for name in found]
+    plain = {name: _without(prompt[slice(*bound[name])], triggers.get(name, ())) for name in bound}
+    own = {name: _with(prompt[slice(*bound[name])], triggers.get(name, ())) for name in bound}
+    prompts = [_written(prompt, bound, order, plain)]
+    prompts += [_written(prompt, bound, order, plain | {name: own[name]}) for name in bound]
     return Scene(
-        tuple(found), tuple(name for name in loras if name not in found), tuple(text for text, _ in made),
-        tuple(tuple(spans[name] for _, spans in made) for name in found))
+        tuple(bound), tuple(name for name in loras if name not in bound), tuple(text for text, _ in prompts),
+        tuple(tuple(spans[name] for _, spans in prompts) for name in bound))
 
 
 def tokens(
@@ -92,11 +92,11 @@ def tokens(
     """
     words = [match.span() for match in re.finditer(r"\w[\w'’-]*", prompt[slice(*span)])]
     words = [(a + span[0], b + span[0]) for a, b in words] or [span]
-    told = [word for word in words if prompt[slice(*word)].lower() not in STOP] or words
+    content = [word for word in words if prompt[slice(*word)].lower() not in STOP] or words
     end = max(b for _, b in offsets)
-    if cut and told[-1][1] > end:
+    if cut and content[-1][1] > end:
         raise Refused(f"{prompt[slice(*span)]!r} lies in the end of the prompt, which the model does not see: put it further to the front")
-    return tuple(index for index, (a, b) in enumerate(offsets) if a < b and any(a < y and x < b for x, y in told))
+    return tuple(index for index, (a, b) in enumerate(offsets) if a < b and any(a < y and x < b for x, y in content))
 
 
 def _span(prompt: str, name: str, lora: Lora, category: str, triggers: Sequence[str]) -> Span | None:
@@ -112,8 +112,8 @@ def _span(prompt: str, name: str, lora: Lora, category: str, triggers: Sequence[
             return _only(places, name, words)
     if lora.region is not None:
         return None
-    said = f"none of its trigger words ({', '.join(triggers)})" if triggers else "no trigger words, which its file does not name"
-    raise Refused(f"the prompt has for LoRA {name} {said}: put one in, or say with binds which words it belongs to, as in "
+    missing = f"none of its trigger words ({', '.join(triggers)})" if triggers else "no trigger words, which its file does not name"
+    raise Refused(f"the prompt has for LoRA {name} {missing}: put one in, or say with binds which words it belongs to, as in "
                   f'{{"source": "{name}", "binds": "the fox"}}, or with category "style" that it belongs everywhere')
 
 
@@ -159,17 +159,17 @@ def _with(phrase: str, triggers: Sequence[str]) -> str:
         return phrase
     article = re.match(r"\s*(?:(?:a|an|the)\s+)?", phrase, re.IGNORECASE)
     head, rest = phrase[: article.end()] if article else "", phrase[article.end() :] if article else phrase
-    said = {word.lower() for word in _content(triggers[0])}
-    if all(word.lower() in said for word in _content(rest)):
+    trigger_words = {word.lower() for word in _content(triggers[0])}
+    if all(word.lower() in trigger_words for word in _content(rest)):
         return head + triggers[0]
     return f"{head}{triggers[0]} {rest}"
 
 
-def _written(prompt: str, found: Mapping[str, Span], placed: Sequence[str], words: Mapping[str, str]) -> tuple[str, dict[str, Span]]:
+def _written(prompt: str, bound: Mapping[str, Span], order: Sequence[str], words: Mapping[str, str]) -> tuple[str, dict[str, Span]]:
     """The prompt with these words in the places found, and where they stand now."""
     text, at, spans = "", 0, {}
-    for name in placed:
-        text += prompt[at : found[name][0]]
+    for name in order:
+        text += prompt[at : bound[name][0]]
         spans[name] = (len(text), len(text) + len(words[name]))
-        text, at = text + words[name], found[name][1]
+        text, at = text + words[name], bound[name][1]
     return text + prompt[at:], spans

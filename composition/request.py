@@ -64,12 +64,12 @@ class Lora:
 
     @field_validator("region", mode="before")
     @classmethod
-    def _box(cls, given: Any) -> Any:
-        numbers = isinstance(given, list | tuple) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in given)
-        if given is None or isinstance(given, str) or numbers and len(given) == 4 and all(0 <= x <= 1 for x in given):
-            return given
+    def _box(cls, region: Any) -> Any:
+        numbers = isinstance(region, list | tuple) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in region)
+        if region is None or isinstance(region, str) or numbers and len(region) == 4 and all(0 <= x <= 1 for x in region):
+            return region
         raise ValueError(f"a box is [left, top, right, bottom] in fractions of the picture from 0 to 1, as [0, 0, 0.5, 1] for its left half "
-                         f"(given {given!r}); or write the path of a black and white image")
+                         f"(given {region!r}); or write the path of a black and white image")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Lora":
@@ -291,9 +291,9 @@ def explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"]) or "value"
-        given = item["input"]
+        value = item["input"]
         plain = _plain(item)
-        shown = f" (given {given!r})" if isinstance(given, str | int | float | bool | None) and "(given" not in plain else ""
+        shown = f" (given {value!r})" if isinstance(value, str | int | float | bool | None) and "(given" not in plain else ""
         parts.append(f"{where}: {plain}{shown}")
     return "; ".join(parts)
 

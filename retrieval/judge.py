@@ -138,14 +138,14 @@ def sides(picture: Image.Image) -> tuple[Image.Image, Image.Image]:
     """The left and the right OUTER of a picture, each in the middle of a square of its mean colour."""
     picture = picture.convert("RGB")
     wide = max(1, round(picture.width * OUTER))
-    made = []
+    squares = []
     for first in (0, picture.width - wide):
         part = picture.crop((first, 0, first + wide, picture.height))
         side = max(part.size)
         square = Image.new("RGB", (side, side), part.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
         square.paste(part, ((side - part.width) // 2, (side - part.height) // 2))
-        made.append(square)
-    return made[0], made[1]
+        squares.append(square)
+    return squares[0], squares[1]
 
 
 def clip_score(cosine: Float[Tensor, "*n"], scale: str = "100") -> Float[Tensor, "*n"]:

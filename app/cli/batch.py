@@ -42,7 +42,7 @@ def batch(
     record.ready(out_dir)
     chosen = manifest.read(lines, model or "pocket")[:limit]
     place = engines.EngineOptions(device, dtype, offload, engines.folders(lora_dir or []), quantize, denoiser)
-    items = _made(chosen, out_dir, place)
+    items = _generate(chosen, out_dir, place)
     failed = [line for line in chosen if line.error or any(item.error for item in items[line.number])]
     if json:
         print(as_json(_summary(chosen, items, out_dir)))
@@ -56,7 +56,7 @@ def batch(
         raise typer.Exit(FAILED)
 
 
-def _made(lines: Sequence[manifest.Line], folder: Path, place: engines.EngineOptions) -> dict[int, list[Item]]:
+def _generate(lines: Sequence[manifest.Line], folder: Path, place: engines.EngineOptions) -> dict[int, list[Item]]:
     """The number of each line to its pictures, or to their errors; models are opened one after the other."""
     items: dict[int, list[Item]] = {line.number: [] for line in lines}
     for line in lines:

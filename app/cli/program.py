@@ -78,17 +78,17 @@ def _start(picture: Path | None, model: str | None, allow_paths: bool) -> record
     if picture is None:
         engines.prepare(model or "pocket")
         return None
-    found = record.details(picture)
-    found = found if allow_paths else replace(found, request=record.by_name(found.request))
-    for remark in found.remarks:
+    original = record.details(picture)
+    original = original if allow_paths else replace(original, request=record.by_name(original.request))
+    for remark in original.remarks:
         err.print(Text(printable(f"{picture}: {remark}"), style="yellow"))
-    if not found.ours and not model:
-        raise Refused(f"{picture} was made by another tool, with its model {found.model or '(not named)'!r}: say with --model "
+    if not original.ours and not model:
+        raise Refused(f"{picture} was made by another tool, with its model {original.model or '(not named)'!r}: say with --model "
                       "which one to use here")
-    if not model and not allow_paths and record.is_path(found.request.model):
-        raise Refused(f"{picture} was made with {found.request.model!r}, a file or folder of its maker: say with --model where it is here")
-    engines.prepare(model or found.request.model)
-    return found
+    if not model and not allow_paths and record.is_path(original.request.model):
+        raise Refused(f"{picture} was made with {original.request.model!r}, a file or folder of its maker: say with --model where it is here")
+    engines.prepare(model or original.request.model)
+    return original
 
 
 @app.command()
@@ -113,38 +113,38 @@ def generate(
 ) -> None:
     """Make pictures from a prompt and LoRAs."""
     record.ready(out_dir)
-    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
-    request, drawn = flags.request(context.params, found.request if found else None)
+    place, original = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
+    request, drawn = flags.request(context.params, original.request if original else None)
     say = err if json else out
     with engines.open_engine(request.model, place) as engine:
-        request = record.located(request, found, engine.loras(), engine.find) if found else request
+        request = record.located(request, original, engine.loras(), engine.find) if original else request
         request, settled = engine.settle(request)
         for line in remarks.remarks(settled):
             say.print(Text(printable(line), style="dim"))
         request = _triggered(request, engine, say) if triggers else request
-        made, drawn_places = [], []
+        results, drawn_places = [], []
         with workbench.bench(engine, request.length * request.count, err) as at:
             for path, result in session.pictures(at, request, out_dir, keep_paths=keep_paths):
-                made.append((path, result))
+                results.append((path, result))
                 if masks:
                     drawn_places.append(session.places(path, result))
-                if found and len(made) == 1:
+                if original and len(results) == 1:
                     receipts = dict(zip(request.names, result.receipts, strict=True))
-                    for line in record.differences(found, receipts, record.versions()):
+                    for line in record.differences(original, receipts, record.versions()):
                         err.print(Text(printable(line), style="yellow"))
     if json:
-        print(tables.generated(request, made, drawn))
+        print(tables.generated(request, results, drawn))
         return
-    tables.result(out, replace(made[0][1], request=request), drawn)
-    for line in remarks.timeline(made[0][1].notes):
+    tables.result(out, replace(results[0][1], request=request), drawn)
+    for line in remarks.timeline(results[0][1].notes):
         out.print(Text(line))
-    for path, result in made:
+    for path, result in results:
         out.print(Text(f"{path}  seed {result.request.seed}, {sum(result.seconds.values()):.1f} s"))
     for sheet in filter(None, drawn_places):
         out.print(Text(f"{sheet}  where each LoRA acts"))
-    if masks and (names := remarks.everywhere(made[0][1].notes)):
+    if masks and (names := remarks.everywhere(results[0][1].notes)):
         out.print(Text(f"on everywhere: {', '.join(names)}"))
-    if masks and not any(drawn_places) and not made[0][1].notes.get("no regions"):
+    if masks and not any(drawn_places) and not results[0][1].notes.get("no regions"):
         out.print(Text(f"no masks: method {request.method} places nothing here; clora, clora-fast and regions do", style="yellow"))
 
 
@@ -160,23 +160,23 @@ def compare(
 ) -> None:
     """The same seed and LoRAs by every method, and without any LoRA, side by side."""
     record.ready(out_dir)
-    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
+    place, original = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
     from composition import methods as known
 
     names = [name.strip() for name in methods.split(",")] if methods else sorted(known.all(), key=lambda name: name != "merge")
     ways = options.options_of_each(option or [], [known.find(name).name for name in names])
-    request, drawn = flags.request(context.params | {"option": None}, found.request if found else None)
+    request, drawn = flags.request(context.params | {"option": None}, original.request if original else None)
     if request.method in ways:
         ways[request.method] = {**request.options, **ways[request.method]}
-    _compare(request, ways, out_dir, "compare", place, drawn=drawn, triggers=triggers, found=found)
+    _compare(request, ways, out_dir, "compare", place, drawn=drawn, triggers=triggers, original=original)
 
 
 def _compare(
     request: Request, ways: dict[str, dict[str, Any]], folder: Path, prefix: str, place: engines.EngineOptions, *, drawn: bool,
-    triggers: bool = False, found: record.Record | None = None,
+    triggers: bool = False, original: record.Record | None = None,
 ) -> None:
     with engines.open_engine(request.model, place) as engine:
-        request = record.located(request, found, engine.loras(), engine.find) if found else request
+        request = record.located(request, original, engine.loras(), engine.find) if original else request
         settled_request, settled = engine.settle(replace(request, options={}))
         request = replace(settled_request, options=request.options)  # each way has its own, and its order is settled with it
         for line in remarks.remarks({name: note for name, note in settled.items() if name != "order"}):
@@ -222,14 +222,14 @@ def profile(
         for source in lora:
             engine.find(source)
         with workbench.bench(engine, 2 * steps * seeds * len(lora), err) as at:
-            found = profiling.measure(at, lora, prompt=prompt, steps=steps, seeds=seeds, again=again)
-    measured = [one for one, _ in found]
+            profiles = profiling.measure(at, lora, prompt=prompt, steps=steps, seeds=seeds, again=again)
+    measured = [item for item, _ in profiles]
     names, low = profiling.described(measured)
     path = record.publish(plot(measured), out_dir, f"profile-{record.free(out_dir, 'profile-'):04d}")
     if json:
-        print(tables.as_json({"order": names, "low": low, "plot": str(path), "profiles": [asdict(one) for one in measured]}))
+        print(tables.as_json({"order": names, "low": low, "plot": str(path), "profiles": [asdict(item) for item in measured]}))
         return
-    tables.profiles(out, found, names, low)
+    tables.profiles(out, profiles, names, low)
     out.print(Text(f"plot: {path}"))
 
 

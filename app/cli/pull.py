@@ -23,14 +23,14 @@ def pull(name: str, out: Console, ask: Callable[[str], str] | None) -> str:
 
     if opening.find(repository).kind != "hub":
         raise Refused(f"{name} is on this machine already: use it with --model {name}")
-    found = hub.facts(repository)
-    out.print(Text(f"{repository}: {found.size / 1e9:.1f} GB, licence {found.licence} ({found.link})"))
-    if found.gated and not hub.allowed(repository):
-        said = (f"{repository} asks for its licence to be accepted: open https://huggingface.co/{repository}, accept it there, and make a "
+    facts = hub.facts(repository)
+    out.print(Text(f"{repository}: {facts.size / 1e9:.1f} GB, licence {facts.licence} ({facts.link})"))
+    if facts.gated and not hub.allowed(repository):
+        instructions = (f"{repository} asks for its licence to be accepted: open https://huggingface.co/{repository}, accept it there, and make a "
                 "token that may read at https://huggingface.co/settings/tokens")
         if ask is None:
-            raise Refused(f"{said}; then set HF_TOKEN, or run this command in a terminal, where it asks for the token")
-        out.print(Text(f"{said}."))
+            raise Refused(f"{instructions}; then set HF_TOKEN, or run this command in a terminal, where it asks for the token")
+        out.print(Text(f"{instructions}."))
         token = ask("Token (it is not shown, and kept as hf auth login keeps it): ").strip()
         if not token:
             raise Refused("no token was given; nothing was fetched")

@@ -79,9 +79,9 @@ def lessons_of(
         raise Refused("a folder of pictures and a word are needed: medley train concept --images my-cat --trigger mycat")
     if len(images) != len(triggers):
         raise Refused(f"{len(images)} --images and {len(triggers)} --trigger: give each folder its word")
-    for flag, given in (("--name", names), ("--title", titles)):
-        if given and len(given) != len(images):
-            raise Refused(f"{len(given)} {flag} for {len(images)} --images: give one for each, or none")
+    for flag, values in (("--name", names), ("--title", titles)):
+        if values and len(values) != len(images):
+            raise Refused(f"{len(values)} {flag} for {len(images)} --images: give one for each, or none")
     if len(categories) not in (0, 1, len(images)):
         raise Refused(f"{len(categories)} --category for {len(images)} --images: give one, or one for each")
     lessons = []
@@ -92,9 +92,9 @@ def lessons_of(
             raise Refused(f"--category {kind}: choose from {', '.join(CATEGORIES)}")
         title = " ".join(titles[index].split()) if titles else word[:1].upper() + word[1:]
         lessons.append(Lesson(folder, word, _name(names[index]) if names else _name_from(word), kind, title))
-    for what, given in (("name", [one.name for one in lessons]), ("--trigger", [one.trigger.lower() for one in lessons])):
-        if len(set(given)) != len(given):
-            raise Refused(f"two concepts have the same {what}: {', '.join(given)}")
+    for what, values in (("name", [lesson.name for lesson in lessons]), ("--trigger", [lesson.trigger.lower() for lesson in lessons])):
+        if len(set(values)) != len(values):
+            raise Refused(f"two concepts have the same {what}: {', '.join(values)}")
     return lessons
 
 

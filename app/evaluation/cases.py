@@ -63,7 +63,7 @@ class Problem:
 
 
 @dataclass
-class Asked:
+class CollectedCases:
     """The cases that can be answered, and what cannot."""
 
     cases: list[Case] = field(default_factory=list)

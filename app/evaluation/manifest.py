@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.evaluation.cases import Asked, Case, ExpectedConcept, Problem
+from app.evaluation.cases import Case, CollectedCases, ExpectedConcept, Problem
 from app.evaluation.variants import SUPPLIED
 from composition import Receipt, Refused, Request, manifest
 
 CONCEPT = {"phrase", "name", "category", "references"}
 
 
-def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "pocket") -> Asked:
+def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "pocket") -> CollectedCases:
     """Cases and what is wrong, line by line; nothing stops at a bad line. Raises Refused when there is no manifest.
 
     inspect: what a LoRA's file says of itself; raises Refused when there is none (the line is left out). model: for requests
@@ -29,7 +29,7 @@ def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "p
     if not path.is_file():
         raise Refused(f"{source} has no metadata.jsonl" if source.is_dir() else f"{source} is not there; give a JSONL manifest, "
                       "or a folder with metadata.jsonl")  # fmt: skip
-    asked = Asked()
+    collected = CollectedCases()
     seen: dict[tuple[str, str], set[int]] = {}
     try:
         lines = path.read_bytes().split(b"\n")
@@ -41,15 +41,15 @@ def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "p
         try:
             case = _case(manifest.row_of(line), path.parent, inspect, model, number)
         except Refused as error:
-            asked.problems.append(Problem(str(path), str(error), number))
+            collected.problems.append(Problem(str(path), str(error), number))
             continue
         taken = seen.setdefault((case.group, case.method), set())
         free = case.seed if case.seed >= 0 and case.seed not in taken else max(taken, default=-1) + 1  # no two answer for one
         taken.add(free)
-        asked.cases.append(replace(case, seed=free))
-    if not asked.cases and not asked.problems:
+        collected.cases.append(replace(case, seed=free))
+    if not collected.cases and not collected.problems:
         raise Refused(f"{path} is empty; write one request a line, as {{\"prompt\": \"a fox\", \"seed\": 1}}")
-    return asked
+    return collected
 
 
 def _case(row: dict[str, Any], folder: Path, inspect: Callable[[str], Receipt | None], model: str, line: int) -> Case:

@@ -91,7 +91,7 @@ def blurred(x: torch.Tensor) -> torch.Tensor:
     return F.interpolate(x.clamp(-1, 1), (SIDE, SIDE), mode="bicubic", align_corners=False)
 
 
-class Asked(NamedTuple):
+class Batch(NamedTuple):
     """One batch: pictures (B, 3, SIDE, SIDE), token ids of T texts (T, LENGTH), their truth (B, T): 1, 0, or -1 for no
     matter, and which of all N names each picture holds (B, N)."""
 
@@ -116,7 +116,7 @@ class Answers(NamedTuple):
     names: torch.Tensor
     place: torch.Tensor
     style: torch.Tensor
-    said: torch.Tensor
+    place_in_caption: torch.Tensor
     caption: torch.Tensor
 
 
@@ -125,8 +125,8 @@ def answers(labels: torch.Tensor, names: int) -> Answers:
     labels = labels.long()
     held = torch.zeros(len(labels), names + 1, dtype=torch.bool, device=labels.device)
     held.scatter_(1, labels[:, :MOST], True)  # the number beside the last name stands for no name
-    place, style, said = labels[:, MOST : MOST + 3].unbind(1)
-    return Answers(held[:, :names], place, style, said.bool(), labels[:, MOST + 3 :])
+    place, style, place_in_caption = labels[:, MOST : MOST + 3].unbind(1)
+    return Answers(held[:, :names], place, style, place_in_caption.bool(), labels[:, MOST + 3 :])
 
 
 def labels(source: Named, words: PreTrainedTokenizerFast, scenes: Sequence[Labelled]) -> np.ndarray:
@@ -148,29 +148,29 @@ def ids(words: PreTrainedTokenizerFast, texts: Sequence[str]) -> torch.Tensor:
 class Questions:
     """The token ids of everything that is always asked: names in two forms of words, places and styles."""
 
-    def __init__(self, source: Named, words: PreTrainedTokenizerFast, device: torch.device, asked: int = NAMES):
+    def __init__(self, source: Named, words: PreTrainedTokenizerFast, device: torch.device, names_per_batch: int = NAMES):
         """asked: names in a batch; as many as there are, or more, for all of them."""
         called = [phrase("object", n) for n in source.names]
-        self.forms = [ids(words, called).to(device)] * 2 + [ids(words, [f"a picture of {one}" for one in called]).to(device)]
+        self.forms = [ids(words, called).to(device)] * 2 + [ids(words, [f"a picture of {name}" for name in called]).to(device)]
         other = [phrase("place", p) for p in source.places] + [phrase("style", k) for k in source.styles]
-        self.other, self.asked = ids(words, other).to(device), min(asked, len(called))
+        self.other, self.names_per_batch = ids(words, other).to(device), min(names_per_batch, len(called))
         self.places, self.styles = len(source.places), len(source.styles)
 
-    def ask(self, images: torch.Tensor, known: Answers) -> Asked:
+    def ask(self, images: torch.Tensor, known: Answers) -> Batch:
         """The texts of one batch: names, every place and style, and the captions of a quarter of its scenes."""
-        pick = (known.names.any(0) + torch.rand(known.names.shape[1], device=images.device)).topk(self.asked).indices
+        pick = (known.names.any(0) + torch.rand(known.names.shape[1], device=images.device)).topk(self.names_per_batch).indices
         form = self.forms[int(torch.randint(len(self.forms), ()))]
         count = len(images) // 4
         truth = torch.cat([known.names[:, pick].float(), F.one_hot(known.place, self.places).float(),
                            F.one_hot(known.style, self.styles + 1)[:, 1:].float(), agreement(known, count)], 1)  # fmt: skip
-        return Asked(images, torch.cat([form[pick], self.other, known.caption[:count]]), truth, known.names.float())
+        return Batch(images, torch.cat([form[pick], self.other, known.caption[:count]]), truth, known.names.float())
 
 
 def agreement(known: Answers, count: int) -> torch.Tensor:
     """Truth of the first ``count`` scenes' captions for every scene, (B, count): 1 of its own, -1 where it holds, else 0."""
-    first = Answers(*(one[:count] for one in known))
+    first = Answers(*(values[:count] for values in known))
     held = first.names.float() @ (~known.names).float().T < 0.5  # (count, B): nothing is named that is not there
-    held &= (first.place[:, None] == known.place) | ~first.said[:, None]
+    held &= (first.place[:, None] == known.place) | ~first.place_in_caption[:, None]
     held &= (first.style[:, None] == known.style) | (first.style == 0)[:, None]
     return torch.where(torch.eye(len(known.place), count, device=held.device).bool(), 1.0, -held.T.float())
 
@@ -207,7 +207,7 @@ def vocabulary(source: Source) -> PreTrainedTokenizerFast:
 
 
 def train(source: Named, words: PreTrainedTokenizerFast, stock: Stock, folder: Path, work: Path, *, minutes: Minutes,
-          device: torch.device, size: int = 128, asked: int = NAMES, limit: int = 16_384, compiled: bool = True,
+          device: torch.device, size: int = 128, names_per_batch: int = NAMES, limit: int = 16_384, compiled: bool = True,
           ended: Callable[[], None] = lambda: None) -> Loop:  # fmt: skip
     """Train or resume from ``work/judge.pt``, and write the open-clip folder. limit: pictures kept on the device. ended: called
     when the training is over and only its statistics and files are to be made."""
@@ -217,7 +217,7 @@ def train(source: Named, words: PreTrainedTokenizerFast, stock: Stock, folder: P
     see = torch.compile(model.encode_image, dynamic=False) if compiled else model.encode_image
     learner = Learner(model, len(source.names), config(0)["model_cfg"]["embed_dim"]).to(device)
     loop = Loop(learner, work / "judge.pt", minutes=minutes, peak=2e-3, cool=0.5, average=0.998, decay=0.02)
-    pool, questions = Pool(stock, device, limit=limit), Questions(source, words, device, asked)
+    pool, questions = Pool(stock, device, limit=limit), Questions(source, words, device, names_per_batch)
 
     def loss(pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return loss_of(learner, see, *questions.ask(blurred(tensor(pictures)), answers(labels, len(source.names))))

@@ -69,7 +69,7 @@ def thresholds(judge: Judge, source: Source, *, without: int = 3000, each: int =
 
 def report(judge: Judge, source: Source, *, each: int = 30, mixed: int = 1500) -> dict[str, Any]:
     """Percent on fresh renders: top-1 by kind, recall and false positives of presence, in single and in mixed scenes."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     every = {kind: [n for k, n in concepts(source) if k == kind] for kind in KINDS}
     for kind in KINDS:
         right, wide, recalled, rows = [], [], [], {}
@@ -83,24 +83,24 @@ def report(judge: Judge, source: Source, *, each: int = 30, mixed: int = 1500) -
                 wide.append((seen @ further.T).argmax(1) == source.names.index(name))
             recalled.append(seen @ texts[k] >= judge.thresholds[phrase(kind, name)].score)
             rows[name] = _percent(hits)
-        found[kind] = {"top-1": _percent(torch.cat(right)), "recall": _percent(torch.cat(recalled)), "of": len(every[kind]),
+        figures[kind] = {"top-1": _percent(torch.cat(right)), "recall": _percent(torch.cat(recalled)), "of": len(every[kind]),
                        "worst": sorted(rows.items(), key=lambda row: row[1])[:5]}  # fmt: skip
         if wide:
-            found[kind]["top-1 of all names"] = _percent(torch.cat(wide))
-            found[kind]["all names"] = len(source.names)
-    found["mixed"] = _mixed(judge, source, [known(source, HELD + 10**7 + i) for i in range(mixed)])
-    return found
+            figures[kind]["top-1 of all names"] = _percent(torch.cat(wide))
+            figures[kind]["all names"] = len(source.names)
+    figures["mixed"] = _mixed(judge, source, [known(source, HELD + 10**7 + i) for i in range(mixed)])
+    return figures
 
 
 def _mixed(judge: Judge, source: Source, scenes: Sequence[Labelled]) -> dict[str, float]:
     """Recall and false positives over scenes of one to three objects, a quarter of them in a style."""
-    asked = concepts(source)
-    present = judge.present(pictures(scenes), [phrase(*one) for one in asked]).numpy()
-    truth = np.array([[holds(scene, *one) for one in asked] for scene in scenes])
+    listed = concepts(source)
+    present = judge.present(pictures(scenes), [phrase(*concept) for concept in listed]).numpy()
+    truth = np.array([[holds(scene, *concept) for concept in listed] for scene in scenes])
     return {f"{kind} recall": 100 * float(present[:, k][truth[:, k]].mean()) for kind in KINDS
-            for k in [[i for i, one in enumerate(asked) if one[0] == kind]]} | {
+            for k in [[i for i, concept in enumerate(listed) if concept[0] == kind]]} | {
             f"{kind} false positives": 100 * float(present[:, k][~truth[:, k]].mean()) for kind in KINDS
-            for k in [[i for i, one in enumerate(asked) if one[0] == kind]]}  # fmt: skip
+            for k in [[i for i, concept in enumerate(listed) if concept[0] == kind]]}  # fmt: skip
 
 
 def _percent(hits: torch.Tensor) -> float:

@@ -129,7 +129,7 @@ def _next(turns: Sequence[Sequence[Task]], until: float) -> None:
     turn = next((turn for turn in turns if all(task.state >= READY for task in turn)), None)
     if turn is None:
         return
-    end = time.time() + (until - time.time()) * turn[0].share / sum(one[0].share for one in turns)
+    end = time.time() + (until - time.time()) * turn[0].share / sum(other[0].share for other in turns)
     for task in turn:
         if task.state == READY:
             task.end = end
@@ -150,10 +150,10 @@ def take_turns(tasks: Sequence[Task], until: float, logs: Path, *, threads: int,
         flat = [task for turn in turns[: ahead + 1] for task in turn]
         for task in flat:
             if task.process is None and not task.failed:
-                if any(one.failed for one in task.after):
-                    print(f"{task.name}: left out, as {', '.join(one.name for one in task.after)} failed", flush=True)
+                if any(earlier.failed for earlier in task.after):
+                    print(f"{task.name}: left out, as {', '.join(earlier.name for earlier in task.after)} failed", flush=True)
                     task.failed = True
-                elif all(one.done for one in task.after):
+                elif all(earlier.done for earlier in task.after):
                     task.start(logs / f"{task.name}.log", threads)
         for task in tasks:
             task.look(logs / f"{task.name}.log", threads)

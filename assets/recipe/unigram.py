@@ -32,10 +32,10 @@ def build(lines: Sequence[str], entries: int = 1024) -> T5Tokenizer:
     pieces = [(piece, score) for piece, score in json.loads(learner.to_str())["model"]["vocab"] if piece not in SPECIAL]
     words = Counter(word for line in lines for word in re.findall(r"[a-z]+", line))
     whole = sum(words.values())
-    found = dict(pieces) | {f"▁{word}": math.log(count / whole) for word, count in words.items() if count >= OFTEN}
-    rare = min(found.values()) - 1
-    found = {letter: rare for letter in letters} | found
-    vocabulary = [*((name, 0.0) for name in SPECIAL), *found.items()]
+    scores = dict(pieces) | {f"▁{word}": math.log(count / whole) for word, count in words.items() if count >= OFTEN}
+    rare = min(scores.values()) - 1
+    scores = {letter: rare for letter in letters} | scores
+    vocabulary = [*((name, 0.0) for name in SPECIAL), *scores.items()]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=LONGEST)
 
 

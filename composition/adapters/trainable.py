@@ -42,7 +42,7 @@ class Trainable:
         self, names: Sequence[str], rank: int, layers: Mapping[str, Mapping[str, Shape]], device: torch.device
     ) -> None:
         self.names, self.rank, self.layers = tuple(names), rank, layers
-        shapes = [shape for found in layers.values() for shape in found.values()]
+        shapes = [shape for by_path in layers.values() for shape in by_path.values()]
         count = len(self.names)
         self._views = [view for reads, out in shapes for view in ((count, rank, *reads), (count, out, rank))]
         self._sizes = [torch.Size(view).numel() // count for view in self._views]
@@ -68,7 +68,7 @@ class Trainable:
     def factors(self, k: int) -> dict[str, dict[str, Factors]]:
         """Adapter k's factors by component and layer: views of the leaf that may be written (and then say `changed`)."""
         parts = iter([part.view(view[1:]) for part, view in zip(self.leaf.detach()[k].split(self._sizes), self._views, strict=True)])
-        return {component: {path: Factors(next(parts), next(parts)) for path in found} for component, found in self.layers.items()}
+        return {component: {path: Factors(next(parts), next(parts)) for path in by_path} for component, by_path in self.layers.items()}
 
 
 class TrainableStack(Stack):

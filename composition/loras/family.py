@@ -51,21 +51,21 @@ def detect(modules: Sequence[Module], tensors: Mapping[str, Tensor]) -> Origin:
     return Origin(WIDTHS.get(width, "unknown"), width, False)
 
 
-def foreign(found: Origin, components: Mapping[str, nn.Module], family: str) -> str:
+def foreign(origin: Origin, components: Mapping[str, nn.Module], family: str) -> str:
     """Why the file is no LoRA for this base, in plain words, or ""."""
     width = text_width(components)
     if family in JOINT:
-        differs = found.family not in (family, "unknown") or bool(found.width)
-    elif found.family in JOINT or (found.second and family != "sdxl"):
+        differs = origin.family not in (family, "unknown") or bool(origin.width)
+    elif origin.family in JOINT or (origin.second and family != "sdxl"):
         differs = True
-    elif found.width and width:
-        differs = found.width != width
+    elif origin.width and width:
+        differs = origin.width != width
     else:
-        differs = found.family == "sdxl" and family != "sdxl"
+        differs = origin.family == "sdxl" and family != "sdxl"
     if not differs:
         return ""
-    made = WORDS.get(found.family, "another model") + (f" (text width {found.width})" if found.width else "")
-    return f"made for {made}; this base is {base(components, family)}"
+    model = WORDS.get(origin.family, "another model") + (f" (text width {origin.width})" if origin.width else "")
+    return f"made for {model}; this base is {base(components, family)}"
 
 
 def base(components: Mapping[str, nn.Module], family: str) -> str:
@@ -87,5 +87,5 @@ def _reads_text(module: Module) -> bool:
 
 
 def _inputs(module: Module, tensors: Mapping[str, Tensor]) -> int:
-    found = tensors.get(module.keys.get("down", ""))
-    return found.shape[1] if found is not None and found.ndim >= 2 else 0
+    down = tensors.get(module.keys.get("down", ""))
+    return down.shape[1] if down is not None and down.ndim >= 2 else 0

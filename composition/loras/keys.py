@@ -115,13 +115,13 @@ def understand(key: str) -> Key:
         return Key(numbered[1], f"#{int(numbered[2])}", numbered[3], "first-generation")
     if _TOKENS.match(key):
         return Key("", key, "beside", "", TOKEN)
-    if found := _XLABS.match(key):
-        kind, block, what, side, role = found.groups()
+    if match := _XLABS.match(key):
+        kind, block, what, side, role = match.groups()
         inner = f"{_SIDES[side]}.{what}" if side else {"qkv": "qkv", "proj": "linear2"}[what]
         return Key("transformer", f"{kind}_blocks.{block}.{inner}", role, "xlabs")
     for pattern, role, reason in _ROLES:
-        if found := pattern.search(key):
-            component, module, layout = _locate(key[: found.start()])
+        if match := pattern.search(key):
+            component, module, layout = _locate(key[: match.start()])
             return Key(component, module, role, layout, reason)
     return Key("", key, "beside", "", UNKNOWN)
 
@@ -165,9 +165,9 @@ def modules(keys: Iterable[str]) -> tuple[list[Module], dict[str, list[str]]]:
             blocking.setdefault(place, {})[raw] = TWICE
         else:
             roles[place][key.role] = raw
-    made = []
+    grouped = []
     for place, layout in layouts.items():
         blocked = blocking.get(place, {})
         reason = next(iter(blocked.values()), "")
-        made.append(Module(*place, layout, roles.get(place, {}), reason, tuple(blocked)))
-    return made, ignored
+        grouped.append(Module(*place, layout, roles.get(place, {}), reason, tuple(blocked)))
+    return grouped, ignored

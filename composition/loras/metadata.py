@@ -18,8 +18,8 @@ def title(metadata: Mapping[str, str]) -> str:
 
 def category(metadata: Mapping[str, str]) -> str:
     """One of `Category`, or "" for anything else."""
-    said = metadata.get("category", "").strip().lower()
-    return said if said in get_args(Category) else ""
+    value = metadata.get("category", "").strip().lower()
+    return value if value in get_args(Category) else ""
 
 
 def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:

@@ -145,16 +145,16 @@ def _header(path: Path, file: FileIO) -> _Header:
         raise Refused(f"{path.name} is damaged (it ends inside its header): download it again")
     raw = (raw + _read(file, 8 + length - len(raw)))[: 8 + length]
     try:
-        said = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_unique)
-        metadata = _metadata(said.pop("__metadata__", None))
-        if 0 < len(said) <= MAX_TENSORS:
-            entries = _entries(said, size - 8 - length)
+        table = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_unique)
+        metadata = _metadata(table.pop("__metadata__", None))
+        if 0 < len(table) <= MAX_TENSORS:
+            entries = _entries(table, size - 8 - length)
     except _Kind as error:
         raise Refused(f"{path.name} holds a kind of number that cannot be read ({error})") from None
     except (ValueError, RecursionError, AttributeError) as error:
         raise Refused(f"{path.name} is damaged (its header: {str(error)[:200]}): download it again") from None
-    if not 0 < len(said) <= MAX_TENSORS:
-        raise Refused(f"{path.name} holds {len(said)} tensors; 1 to {MAX_TENSORS} are read")
+    if not 0 < len(table) <= MAX_TENSORS:
+        raise Refused(f"{path.name} holds {len(table)} tensors; 1 to {MAX_TENSORS} are read")
     return _Header(raw, entries, metadata)
 
 
@@ -163,19 +163,19 @@ class _Kind(Exception):
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    table = dict(pairs)
+    if len(table) != len(pairs):
         raise ValueError("a name is given twice")
-    return made
+    return table
 
 
-def _metadata(said: object) -> dict[str, str]:
+def _metadata(metadata: object) -> dict[str, str]:
     """The words of a header as text: what other writers leave as numbers, lists or null too. Raises ValueError."""
-    if said is None:
+    if metadata is None:
         return {}
-    if not isinstance(said, dict):
+    if not isinstance(metadata, dict):
         raise ValueError("its __metadata__ is no JSON object")
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items() if value is not None}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items() if value is not None}
     return {_text(key): _text(value) for key, value in texts.items()}
 
 
@@ -184,9 +184,9 @@ def _text(value: str) -> str:
     return value.encode("utf-8", "replace").decode()
 
 
-def _entries(said: Mapping[str, Any], size: int) -> dict[str, _Entry]:
+def _entries(table: Mapping[str, Any], size: int) -> dict[str, _Entry]:
     """The tensors of a header in the order of their bytes, which fill `size` without hole or overlap. Raises ValueError, _Kind."""
-    entries = {name: _entry(name, value) for name, value in said.items()}
+    entries = {name: _entry(name, value) for name, value in table.items()}
     entries = dict(sorted(entries.items(), key=lambda pair: pair[1][2:]))
     end = 0
     for name, entry in entries.items():

@@ -22,7 +22,7 @@ from composition.hooks.attention import frozen
 from composition.loras.writer import write
 from composition.request import Refused
 from composition.training.attention import plain_attention
-from composition.training.batches import Asked, Batch, Batches
+from composition.training.batches import BaseRows, Batch, Batches
 from composition.training.compiled import Compiled
 from composition.training.losses import Losses
 from composition.training.plan import TARGETS, Concept, Plan
@@ -79,8 +79,8 @@ def train(
         files = {}
         for k, concept in enumerate(concepts):
             files[concept.name] = folder / f"{concept.name}.safetensors"
-            told = {**concept.metadata, **(describe(concept.name) if describe else {})}
-            write(files[concept.name], trained.factors(k), plan.rank, plan.alpha, told)
+            metadata = {**concept.metadata, **(describe(concept.name) if describe else {})}
+            write(files[concept.name], trained.factors(k), plan.rank, plan.alpha, metadata)
         return files
 
 
@@ -142,8 +142,8 @@ class Learning:
         positions = batch.noisy.shape[-2] * batch.noisy.shape[-1]
         with plain_attention(device, positions), self.lent():  # the backward pass too: it may compute activations again
             with torch.autocast(device.type, torch.bfloat16, enabled=self.plan.half):
-                if batch.asked is not None:
-                    goal = goal + _base(self.backbone, self.adapters, batch, batch.asked)
+                if batch.base_rows is not None:
+                    goal = goal + _base(self.backbone, self.adapters, batch, batch.base_rows)
                 with self.adapters.in_turn(self.plan.batch), self.compiled():
                     guess = self.backbone.denoise(batch.noisy, batch.t, batch.cond)[0]
             each = F.mse_loss(guess.to(goal), goal, reduction="none").unflatten(0, (batch.count, -1))
@@ -153,8 +153,8 @@ class Learning:
 
 
 @torch.no_grad()
-def _base(backbone: Backbone, adapters: Adapters, batch: Batch, asked: Asked) -> Float[Tensor, "rows C H W"]:
+def _base(backbone: Backbone, adapters: Adapters, batch: Batch, base_rows: BaseRows) -> Float[Tensor, "rows C H W"]:
     """What the base without adapters says of the rows in question; 0 elsewhere."""
     adapters.use({})
-    said = backbone.denoise(batch.noisy[asked.rows], batch.t[asked.rows], asked.cond)[0].to(batch.goal)
-    return torch.zeros_like(batch.goal).index_add_(0, asked.rows, said)
+    prediction = backbone.denoise(batch.noisy[base_rows.rows], batch.t[base_rows.rows], base_rows.cond)[0].to(batch.goal)
+    return torch.zeros_like(batch.goal).index_add_(0, base_rows.rows, prediction)

@@ -27,7 +27,7 @@ class State:
 
     def __init__(self, trained: Trainable, concepts: Sequence[Concept], plan: Plan) -> None:
         self.trained, self.plan, self.step = trained, plan, 0
-        self.names, self.origins = [one.name for one in concepts], [one.origin for one in concepts]
+        self.names, self.origins = [concept.name for concept in concepts], [concept.origin for concept in concepts]
         for k, name in enumerate(self.names):
             generator = torch.Generator().manual_seed(random.Random(f"{plan.seed}/{name}").getrandbits(63))
             for layers in trained.factors(k).values():

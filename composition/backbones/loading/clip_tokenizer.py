@@ -51,16 +51,16 @@ def build(merges: Sequence[tuple[str, str]], pad: str = END) -> CLIPTokenizer:
 @cache
 def _merges() -> tuple[tuple[str, str], ...]:
     for path in _candidates():
-        found = read(path)
-        if found:
-            return found
+        merges = read(path)
+        if merges:
+            return merges
     repository, name = REPOSITORIES[0]
     try:
-        found = read(Path(hf_hub_download(repository, name)))
+        merges = read(Path(hf_hub_download(repository, name)))
     except Exception:  # offline, refused, a proxy's page: whichever it was, the answer to the user is the same
-        found = None
-    if found:
-        return found
+        merges = None
+    if merges:
+        return merges
     raise Refused("a checkpoint file holds no vocabulary for its prompts, and CLIP's is not on this machine: "
                   "pip install open-clip-torch (it has the vocabulary), or give a model's diffusers folder")
 
