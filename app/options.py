@@ -1,4 +1,4 @@
-"""Words of a flag or a field as values: sizes, and a method's options with the types that the method gives them."""
+"""Text of a flag or a field as values: sizes, and a method's options with the types that the method gives them."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def options_of_each(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, d
 
 
 def _typed(method: Any, key: str, value: str) -> Any:
-    """The word as the option's type; a list or the like as JSON."""
+    """The text as the option's type; a list or the like as JSON."""
     try:
         return getattr(method.read({key: value}), key)
     except Refused as refused:

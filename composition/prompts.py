@@ -1,7 +1,7 @@
-"""Whether a prompt says a LoRA's trigger words; which words it belongs to, and the prompts made from that: the base's and each concept's.
+"""Trigger words in a prompt, the words that each LoRA is bound to, and the prompts built from them: the base's and each concept's.
 
 A concept is a LoRA with words of its own in the prompt; a style or a place binds to nothing and is everywhere. The base reads
-the prompt without trigger words; each concept reads it with its own trigger words at its own place, and nobody else's.
+the prompt without trigger words; each concept reads it with its own trigger words in its own place, and with no others.
 """
 
 import re
@@ -13,16 +13,16 @@ from itertools import pairwise
 from composition.request import Lora, Receipt, Refused, Request
 
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")  # Thai to Korean, as one word may join the next
-_NO_LETTER_BEFORE, _NO_LETTER_AFTER = r"(?<!\w)(?<![\u0300-\u036f])", r"(?![\w\u0300-\u036f])"  # accents by themselves are no letters to re
+_NO_LETTER_BEFORE, _NO_LETTER_AFTER = r"(?<!\w)(?<![\u0300-\u036f])", r"(?![\w\u0300-\u036f])"  # re does not count combining accents as letters
 
 Span = tuple[int, int]  # of characters in a prompt, end excluded
-EVERYWHERE = ("style", "place")  # categories that bind to nothing unless told to
+EVERYWHERE = ("style", "place")  # categories that bind to nothing unless a LoRA names words or a region
 STOP = frozenset("a an the of and or in on at with to by for from as is are its their his her this that".split())
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A prompt taken apart.
+    """A prompt split by concept.
 
     concepts: names of the LoRAs that are bound, in the order of the request; everywhere: those that are not.
     prompts: the base's first, then one for each concept. spans[c][p]: where concept c stands in prompt p.
@@ -60,7 +60,7 @@ def with_triggers(request: Request, inspect: Callable[[str], Receipt]) -> tuple[
 def scene(
     prompt: str, loras: Mapping[str, Lora], categories: Mapping[str, str], triggers: Mapping[str, Sequence[str]]
 ) -> Scene:
-    """Take a prompt apart by its LoRAs' `binds`, else their trigger words.
+    """Split a prompt by its LoRAs' `binds`, else their trigger words.
 
     Raises Refused when the words of a LoRA are not in the prompt, are there twice, or belong to another LoRA too.
     """
@@ -87,15 +87,15 @@ def tokens(
 ) -> tuple[int, ...]:
     """The positions of the tokens of these words, articles and the like left out (unless there is nothing else).
 
-    offsets: of each token's characters in the prompt, (0, 0) for one that stands for none. cut: the tokenizer left the prompt's
-    end out. Raises Refused when these words are in what was left out.
+    offsets: of each token's characters in the prompt, (0, 0) for one that stands for none. cut: the tokenizer truncated the
+    prompt. Raises Refused when these words are in the part that was cut off.
     """
     words = [match.span() for match in re.finditer(r"\w[\w'’-]*", prompt[slice(*span)])]
     words = [(a + span[0], b + span[0]) for a, b in words] or [span]
     content = [word for word in words if prompt[slice(*word)].lower() not in STOP] or words
     end = max(b for _, b in offsets)
     if cut and content[-1][1] > end:
-        raise Refused(f"{prompt[slice(*span)]!r} lies in the end of the prompt, which the model does not see: put it further to the front")
+        raise Refused(f"{prompt[slice(*span)]!r} is in the end of the prompt, which the model does not see: move it closer to the beginning")
     return tuple(index for index, (a, b) in enumerate(offsets) if a < b and any(a < y and x < b for x, y in content))
 
 
@@ -103,7 +103,7 @@ def _span(prompt: str, name: str, lora: Lora, category: str, triggers: Sequence[
     if lora.binds is not None:
         places = _places(prompt, lora.binds)
         if not places:
-            raise Refused(f"LoRA {name} is bound to {lora.binds!r}, which the prompt does not say: write the words as they stand in it")
+            raise Refused(f"LoRA {name} is bound to {lora.binds!r}, which the prompt does not contain: write the words as they stand in it")
         return _only(places, name, lora.binds)
     if category in EVERYWHERE and lora.region is None:
         return None
@@ -112,9 +112,9 @@ def _span(prompt: str, name: str, lora: Lora, category: str, triggers: Sequence[
             return _only(places, name, words)
     if lora.region is not None:
         return None
-    missing = f"none of its trigger words ({', '.join(triggers)})" if triggers else "no trigger words, which its file does not name"
-    raise Refused(f"the prompt has for LoRA {name} {missing}: put one in, or say with binds which words it belongs to, as in "
-                  f'{{"source": "{name}", "binds": "the fox"}}, or with category "style" that it belongs everywhere')
+    missing = f"the prompt has none of LoRA {name}'s trigger words ({', '.join(triggers)})" if triggers else f"the file of LoRA {name} names no trigger words"
+    raise Refused(f"{missing}: {'add one, or ' * bool(triggers)}name the words it belongs to with binds, as in "
+                  f'{{"source": "{name}", "binds": "the fox"}}, or set category "style" to apply it everywhere')
 
 
 def _places(prompt: str, words: str) -> list[Span]:
@@ -134,8 +134,8 @@ def _places(prompt: str, words: str) -> list[Span]:
 
 def _only(places: Sequence[Span], name: str, words: str) -> Span:
     if len(places) > 1:
-        raise Refused(f"the prompt says {words!r} {len(places)} times, and LoRA {name} can belong to one of them only: say with binds "
-                      "which, in more words than these")
+        raise Refused(f"the prompt says {words!r} {len(places)} times, and LoRA {name} can belong to only one of them: name it with "
+                      "binds, in more words than these")
     return places[0]
 
 
@@ -166,7 +166,7 @@ def _with(phrase: str, triggers: Sequence[str]) -> str:
 
 
 def _written(prompt: str, bound: Mapping[str, Span], order: Sequence[str], words: Mapping[str, str]) -> tuple[str, dict[str, Span]]:
-    """The prompt with these words in the places found, and where they stand now."""
+    """The prompt with these words in place of the bound spans, and the spans where they now stand."""
     text, at, spans = "", 0, {}
     for name in order:
         text += prompt[at : bound[name][0]]

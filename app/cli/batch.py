@@ -27,7 +27,7 @@ def batch(
                                           "\"loras\": [{\"source\": \"fox\"}]}; a manifest of an evaluation, or metadata.jsonl of a folder "
                                           "of pictures, too.")],
     out_dir: Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for the pictures and the log.")] = Path("batch"),
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many lines.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this many lines, from the first.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="The base of the lines that name none (pocket).")] = None,
     lora_dir: Annotated[list[Path] | None, typer.Option("--lora-dir", help="A folder in which LoRAs are found by name.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (the best there is).")] = None,

@@ -1,4 +1,4 @@
-"""The words of the command line, read into a Request."""
+"""The flags of the command line, read into a Request."""
 
 import json
 import re
@@ -54,9 +54,9 @@ def _lora_json(text: str) -> Lora:
 
 
 def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Request, bool]:
-    """The request of these flags (None or empty: not given), over `start` if there is one; and whether its seed was drawn.
+    """The request of these flags (None or empty: not set) on top of `start`, if there is one; and whether its seed was drawn.
 
-    The seed is drawn where none is given and `start` has none, and for -1.
+    The seed is drawn for -1, and where neither a flag nor `start` has one.
     Raises Refused, or pydantic's ValidationError for a value out of range.
     """
     fields = {key: value for key, value in values.items() if value is not None and value != [] and key in _PLAIN}

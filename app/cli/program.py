@@ -31,7 +31,7 @@ app.add_typer(train.sub, name="train")
 DEMO = Request(prompt="a raccoon and a fox on the moon, neon lights",
                loras=[Lora("raccoon", weight=0.8), Lora("moon", weight=0.7), Lora("neon", weight=0.5)], seed=2)
 
-# The flags that generate and compare share. None: not given, so that what --from has is kept.
+# The flags that generate and compare share. None: not set, so that what --from has is kept.
 Prompt = Annotated[str | None, typer.Argument(help="What to draw. Trigger words are not added unless --triggers is given.")]
 Loras = Annotated[list[str] | None, typer.Option(
     "--lora", metavar="NAME[:WEIGHT]", help="A LoRA by name or path, with its weight (1). Repeat for more. JSON with the "
@@ -42,17 +42,17 @@ Model = Annotated[str | None, typer.Option("--model", "-m", help="A bundled name
                                            "checkpoint, or a hub id (pocket).")]
 Sampler = Annotated[str | None, typer.Option(help="Sampler by name (the model's own).")]
 Negative = Annotated[str | None, typer.Option(help="What to avoid.")]
-Seed = Annotated[int | None, typer.Option(help="The seed; without one, one is drawn and printed.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps (what is usual for the model).")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale (what is usual for the model); 1 or less is off.")]
-TrueGuidance = Annotated[float | None, typer.Option(help="For models guidance was distilled into, as FLUX.1-dev: over 1, guidance "
-                                                    "against the negative prompt besides.")]
+Seed = Annotated[int | None, typer.Option(help="The seed (drawn, and printed).")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps (the model's own).")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale (the model's own); 1 or less is off.")]
+TrueGuidance = Annotated[float | None, typer.Option(help="For guidance-distilled models such as FLUX.1-dev: over 1, "
+                                                    "guidance against the negative prompt as well.")]
 Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels (the model's own).")]
 Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for the pictures.")]
 Triggers = Annotated[bool, typer.Option("--triggers", help="Add a trigger word of every LoRA that has none in the prompt.")]
 Partial = Annotated[bool | None, typer.Option("--allow-partial", help="Use LoRAs of which not every tensor fits.")]
 From = Annotated[Path | None, typer.Option("--from", metavar="PICTURE.png", help="Start from the request in this picture.")]
-AllowPaths = Annotated[bool, typer.Option("--allow-paths", help="Let the record of --from choose files of this machine by their paths.")]
+AllowPaths = Annotated[bool, typer.Option("--allow-paths", help="Let the record of --from open files of this machine by path.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (the best there is).")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 (what suits the device).")]
 Offload = Annotated[str, typer.Option("--offload", "--cpu-offload", help="auto, none, model, sequential or group.")]
@@ -61,7 +61,7 @@ Quantize = Annotated[str | None, typer.Option("--quantize", "--quantise", metava
 Denoiser = Annotated[str | None, typer.Option(metavar="FILE", help="A .gguf or .safetensors file of FLUX's or SD3's transformer alone, in "
                                               "place of the model's own.")]
 Folders = Annotated[list[Path] | None, typer.Option("--lora-dir", help="A folder in which LoRAs are found by name.")]
-Masks = Annotated[bool, typer.Option("--masks", help="Also save where each concept is, for the methods that place them.")]
+Masks = Annotated[bool, typer.Option("--masks", help="Also save where each concept is, for regional methods.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PICTURES = Path("pictures")
 
@@ -74,7 +74,7 @@ def _place(
 
 
 def _start(picture: Path | None, model: str | None, allow_paths: bool) -> record.Record | None:
-    """The record that --from names, its remarks said. Raises Refused when it does not say which model to use."""
+    """The record that --from names, after printing its remarks. Raises Refused when it does not say which model to use."""
     if picture is None:
         engines.prepare(model or "pocket")
         return None
@@ -107,7 +107,7 @@ def generate(
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
     out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
     allow_paths: AllowPaths = False,
-    keep_paths: Annotated[bool, typer.Option("--keep-paths", help="Write where the files lay, not their names alone, into the picture.")] = False,
+    keep_paths: Annotated[bool, typer.Option("--keep-paths", help="Write the paths of files into the picture, not only their names.")] = False,
     device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None,
     lora_dir: Folders = None, masks: Masks = False, json: Json = False,
 ) -> None:
@@ -145,7 +145,7 @@ def generate(
     if masks and (names := remarks.everywhere(results[0][1].notes)):
         out.print(Text(f"on everywhere: {', '.join(names)}"))
     if masks and not any(drawn_places) and not results[0][1].notes.get("no regions"):
-        out.print(Text(f"no masks: method {request.method} places nothing here; clora, clora-fast and regions do", style="yellow"))
+        out.print(Text(f"no masks: method {request.method} computes none; clora, clora-fast and regions do", style="yellow"))
 
 
 @app.command()
@@ -206,7 +206,7 @@ def profile(
     prompt: Annotated[str, typer.Option(help="What to draw (each LoRA's first trigger word); such a profile is shown, not kept.")] = "",
     steps: Annotated[int, typer.Option(min=4, max=1000, help="Denoising steps.")] = 50,
     seeds: Annotated[int, typer.Option(min=1, max=64, help="Pictures with and without each LoRA.")] = 4,
-    again: Annotated[bool, typer.Option("--again", help="Measure anew what is kept already.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure again, even where a profile is kept.")] = False,
     model: Model = None, out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None, offload: Offload = "auto",
     lora_dir: Folders = None, json: Json = False,
 ) -> None:
@@ -319,7 +319,7 @@ def doctor(device: Device = None, dtype: Dtype = None) -> None:
     for name, finding in report.lines:
         rows.add_row(Text(name, style="dim"), Text(finding))
     out.print(rows)
-    out.print("all of it will run" if report.healthy else "something does not run; see above")
+    out.print("everything will run" if report.healthy else "something does not run; see above")
     if not report.healthy:
         raise Exit(1)
 

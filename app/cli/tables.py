@@ -54,7 +54,7 @@ def loras(console: Console, listed: Sequence["Listed"], folder: Path) -> None:
 
 
 def loras_json(listed: Sequence["Listed"]) -> str:
-    """The same as JSON; the hashes are there where they were computed."""
+    """The same as JSON, with hashes where they were computed."""
     rows = []
     for path, receipt, trouble, size in listed:
         row: dict[str, Any] = {"name": path.stem, "path": str(path), "bytes": size, "error": trouble}
@@ -104,7 +104,7 @@ def receipt(console: Console, of: Receipt, base: str) -> None:
 
 
 def _base_family(of: Receipt) -> str:
-    """The kind of base its keys and shapes tell, else the one its maker wrote into it."""
+    """The family that its keys and shapes show, else the base that its trainer wrote into it."""
     return of.family if of.family != "unknown" else of.metadata.get("base", "")
 
 

@@ -31,12 +31,12 @@ def _train() -> None:
 def concept(
     images: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="A folder with pictures of it; five are enough. "
                                                       "Repeat, each with a --trigger, to learn several at once.")] = None,
-    trigger: Annotated[list[str] | None, typer.Option(metavar="WORD", help="The word prompts will call it by.")] = None,
+    trigger: Annotated[list[str] | None, typer.Option(metavar="WORD", help="The word that prompts will use for it.")] = None,
     name: Annotated[list[str] | None, typer.Option(help="Name of the LoRA (from the trigger); once for each --images.")] = None,
     category: Annotated[list[str] | None, typer.Option(help=f"{', '.join(CATEGORIES)} (object); once, or once for each.")] = None,
     title: Annotated[list[str] | None, typer.Option(help="Title shown in lists (from the trigger); once for each.")] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="The base, as for generate.")] = "pocket",
-    steps: Annotated[int | None, typer.Option(help="Training steps (by the size of the model, as all below).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps (depends on the model's size, as all below).")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank: how much it can hold.")] = None,
     rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch: Annotated[int | None, typer.Option(help="Pictures of each concept in a step.")] = None,
@@ -74,7 +74,7 @@ def concept(
 def lessons_of(
     images: Sequence[Path], triggers: Sequence[str], names: Sequence[str], categories: Sequence[str], titles: Sequence[str]
 ) -> list[Lesson]:
-    """One lesson per folder. Raises Refused when the flags do not pair, or a word cannot be used."""
+    """One lesson per folder. Raises Refused when the flags do not match in number, or a trigger cannot be used."""
     if not images or not triggers:
         raise Refused("a folder of pictures and a word are needed: medley train concept --images my-cat --trigger mycat")
     if len(images) != len(triggers):

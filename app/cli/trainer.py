@@ -38,7 +38,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What the user asked for; None: as is usual for the model."""
+    """What the user asked for; None: the model's default."""
 
     model: str
     folder: Path
@@ -57,7 +57,7 @@ class TrainConfig:
 
 
 def learn(lessons: Sequence[Lesson], config: TrainConfig, out: Console, err: Console) -> bool:
-    """Train and write every LoRA; False when Ctrl-C stopped it, which is said, with how to go on.
+    """Train and write every LoRA; False when Ctrl-C stopped it, after printing how to resume.
 
     Raises Refused, before the model is opened where that is possible, for what cannot be learned from.
     """
@@ -113,7 +113,7 @@ def _plan(config: TrainConfig, usual: Any, half: bool) -> "Plan":
 
 
 def _say(plan: "Plan", engine: "Engine", out: Console) -> None:
-    """What will be done, before it is."""
+    """Print what the training will do, before it starts."""
     half = ", products in bfloat16" if plan.half else ""
     out.print(Text(f"model {engine.name} on {engine.device}{half}"))
     out.print(Text(f"{plan.steps} steps of {plan.batch} pictures of each, rank {plan.rank}, rate {plan.rate:g}, layers "
@@ -148,7 +148,7 @@ class _Previews:
         return self.config.folder / f"{lesson.name}-previews"
 
     def base(self) -> None:
-        """What the base makes of the prompts by itself."""
+        """The base's own pictures of the prompts."""
         if self.every:
             for lesson in self.lessons:
                 self._save(lesson, 0, lambda request: list(self.engine.run(request).images), [])

@@ -19,7 +19,7 @@ def colours(variants: Sequence[str]) -> dict[str, str]:
 
 
 def lines(parts: Mapping[str, Any], variants: Sequence[str], titles: Mapping[str, str], metric: Any) -> str:
-    """Score against number of LoRAs, a line a variant, whiskers for its 95 % interval. parts: size or "all" to what was found."""
+    """Score against number of LoRAs, a line a variant, whiskers for its 95 % interval. parts: size or "all" to its summary."""
     sizes = sorted(int(name) for name in parts if name != ALL)
     points = {variant: [(size, parts[str(size)]["means"][variant]) for size in sizes if variant in parts[str(size)]["means"]] for variant in variants}
     scale = _Scale([interval for rows in points.values() for _, interval in rows], metric)

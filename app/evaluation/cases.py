@@ -46,7 +46,7 @@ class Case:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What pairs the answers of two methods."""
+        """What pairs the pictures of two methods."""
         return self.group, self.seed
 
 
@@ -64,7 +64,7 @@ class Problem:
 
 @dataclass
 class CollectedCases:
-    """The cases that can be answered, and what cannot."""
+    """The cases that can be evaluated, and the problems of those that cannot."""
 
     cases: list[Case] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)

@@ -3,7 +3,7 @@
 A line with `file_name` is a picture that is there (relative to the manifest, as Hugging Face's imagefolder has it), with its
 prompt as `text`. Other lines are requests, with the fields of a Request. Besides: `concepts` (phrases, or objects with
 `phrase` and, if you like, `name`, `category`, `references`), `group` (what is resampled as one: the prompt, when nothing
-else is said), `method` (what made a picture that is there), `text` (what CLIPScore is asked, when it is not the prompt). Columns that
+else is said), `method` (what made a picture that is there), `text` (what CLIPScore compares with, when it is not the prompt). Columns that
 mean nothing here are left alone beside `file_name`. Lines that `medley generate` wrote need nothing added.
 """
 
@@ -44,7 +44,7 @@ def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "p
             collected.problems.append(Problem(str(path), str(error), number))
             continue
         taken = seen.setdefault((case.group, case.method), set())
-        free = case.seed if case.seed >= 0 and case.seed not in taken else max(taken, default=-1) + 1  # no two answer for one
+        free = case.seed if case.seed >= 0 and case.seed not in taken else max(taken, default=-1) + 1  # no two pictures of one case
         taken.add(free)
         collected.cases.append(replace(case, seed=free))
     if not collected.cases and not collected.problems:

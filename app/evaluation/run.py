@@ -60,7 +60,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it: the report's document, the scored pictures, what was left out, and the page."""
+    """The outcome: the report's document, the scored pictures, what was left out, and the page."""
 
     document: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
@@ -100,7 +100,7 @@ class Evaluation:
             document = self._document(rows, pictures, problems, scorer)
             return Outcome(document, rows, problems, report.write(self.config.folder, rows, document))
 
-    # what is asked ---------------------------------------------------------------------------------------------------
+    # cases -----------------------------------------------------------------------------------------------------------
 
     def _collect(self) -> CollectedCases:
         if self.config.manifest is not None:
@@ -154,7 +154,7 @@ class Evaluation:
         return pictures
 
     def _variants(self, cases: Sequence[Case], scorer: "Scorer") -> Variants:
-        """The methods, with weights tuned on other sets' and other noise's pictures where that was asked."""
+        """The methods, with weights tuned, where asked for, on pictures of other sets with other noise."""
         variants = Variants({name: self.config.options.get(name, {}) for name in self.config.methods})
         if not self.config.tune or self.config.manifest is not None:
             return variants

@@ -73,7 +73,7 @@ def link(path: Path) -> str:
 
 
 def report(result: Result, path: Path) -> str:
-    """What the picture is made of: facts, one receipt per LoRA, what the user should know, who led when, where
+    """What the picture is made of: facts, one receipt per LoRA, what the user should know, which LoRA was dominant when, where
     each concept is, where the file is."""
     request, image = result.request, result.images[0]
     facts = {

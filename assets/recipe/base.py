@@ -113,7 +113,7 @@ class Noise:
         return torch.where(torch.rand(count, device=self.kept.device) < 0.1, even, drawn.clamp(max=len(self.kept) - 1))
 
     def mix(self, latents: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noisy latents and the v they should be answered with, both (B, C, h, w)."""
+        """Noisy latents and the v to predict for them, both (B, C, h, w)."""
         noise, kept = torch.randn_like(latents), self.kept[t][:, None, None, None]
         a, s = kept.sqrt(), (1 - kept).sqrt()
         return a * latents + s * noise, a * noise - s * latents
@@ -166,7 +166,7 @@ def build(vae: AutoencoderKL, tokenizer: CLIPTokenizer, blocks: tuple[int, ...] 
 
 def trained(vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, blocks: tuple[int, ...] = BLOCKS,
             fine: bool = True) -> tuple[Denoiser, dict]:  # fmt: skip
-    """The averaged weights of the checkpoint, while training goes on elsewhere, and what it says of its cost."""
+    """The averaged weights of the checkpoint, while training goes on elsewhere, and its cost so far."""
     model = build(vae, tokenizer, blocks, fine)
     held = torch.load(work / "base.pt", map_location="cpu", weights_only=True)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What the judge mistakes for what, among the testbed's concepts, and how well it sees leakage; on renders of its own.
+"""Which of the testbed's concepts the judge mistakes for which, and how well it sees leakage; on renders of its own.
 
 A reader of an evaluation needs it: no method can be found present more often than the judge finds what is really there.
 """
@@ -25,9 +25,9 @@ KIND = {"character": "object", "object": "object", "clothing": "worn", "place": 
 
 
 def matrix(judge: Judge, source: Source, each: int) -> dict[str, Any]:
-    """Share of scenes with the row's concept (and other things) in which the column's is found though it was not drawn.
+    """Share of scenes with the row's concept (and other things) in which the judge sees the column's although it was not drawn.
 
-    On the diagonal the share in which it is rightly found. Half of the scenes show the concept as alone as it can be.
+    On the diagonal, the share in which it is rightly seen. Half of the scenes show the concept as alone as it can be.
     """
     concepts = [(KIND[card.category], name) for name, card in CARDS.items()]
     phrases = [phrase(*concept) for concept in concepts]

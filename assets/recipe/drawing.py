@@ -1,7 +1,7 @@
 """Pictures drawn ahead of the training: chunks of rows that worker processes put into shared memory, and a pool on the device.
 
-A row is what one scene gives: its picture and, as numbers, what is said of it. With no workers a chunk is drawn when it is asked
-for; the rows are the same.
+A row is one scene: its picture and, as numbers, its labels. Without workers a chunk is drawn when it is needed;
+the rows are the same.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Rows = tuple[np.ndarray, ...]
 FORK = get_context("fork")
 FREE, BEGUN, READY = 0, 1, 2  # a slot of a stock
 NEXT, FAILED = -2, -1  # beside the slots: the chunk to be drawn next, and whether drawing one failed
-SEEN = 4  # times that a row of a pool is used, unless it is told otherwise
+SEEN = 4  # times that a row of a pool is used by default
 MANY = 16  # batches' rows that a pool has before the first is drawn from it
 
 
 class Shared:
-    """An array of zeros that this process, those forked from it and those it is sent to have in common, while this one lives."""
+    """An array of zeros that this process shares with those forked from it and those it is sent to, while this one lives."""
 
     def __init__(self, shape: tuple[int, ...], kind: np.dtype) -> None:
         self.shape, self.kind, size = shape, np.dtype(kind), max(1, int(np.prod(shape)) * np.dtype(kind).itemsize)
@@ -56,7 +56,7 @@ class Shared:
 
 
 def each(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> list[Any]:
-    """What the function gives of each item, in order, worked out by so many forked processes."""
+    """The function's result for each item, in order, computed in ``workers`` forked processes."""
     if workers < 2 or len(items) < 2:
         return [function(item) for item in items]
     done = FORK.SimpleQueue()
@@ -66,7 +66,7 @@ def each(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> 
         for i in range(first, len(items), workers):
             try:
                 done.put((i, function(items[i]), None))
-            except Exception as error:  # it is raised where the results are waited for
+            except Exception as error:  # raised where the results are collected
                 done.put((i, None, error))
 
     crew = [FORK.Process(target=work, args=(i,), daemon=True) for i in range(min(workers, len(items)))]
@@ -150,7 +150,7 @@ class Stock:
 
 @contextmanager
 def drawn_ahead(stocks: Sequence[Stock], workers: int) -> Iterator[None]:
-    """Context: so many processes fill the stocks, the first stock first. Enter it before anything is put on a GPU."""
+    """Context: ``workers`` processes fill the stocks, the first stock first. Enter it before anything is put on a GPU."""
     if not workers:
         yield
         return

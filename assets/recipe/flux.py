@@ -47,7 +47,7 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 class Text(nn.Module):
-    """Both encoders of FLUX, and the tokens they are given: CLIP's (B, 32) beside T5's (B, SHORT) in one tensor."""
+    """Both encoders of FLUX, and their tokens: CLIP's (B, 32) beside T5's (B, SHORT) in one tensor."""
 
     def __init__(self, clip: CLIPTextModel, t5: T5EncoderModel):
         super().__init__()
@@ -124,7 +124,7 @@ def lengths(rng: random.Random) -> Iterator[int]:
 
 
 class Teacher:
-    """The first base, frozen: what it believes the velocity to be at the noisy latents that the second is shown."""
+    """The first base, frozen: its estimate of the velocity at the second base's noisy latents."""
 
     def __init__(self, folder: Path, vae: AutoencoderKL, device: torch.device, compiled: int = 0):
         """compiled: the batch size whose computation is compiled, 0 for none; other sizes are rare."""
@@ -190,7 +190,7 @@ USUAL = Settings()
 
 
 def pupil(teacher: Teacher, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, **shape: int) -> Flow:
-    """Untrained but for the text encoders: CLIP's weights are the teacher's, T5's embedding says what CLIP says."""
+    """Untrained but for the text encoders: CLIP's weights are the teacher's, T5's embedding comes from CLIP's states."""
     model = build(vae, clip, t5, **shape)
     model.text.clip.load_state_dict(teacher.text.state_dict())
     spell(model.text.t5, t5, model.text.clip, clip)
@@ -198,7 +198,7 @@ def pupil(teacher: Teacher, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Token
 
 
 def reader(clip: CLIPTokenizer, t5: T5Tokenizer) -> Callable[[list[str]], torch.Tensor]:
-    """Captions to the tokens (B, LENGTH + SHORT) that Text is given."""
+    """Captions to the tokens (B, LENGTH + SHORT) that Text reads."""
     return lambda captions: torch.cat([clip_words.ids(clip, captions), unigram.ids(t5, captions, SHORT)], 1)
 
 
@@ -261,7 +261,7 @@ def products(library: str) -> Iterator[None]:
 
 
 def trained(vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, work: Path, **shape: int) -> tuple[Flow, dict]:
-    """The averaged weights of the checkpoint, while training goes on elsewhere, and what it says of its cost."""
+    """The averaged weights of the checkpoint, while training goes on elsewhere, and its cost so far."""
     model = build(vae, clip, t5, **shape)
     held = torch.load(work / "flux.pt", map_location="cpu", weights_only=True)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""``python -m assets.recipe.gpu train``: in minutes on one GPU all that stands on a trained first base.
+"""``python -m assets.recipe.gpu train``: in minutes on one GPU, everything that builds on a trained first base.
 
-Its LoRAs, a better decoder, the judge, the second base and that one's LoRAs take turns (`tasks`), while processes draw scenes for
-those to come. What is finished is written at once, as parcels. ``unpack`` writes the parcels into a Pocket folder.
+Its LoRAs, a better decoder, the judge, the second base and that one's LoRAs take turns (`tasks`), while other processes draw scenes for
+the next ones. What is finished is written at once, as parcels. ``unpack`` writes the parcels into a Pocket folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ POLISHED = 10**8 + 10**7  # scene numbers from here on are what the decoder is p
 
 
 class Sizes(NamedTuple):
-    """Rows of a batch by stage, scenes drawn in all, and the settings of the second base that are tried, the fastest first."""
+    """Rows of a batch by stage, scenes drawn in all, and the settings of the second base to try, the fastest first."""
 
     polish: int = 64
     judge: int = 768
@@ -62,12 +62,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="where parcels are written; to unpack: the Pocket folder")
     parser.add_argument("--parcels", type=Path, help="to unpack: where they are")
     parser.add_argument("--work", type=Path, default=Path(".work/gpu"), help="checkpoints, logs and files before they are packed")
-    parser.add_argument("--until", type=float, help="the moment all ends, in seconds since 1970; or")
+    parser.add_argument("--until", type=float, help="when everything ends, in seconds since 1970; or")
     parser.add_argument("--seconds", type=float, default=540, help="from now")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--workers", type=int, default=15)
     parser.add_argument("--only", default=",".join(SHARES), help="the stages to run")
-    parser.add_argument("--tiny", action="store_true", help="so small that a processor runs all of it in a few minutes")
+    parser.add_argument("--tiny", action="store_true", help="small enough for a processor to run all of it in a few minutes")
     return parser.parse_args()
 
 
@@ -133,7 +133,7 @@ def train(args: argparse.Namespace, sizes: Sizes, until: float) -> None:
 
 
 class Logs:
-    """Called often, it writes every task's output so far as one file now and then."""
+    """Called often; now and then it writes every task's output so far as one file."""
 
     def __init__(self, work: Path, out: Path, every: float = 20) -> None:
         self.work, self.out, self.every, self.last = work, out, every, 0.0
@@ -154,7 +154,7 @@ def logged(work: Path, out: Path) -> None:
 
 
 def unpack(parcels: Path, first: Path, out: Path) -> None:
-    """Write what has come into a Pocket folder: the base with the decoder that came, the LoRAs, the judge, and the second base."""
+    """Write the parcels that arrived into a Pocket folder: the base with its new decoder, the LoRAs, the judge, and the second base."""
     shutil.copytree(first, out / "sd", dirs_exist_ok=True, copy_function=shutil.copyfile)
     for name in sorted({file.name.split(".")[0] for file in parcels.glob(f"*{parcel.SUFFIX}")}):
         parcel.unpack(parcels, name, out)

@@ -1,4 +1,4 @@
-"""What each task does on the GPU: it makes all ready, waits for its turn, trains, and packs its files."""
+"""What each task does on the GPU: it prepares, waits for its turn, trains, and packs its files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .tasks import Turn
 
 @dataclass(frozen=True)
 class Stages:
-    """What all tasks are sent. fresh: pictures the decoder is measured on; unseen: those the second base's shift and scale come from."""
+    """What every task receives. fresh: pictures the decoder is measured on; unseen: those the second base's shift and scale come from."""
 
     base: Path
     out: Path

@@ -43,7 +43,7 @@ WITHOUT = 0.2  # share of a LoRA's scenes that lack its concept, and its word
 
 
 class Card(NamedTuple):
-    """What a LoRA file says of itself."""
+    """What a LoRA's file header says of it."""
 
     title: str
     category: str
@@ -95,7 +95,7 @@ def scenes(world: World, name: str, count: int, first: int) -> tuple[np.ndarray,
 
 
 def drawn(world: World, names: Sequence[str], count: int = 768, workers: int = 0) -> dict[str, tuple[np.ndarray, list[str]]]:
-    """The scenes of each name, drawn by so many processes beside this one; the world holds the names as ``also``."""
+    """The scenes of each name, drawn in ``workers`` processes besides this one; the world holds the names as ``also``."""
     return dict(zip(names, each(lambda name: scenes(world, name, count, FIRST + 10**6 * list(CARDS).index(name)), names, workers), strict=True))
 
 
@@ -117,7 +117,7 @@ def groups(names: Sequence[str], plan: Plan, together: int) -> list[Group]:
 
 def make(pipe, world: World, names: Sequence[str], folder: Path, work: Path, *, plan: Plan = PLAN, together: int = 1, count: int = 768,
          workers: int = 0, report: Callable[[str], None] = print, base: str = "pocket") -> None:  # fmt: skip
-    """Train each name that has no file yet on this base, so many at once, resuming from ``work``; the world holds them as ``also``."""
+    """Train each name that has no file yet on this base, ``together`` at once, resuming from ``work``; the world holds them as ``also``."""
     missing = [name for name in CARDS if name in names and not (folder / f"{stem(name)}.safetensors").is_file()]
     for group in groups(missing, plan, together):
         learn(pipe, group, drawn(world, group.names, count, workers), folder, work, report=report, base=base)
@@ -128,8 +128,8 @@ def learn(pipe, group: Group, scenes: Mapping[str, tuple[np.ndarray, list[str]]]
           base: str = "pocket") -> None:  # fmt: skip
     """Train one group on this base.
 
-    minutes: says, when training could begin, how much time there is; the plan is then cut to the steps that fit in it, as measured on
-    so many steps of a trial.
+    minutes: returns, once training can begin, how much time there is; the plan is then cut to the steps that fit in it, as measured in
+    a trial of `trial` steps.
     """
     backbone = backbones.of(pipe, opening.family(pipe))
     adapters = Adapters(backbone.components, family=backbone.family, block=backbone.block)
@@ -154,7 +154,7 @@ def learn(pipe, group: Group, scenes: Mapping[str, tuple[np.ndarray, list[str]]]
         checkpoint = work / f"lora-{'-'.join(map(stem, group.names))[:100]}.pt" if minutes is None else None
         train(backbone, adapters, concepts, plan, folder, checkpoint=checkpoint, on_step=on_step)
         if checkpoint:
-            checkpoint.unlink(missing_ok=True)  # it would answer for another base next time
+            checkpoint.unlink(missing_ok=True)  # else the next base would resume from it
     finally:
         adapters.close()
 
@@ -187,7 +187,7 @@ def profiled(pipe, names: Sequence[str], folder: Path, keep: Path, report: Calla
 
 
 def judge_phrase(name: str) -> str:
-    """What the judge is asked of a concept's pictures: "a raccoon", "on the moon", "ink drawing"."""
+    """The phrase the judge looks for in a concept's pictures: "a raccoon", "on the moon", "ink drawing"."""
     return CARDS[name].triggers if CARDS[name].category in ("place", "style") else article(name)
 
 

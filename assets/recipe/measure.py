@@ -1,4 +1,4 @@
-"""The figures of the model card: what Pocket draws when asked, as its judge sees it, and what each LoRA adds.
+"""The figures of the model card: what Pocket draws, as its judge sees it, and what each LoRA adds.
 
 Presence is a score above the judge's threshold (5 % of fresh renders without the concept pass it). Pictures are made by
 stock diffusers.
@@ -60,14 +60,14 @@ def paint(pipe: Any, prompts: Sequence[str], *, seed: int = 1, part: int = 50) -
 
 
 def _flux_arguments(pipe: Any, count: int) -> dict[str, Any]:
-    """What the stock FluxPipeline must be told of a small FLUX: its size, its length of prompts, guidance by a second row."""
+    """Arguments of the stock FluxPipeline for a small FLUX: its size, the length of its prompts, guidance by a second row."""
     side = pipe.vae.config.sample_size
     return {"true_cfg_scale": GUIDANCE, "negative_prompt": [""] * count, "width": side, "height": side,
             "max_sequence_length": pipe.tokenizer_2.model_max_length}
 
 
 def score(judge: Judge, world: World, rows: Sequence[tuple[list[str], str, str]], pictures: Sequence[Image.Image]) -> dict[str, float]:
-    """Percent: all objects asked for present, the first ranks of the score held by them, and the same of the place."""
+    """Percent: all objects of the prompt are present, they rank first by score, and the same for the place."""
     seen = judge.see(pictures)
     things, grounds = [article(n) for n in world.objects], [PLACES[p][0] for p in world.places]
     ranked = (seen @ judge.read(things).T).argsort(1, descending=True)

@@ -1,6 +1,6 @@
-"""What the judge is worth: thresholds of presence and its own accuracy, on renders it was never trained on.
+"""How good the judge is: thresholds of presence and its accuracy, on renders it was never trained on.
 
-The threshold of "a fox" lets 5 % of renders without a fox pass. Renders to set it on and renders to report on are apart.
+The threshold of "a fox" lets 5 % of renders without a fox pass. It is set on other renders than those that are reported on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = ("object", "worn", "place", "style")
 
 
 def concepts(source: Source) -> list[tuple[str, str]]:
-    """(kind, name) of everything that presence is asked of: the world's own and what is held out, not the further names."""
+    """(kind, name) of everything that has a threshold of presence: the world's own and what is held out, not the further names."""
     return [*(("object", n) for n in (*source.own, *HELD_OBJECTS)), *(("worn", n) for n in WORN),
             *(("place", n) for n in source.places), *(("style", n) for n in source.styles)]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The testbed: one character and at most one LoRA of each other category, in ComposLoRA's form (arXiv 2402.16843).
 
 Each entry has besides id, name, trigger and url: ``phrase``, which says it in a prompt (the phrases of a set, in the order
-of the categories, are its prompt); ``concept``, what a judge is asked of a picture; ``alone``, a prompt for it by itself.
+of the categories, are its prompt); ``concept``, the phrase a judge looks for in a picture; ``alone``, a prompt for it by itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def phrase(name: str, card: Card) -> str:
 
 
 def alone(name: str, card: Card) -> str:
-    """A prompt with nothing else that is new: something to wear, a place and a style need somebody the base knows."""
+    """A prompt with nothing else that is new: something to wear, a place and a style need a subject that the base knows."""
     return {
         "clothing": f"a fox wearing {article(name)}", "place": f"a fox {card.triggers}", "style": f"a fox, {card.triggers}",
     }.get(card.category, article(name))  # fmt: skip

@@ -16,7 +16,7 @@ from tokenizers.trainers import UnigramTrainer
 from transformers import T5Tokenizer
 
 LONGEST = 64  # tokens a prompt may have here, its end included: what the model card calls max_sequence_length
-OFTEN = 50  # a word said so many times is one piece: the trainer's own pieces part even the commonest
+OFTEN = 50  # a word this frequent is one piece: the trainer's own pieces split even the commonest
 SPECIAL = ("<pad>", "</s>", "<unk>")  # their places in T5's vocabulary are 0, 1, 2
 
 

@@ -18,7 +18,7 @@ from composition.loras.kinds.lora import Factors
 
 
 class Shape(NamedTuple):
-    """What a layer's adapter reads and makes."""
+    """Input and output of a layer's adapter."""
 
     reads: tuple[int, ...]  # in, *kernel
     out: int
@@ -62,11 +62,11 @@ class Trainable:
         return down, up
 
     def changed(self) -> None:
-        """Say that the leaf has other values now."""
+        """Announce that the leaf's values have changed."""
         self._ready.clear()
 
     def factors(self, k: int) -> dict[str, dict[str, Factors]]:
-        """Adapter k's factors by component and layer: views of the leaf that may be written (and then say `changed`)."""
+        """Adapter k's factors by component and layer: views of the leaf; call `changed` after writing to them."""
         parts = iter([part.view(view[1:]) for part, view in zip(self.leaf.detach()[k].split(self._sizes), self._views, strict=True)])
         return {component: {path: Factors(next(parts), next(parts)) for path in by_path} for component, by_path in self.layers.items()}
 

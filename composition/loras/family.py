@@ -1,6 +1,6 @@
-"""What kind of base a LoRA file was made for, from its keys and shapes; metadata is a hint that is not needed.
+"""The kind of base a LoRA file was trained for, from its keys and shapes alone; metadata is not needed.
 
-The sign that tells most is the width of the text a cross-attention reads: 768 SD 1.x, 1024 SD 2.x, 2048 SDXL.
+The clearest sign is the width of the text that cross-attention reads: 768 SD 1.x, 1024 SD 2.x, 2048 SDXL.
 """
 
 import re
@@ -13,7 +13,7 @@ from composition.loras import layers as layer_map
 from composition.loras.keys import Module
 
 WIDTHS = {768: "sd", 1024: "sd2", 2048: "sdxl"}
-JOINT = ("flux", "sd3")  # transformers, whose text has no width of its own to tell them by
+JOINT = ("flux", "sd3")  # transformers, which the width of their text does not tell apart
 WORDS = {"sd": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "sd3": "SD 3", "flux": "FLUX"}
 
 _TEXT = re.compile(r"attn2[._]to_[kv]$")
@@ -52,7 +52,7 @@ def detect(modules: Sequence[Module], tensors: Mapping[str, Tensor]) -> Origin:
 
 
 def foreign(origin: Origin, components: Mapping[str, nn.Module], family: str) -> str:
-    """Why the file is no LoRA for this base, in plain words, or ""."""
+    """Why the file is not a LoRA for this base, in plain words, or ""."""
     width = text_width(components)
     if family in JOINT:
         differs = origin.family not in (family, "unknown") or bool(origin.width)

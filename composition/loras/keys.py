@@ -50,7 +50,7 @@ class Module:
     """All keys of one module. keys: role to raw key. blocked: why none of them can be applied, or "".
 
     module is the name without its prefix and without the words of the layout: dotted, with underscores for kohya's,
-    or "#12" in first-generation files. component is "" when the name does not tell it.
+    or "#12" in first-generation files. component is "" when the name does not say.
     """
 
     component: str

@@ -81,7 +81,7 @@ def _candidates(spellings: Collection[str], known: Sequence[tuple[Path, Path]], 
             whole = [path for place, path in known if _parts(_bare(path.relative_to(place).as_posix())) == wanted]
             yield _distinct(whole if len(wanted) > 1 else [])
             yield _distinct([path for _, path in known if _parts(_bare(path.as_posix()))[-len(wanted) :] == wanted])
-            yield _distinct([path for place in places if (path := _ended(place.joinpath(*wanted)))])  # a folder found by another way
+            yield _distinct([path for place in places if (path := _ended(place.joinpath(*wanted)))])  # a folder reached by another path
     for spelling in spellings:
         yield _distinct([path] if (path := _ended(Path(_bare(spelling)))) else [])
     for spelling in spellings:

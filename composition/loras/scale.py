@@ -56,7 +56,7 @@ class _Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Statement:
-    """One that states alphas: settings in PEFT's words, by the component they are of ("" for all).
+    """A source that states alphas: settings in PEFT's terms, by component ("" for all).
 
     trouble: why it cannot be read. plain: its values are numbers as text, of a header. conv: alpha of convolutions over more than
     one pixel, where it differs (LyCORIS).
@@ -85,7 +85,7 @@ class Statement:
         stated = self._number(self._pattern(prefix, "rank_pattern", module), "rank", self._number(settings.get("r"), "rank"))
         if stated is not None and stated != rank:
             raise _Unreadable(f"its {self.source} says rank {stated:g} for {module[:100]!r}, whose factors have rank {rank}: it was written "
-                              "for another file, so the strength is unknown; put the right one there or take it away")
+                              "for another file, so the strength is unknown; put the right file there or remove it")
         return value * (math.sqrt(rank) if str(settings.get("use_rslora")).lower() == "true" else 1.0)
 
     def _number(self, value: Any, what: str, otherwise: float | None = None) -> float | None:

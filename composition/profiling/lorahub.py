@@ -1,8 +1,8 @@
-"""LoraHub for pictures: weights of the LoRAs found by search, for a score that is handed in (arXiv 2307.13269, the image version).
+"""LoraHub for pictures: search for the weights of the LoRAs that maximise a score (arXiv 2307.13269, the image version).
 
 The weights multiply the request's own and act on each LoRA's whole update, W + sum x_i w_i B_i A_i, so that ranks may differ (the
-original averages factors, with cross terms). Search begins at x = 1, plain Merge. Whoever searches with the score that is then
-reported measures how well he searched, not how good the picture is: report another score, or other seeds.
+original averages factors, with cross terms). Search begins at x = 1, plain Merge. Reporting the score that was
+searched with measures the search and not the pictures: report another score, or other seeds.
 """
 
 import threading
@@ -21,7 +21,7 @@ PENALTY = 0.05  # on the mean of the weights, as in the original
 
 @dataclass(frozen=True)
 class SearchResult:
-    """request: with the best weights found. score: its mean score. trials: (factors, mean score) of every trial, in order."""
+    """request: with the best weights. score: its mean score. trials: (factors, mean score) of every trial, in order."""
 
     request: Request
     score: float
@@ -39,7 +39,7 @@ def search(
     Refused without LoRAs, and what Engine.run raises.
     """
     if not request.loras:
-        raise Refused("LoraHub searches weights of LoRAs; this request has none")
+        raise Refused("LoraHub searches the weights of LoRAs; this request has no LoRA: name at least one")
     if budget < 1 or seeds < 1:
         raise Refused(f"LoraHub needs a budget and seeds of at least 1; given {budget} and {seeds}")
     from scipy.optimize import minimize

@@ -25,7 +25,7 @@ from composition.request import DISTILLED_NOTE, SAMPLER_NOTE, SCHEMA_VERSION, Re
 from composition.version import __version__
 
 MANIFEST = "metadata.jsonl"
-UNRECORDED = ("order", TAGGED)  # what was said while the request was settled: the settled request is recorded itself
+UNRECORDED = ("order", TAGGED)  # notes on how the request was settled: the settled request itself is recorded
 _PACKAGES = ("diffusers", "torch", "transformers")
 
 

@@ -1,4 +1,4 @@
-"""The rows of a training step, with as many operations on the device whatever the number of concepts."""
+"""The rows of a training step, with the same number of operations on the device however many concepts there are."""
 
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +50,7 @@ class Batches:
     """Draws the rows of a step.
 
     Most rows are a picture with its prompt. Some (Plan.keep) have a prompt without the concept, and the base's own
-    answer for a goal. Prompts are encoded before the first step; those of text encoders in training, in every step.
+    prediction as their goal. Prompts are encoded before the first step; those of text encoders in training, in every step.
     ahead: prepare the next step's rows in a thread of their own while the device computes (None: where there is one).
     """
 

@@ -1,4 +1,4 @@
-"""What each picture of a folder is said to show: captions beside the pictures, or plain sentences with the trigger."""
+"""Captions of a folder's pictures: those beside the pictures, or plain sentences with the trigger."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ def with_trigger(caption: str, trigger: str, category: str) -> str:
 
 
 def plain(trigger: str, category: str) -> tuple[str, ...]:
-    """Prompts for a picture nobody described."""
+    """Prompts for a picture without a caption."""
     if category in LAST:
         return trigger, f"a picture, {trigger}"
     called = trigger if trigger.lower().startswith(("a ", "an ", "the ")) else f"{article(trigger)} {trigger}"
@@ -79,7 +79,7 @@ def plain(trigger: str, category: str) -> tuple[str, ...]:
 
 
 def others() -> tuple[str, ...]:
-    """Prompts that have nothing to do with a concept, a good part of them empty: guidance leans on that one."""
+    """Prompts that have nothing to do with a concept, a third of them empty: guidance relies on the empty prompt."""
     scenes = [f"{subject} {place}" for subject in _SUBJECTS for place in _PLACES]
     return (*scenes, *_SUBJECTS, *[""] * (len(scenes) // 2))
 

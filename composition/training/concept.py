@@ -46,12 +46,12 @@ def train(
     """Train one adapter per concept and write `folder/<name>.safetensors`; returns the files by name.
 
     checkpoint: saved every `save_every` steps and at a stop, and continued from when it exists. on_step: (step, loss of
-    each concept), after every step; looking at a loss waits for the device, so look now and then. stop: asked after each
-    step; when it says True training ends there, and only the checkpoint is written. checkpointing: compute activations a
+    each concept), after every step; reading a loss waits for the device, so read it now and then. stop: called after each
+    step; when it returns True training ends there, and only the checkpoint is written. checkpointing: compute activations a
     second time rather than keep them (gradient checkpointing; less memory). compiled: compile the denoiser for the
     rows of a step (minutes at first, fewer and larger operations afterwards). describe: more of the header of a
-    concept's file, asked for when its adapter is trained and still in place. Raises RuntimeError when a loss is no
-    number, within some steps and before anything is written.
+    concept's file, called when its adapter is trained and still in place. Raises RuntimeError when a loss is not
+    finite, within a few steps and before anything is written.
     """
     names = [concept.name for concept in concepts]
     if len(set(names)) != len(names):
@@ -154,7 +154,7 @@ class Learning:
 
 @torch.no_grad()
 def _base(backbone: Backbone, adapters: Adapters, batch: Batch, base_rows: BaseRows) -> Float[Tensor, "rows C H W"]:
-    """What the base without adapters says of the rows in question; 0 elsewhere."""
+    """The base's predictions without adapters for `base_rows`; 0 elsewhere."""
     adapters.use({})
     prediction = backbone.denoise(batch.noisy[base_rows.rows], batch.t[base_rows.rows], base_rows.cond)[0].to(batch.goal)
     return torch.zeros_like(batch.goal).index_add_(0, base_rows.rows, prediction)

@@ -20,7 +20,7 @@ class Draws(NamedTuple):
 
     pictures: Int[Tensor, "steps rows"]  # of all concepts' pictures, one after the other
     times: Num[Tensor, "steps rows"]
-    kept: Bool[Tensor, "steps rows"]  # the prompt lacks the concept, and the base's own answer is the goal
+    kept: Bool[Tensor, "steps rows"]  # the prompt lacks the concept, and the base's own prediction is the goal
     prompts: Int[Tensor, "steps rows"]  # of `words`
     words: list[str]
 

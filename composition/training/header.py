@@ -1,6 +1,6 @@
-"""The header of a trained LoRA file: what the library shows of it, and what the modelspec standard asks.
+"""The header of a trained LoRA file: what the library shows of it, and what the modelspec standard asks for.
 
-github.com/Stability-AI/ModelSpec, version 1.0.1. Neither a path of the user's machine nor a clock is in it: the same
+github.com/Stability-AI/ModelSpec, version 1.0.1. It holds no path of the user's machine and no time: the same
 training gives the same bytes.
 """
 

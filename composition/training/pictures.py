@@ -1,4 +1,4 @@
-"""A folder of pictures, read for training: checked at the door, then seen in many slightly different ways.
+"""A folder of pictures for training: checked when it is read, then seen in many slightly different views.
 
 Five pictures are few. Each is seen as several views (another crop, mirrored, another plain colour behind what is cut
 out), drawn from (seed, concept, number of the view) alone.

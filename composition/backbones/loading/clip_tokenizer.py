@@ -33,7 +33,7 @@ REPOSITORIES = (
 def tokenizer(pad: str = END) -> CLIPTokenizer:
     """CLIP's tokenizer, 49,408 tokens, prompts of 77. pad: END for CLIP itself, "!" for OpenCLIP's text encoders.
 
-    Raises Refused, saying what to install, when its vocabulary is nowhere to be had.
+    Raises Refused, saying what to install, when its vocabulary cannot be obtained.
     """
     return build(_merges(), pad)
 
@@ -66,7 +66,7 @@ def _merges() -> tuple[tuple[str, str], ...]:
 
 
 def _candidates() -> Iterator[Path]:
-    """Files on this machine that may hold the merges; packages are looked for, not imported."""
+    """Files on this machine that may hold the merges; packages are located, not imported."""
     for package in PACKAGES:
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -78,7 +78,7 @@ def _candidates() -> Iterator[Path]:
 
 
 def read(path: Path) -> tuple[tuple[str, str], ...] | None:
-    """The merges in a file of either kind (packed with more than CLIP uses, or merges.txt), None if it has not all."""
+    """The merges in a file of either kind (packed with more than CLIP uses, or merges.txt), None when it does not hold all of them."""
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")

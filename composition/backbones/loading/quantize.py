@@ -73,7 +73,7 @@ def denoiser(file: Path, cls: Any, folder: Path, dtype: torch.dtype) -> nn.Modul
     import diffusers
 
     if not file.is_file() or file.suffix.lower() not in (".gguf", ".safetensors"):
-        raise Refused(f"{file} is no .gguf or .safetensors file of a denoiser")
+        raise Refused(f"{file} is not a .gguf or .safetensors file of a denoiser")
     extra = {}
     if file.suffix.lower() == ".gguf":
         if find_spec("gguf") is None:

@@ -63,7 +63,7 @@ def kind(shapes: Header, name: str = "the file") -> Kind:
                 raise Refused(f"{name} is {what}")
         if any(key.startswith((VAE, "encoder.down.", "decoder.up.")) for key in shapes):
             raise Refused(f"{name} is a VAE, not a whole model")
-        raise Refused(f"{name} is no checkpoint of a kind known here: it opens {OPENS}, in one .safetensors file")
+        raise Refused(f"{name} is not a checkpoint of a known kind: Medley opens {OPENS}, in one .safetensors file")
     for parts, what in _NOT_A_MODEL:
         if any(key.startswith(UNET) and part in key for key in shapes for part in parts):
             raise Refused(f"{name} is {what}")
@@ -138,7 +138,7 @@ def load(
 
 
 def prediction(which: Kind, shapes: Header, metadata: Mapping[str, str], unet: nn.Module) -> dict[str, Any]:
-    """What the UNet predicts, as scheduler settings: by the file's own word, else what its kind does.
+    """What the UNet predicts, as scheduler settings: as the file states it, else what its kind does.
 
     SD2.x has both, with the same names and shapes, so there the UNet itself is asked.
     """
