@@ -1,7 +1,7 @@
 """A manifest: JSONL with one request or one finished picture a line, or a folder that has `metadata.jsonl`.
 
 A line with `file_name` is a picture that is there (relative to the manifest, as Hugging Face's imagefolder has it), with its
-prompt as `text`. Other lines are requests, with the fields of a Request. Besides: `concepts` (phrases, or objects with
+prompt as `text`. Other lines are requests, with the fields of a Request. Also: `concepts` (phrases, or objects with
 `phrase` and, if you like, `name`, `category`, `references`), `group` (what is resampled as one: the prompt, when nothing
 else is said), `method` (what made a picture that is there), `text` (what CLIPScore compares with, when it is not the prompt). Columns that
 mean nothing here are left alone beside `file_name`. Lines that `medley generate` wrote need nothing added.
@@ -75,7 +75,7 @@ def _case(row: dict[str, Any], folder: Path, inspect: Callable[[str], Receipt | 
 
 
 def _request(row: dict[str, Any], model: str, *, supplied: bool) -> Request | None:
-    """The request a line is, or holds; None beside a picture that came without one."""
+    """The request that a line is or holds; None for a picture without one."""
     if supplied and row.get("request") is None:
         return None
     request = manifest.request_of(row, model)
@@ -115,7 +115,7 @@ def _of_loras(request: Request | None, inspect: Callable[[str], Receipt | None],
 
 
 def phrase(trigger: str, category: str) -> str:
-    """What a judge is asked for a trigger word: characters and things as "a raccoon", the rest as it is written."""
+    """The phrase that a judge looks for, for a trigger word: characters and things as "a raccoon", the rest as it is written."""
     plain = trigger.replace(" ", "").isalpha() and trigger == trigger.lower() and len(trigger.split()) <= 2
     plural = trigger.endswith("s") and not trigger.endswith("ss")
     if category not in ("character", "object", "clothing") or not plain or plural or trigger.split()[0] in ("a", "an", "the"):

@@ -92,7 +92,7 @@ def latents_pool(stock: Stock, vae: AutoencoderKL, device: torch.device, limit: 
     return Pool(stock, device, limit=limit, enter=lambda pictures, tokens: (encoded(vae, pictures), tokens))
 
 
-def unsaid(batches: Iterator[tuple[torch.Tensor, ...]], empty: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def drop_captions(batches: Iterator[tuple[torch.Tensor, ...]], empty: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The same (latents (B, C, h, w), tokens (B, L)) with a share of the captions replaced by ``empty`` (1, L)."""
     for latents, tokens in batches:
         dropped = torch.rand(len(tokens), 1, device=tokens.device) < EMPTY
@@ -152,7 +152,7 @@ def train(world: World, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path
             return F.mse_loss(guess.float(), v)
 
         pool = latents_pool(scenes, vae, device)
-        loop.run(unsaid(pool.batches(size), read([""]).to(device)), loss_of)
+        loop.run(drop_captions(pool.batches(size), read([""]).to(device)), loss_of)
     loop.averaged().__enter__()
     return model
 

@@ -27,7 +27,7 @@ from composition.training.attention import plain_attention
 
 from . import base, unigram
 from . import tokenizer as clip_words
-from .base import build_text, latents_pool, unsaid
+from .base import build_text, drop_captions, latents_pool
 from .drawing import Stock
 from .loop import Loop, Minutes
 
@@ -235,7 +235,7 @@ def train(scenes: Stock, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenize
 
     with plain_attention(device, 2 * len(image_ids)), products(settings.library):
         pool = latents_pool(scenes, vae, device, limit)
-        batches = unsaid(pool.batches(settings.size), reader(clip, t5)([""]).to(device))
+        batches = drop_captions(pool.batches(settings.size), reader(clip, t5)([""]).to(device))
         if device.type == "cuda":  # what a card cannot do shows before anything is compiled, and every length is compiled ahead
             loss_of(*next(batches), length=SHORT).backward()
             if settings.compiled:

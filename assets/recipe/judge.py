@@ -124,7 +124,7 @@ def answers(labels: torch.Tensor, names: int) -> Answers:
     """From the rows (B, MOST + 3 + LENGTH) that `labels` makes."""
     labels = labels.long()
     held = torch.zeros(len(labels), names + 1, dtype=torch.bool, device=labels.device)
-    held.scatter_(1, labels[:, :MOST], True)  # the number beside the last name stands for no name
+    held.scatter_(1, labels[:, :MOST], True)  # the number after the last name stands for no name
     place, style, place_in_caption = labels[:, MOST : MOST + 3].unbind(1)
     return Answers(held[:, :names], place, style, place_in_caption.bool(), labels[:, MOST + 3 :])
 

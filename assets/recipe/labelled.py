@@ -31,7 +31,7 @@ class Labelled(NamedTuple):
 
 
 def further_names(art: str | Path) -> dict[str, str]:
-    """Emoji names and code points beside the world's own: those all vendors draw, one name for one look."""
+    """Emoji names and code points besides the world's own: those all vendors draw, one name for one look."""
     taken = {c: n for n, c in (OBJECTS | HELD_OBJECTS).items()} | {w.code: n for n, w in WORN.items()}
     names: dict[str, str] = {}
     for entry in json.loads((Path(art) / NAMES).read_text()):

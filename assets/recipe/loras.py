@@ -107,7 +107,7 @@ class Group(NamedTuple):
 
 
 def groups(names: Sequence[str], plan: Plan, together: int) -> list[Group]:
-    """The names parted by their number of steps, at most ``together`` in a group."""
+    """The names split by their number of steps, at most ``together`` in a group."""
     apart: dict[int, list[str]] = {}
     for name in names:
         apart.setdefault(plan.steps * LONGER.get(CARDS[name].category, 1), []).append(name)

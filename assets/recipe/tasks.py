@@ -58,7 +58,7 @@ class Task:
 
     def __init__(self, name: str, run: Callable[[Turn, Any], None], share: float, settings: Sequence[Any] = (None,),
                  after: Sequence[Task] = (), beside: bool = False) -> None:  # fmt: skip
-        """share: of the time, beside the others'. after: tasks that must have ended well. beside: it trains together with the one before."""
+        """share: of the time, relative to the others'. after: tasks that must have ended well. beside: train together with the one before."""
         self.name, self.run, self.share, self.settings, self.after, self.beside = name, run, share, list(settings), after, beside
         self.process: Any = None
         self.turn: Turn | None = None

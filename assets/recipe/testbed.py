@@ -1,6 +1,6 @@
 """The testbed: one character and at most one LoRA of each other category, in ComposLoRA's form (arXiv 2402.16843).
 
-Each entry has besides id, name, trigger and url: ``phrase``, which says it in a prompt (the phrases of a set, in the order
+Besides id, name, trigger and url each entry has ``phrase``, which says it in a prompt (the phrases of a set, in the order
 of the categories, are its prompt); ``concept``, the phrase a judge looks for in a picture; ``alone``, a prompt for it by itself.
 """
 

@@ -52,7 +52,7 @@ class Trainable:
     def read(self, slot: int, like: Tensor) -> tuple[Float[Tensor, "K r in *kernel"], Float[Tensor, "K out r"]]:
         """The factors of layer `slot` in the order of `layers`, in the device and dtype of `like`.
 
-        The whole leaf is converted at once and then parted, and this is kept until `changed`.
+        The whole leaf is converted at once and then split; the result is cached until `changed`.
         """
         key = (like.dtype, like.device, torch.is_grad_enabled())
         if key not in self._ready:

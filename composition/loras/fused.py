@@ -80,7 +80,7 @@ def words() -> Iterator[str]:
 
 
 def names(transformer: nn.Module) -> dict[str, tuple[Part, ...]]:
-    """Name of the authors' code, dotted, to the layers it stands for. {} for a model that is no transformer of these kinds."""
+    """Name of the authors' code, dotted, to the layers it stands for. {} for a model that is not a transformer of these kinds."""
     layers = {path: module for path, module in transformer.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     parts: dict[str, tuple[Part, ...]] = {}
     for name, paths in _candidates(transformer):

@@ -1,4 +1,4 @@
-"""What a key of a LoRA file says: which part of which layer, in the dialects people write.
+"""Keys of LoRA files: which part of which layer a key means, in every spelling in use.
 
     diffusers         unet.<path>.lora_A.weight, .lora_A.<adapter>.weight, .lora.down.weight,
                       .lora_linear_layer.down.weight, any of them below base_model.model.
@@ -110,7 +110,7 @@ _SIDES = {"1": "img_attn", "2": "txt_attn"}
 
 
 def understand(key: str) -> Key:
-    """What one raw key says. A key that says nothing known has role "beside" and its reason."""
+    """One raw key, parsed. An unknown key has role "beside" and its reason."""
     if numbered := _NUMBERED.match(key):
         return Key(numbered[1], f"#{int(numbered[2])}", numbered[3], "first-generation")
     if _TOKENS.match(key):

@@ -93,7 +93,7 @@ def words(module: nn.Module) -> frozenset[tuple[str, ...]]:
 
 def spelled(name: str, known: Collection[tuple[str, ...]], there: Collection[str]) -> bool:
     """True when a module's name could be a layer's, of a deeper or wider base: it is made of known words and numbers, dotted or with
-    underscores, and is no name of a layer that is `there` (flat names) with more before or behind it. "#12" is a layer's too.
+    underscores, and not the name of a layer that is `there` (flat names) with more before or after it. "#12" is a layer's too.
     """
     if name.startswith("#"):
         return True

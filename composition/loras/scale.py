@@ -148,7 +148,7 @@ def beside(path: Path) -> Path | None:
 
 
 def passed_over(path: Path) -> str:
-    """What to say of an adapter_config.json that lies beside several files, none of which it is sure to belong to."""
+    """A remark on an adapter_config.json beside several files, when it is not certain which one it belongs to; "" without."""
     configs = list(_configs(path))
     if not configs or any(belongs or _model(config.parent) for config, belongs in configs):
         return ""

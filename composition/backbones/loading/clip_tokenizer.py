@@ -2,7 +2,7 @@
 
 A checkpoint file holds weights only, and every Stable Diffusion reads its prompt through the same vocabulary: 256 byte
 letters, each also as the end of a word, and 48,894 merges in order of rank. The merges alone rebuild it. They lie in
-any installed open_clip, and in the hub cache of whoever has used CLIP or Stable Diffusion; the network is asked last.
+any installed open_clip, and in the hub cache of anyone who has used CLIP or Stable Diffusion; the network comes last.
 """
 
 import gzip

@@ -140,7 +140,7 @@ def load(
 def prediction(which: Kind, shapes: Header, metadata: Mapping[str, str], unet: nn.Module) -> dict[str, Any]:
     """What the UNet predicts, as scheduler settings: as the file states it, else what its kind does.
 
-    SD2.x has both, with the same names and shapes, so there the UNet itself is asked.
+    SD2.x has both, with the same names and shapes, so there the UNet itself is run to see.
     """
     stated = metadata.get("modelspec.prediction_type", "").lower()
     if "v_pred" in shapes or stated in ("v", "v_prediction", "v-prediction"):
