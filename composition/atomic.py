@@ -42,7 +42,7 @@ def write_new(targets: Iterable[Path], content: Content) -> Path:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the unfinished files that killed writers left in a folder. Only for a folder with no other writer."""
+    """Remove the unfinished files that killed writers left in a folder. Only for a folder that nobody else writes to."""
     for path in folder.iterdir():
         if _PART.fullmatch(path.name):
             path.unlink(missing_ok=True)

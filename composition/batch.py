@@ -61,7 +61,7 @@ class Progress:
 
 
 def plainly(error: Exception) -> str:
-    """An error as a sentence, where no caller has a better one."""
+    """An error as a sentence, where nobody above knows better words."""
     if isinstance(error, ValidationError):
         return explain(error)
     return str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}"
@@ -83,7 +83,7 @@ def run_many(
 
 
 class Store:
-    """The pictures of a folder by their id, and the log of their making. Call `opened` before anything else."""
+    """The pictures of a folder by their id, and the log of their making. `opened` before anything is asked of it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.pictures, self.log = folder, folder / PICTURES, Log(folder / LOG)
@@ -224,7 +224,7 @@ class Identity:
 
 @contextmanager
 def _locked(file: BinaryIO, folder: Path) -> Iterator[None]:
-    """Hold the file until it is closed or the process ends. Raises Refused when another process holds it."""
+    """Hold the file until it is closed or the process ends. Raises Refused when somebody else holds it."""
     try:
         import fcntl
     except ImportError:  # Windows has no such lock: two batches in one folder only do each other's work

@@ -49,7 +49,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Seen:
-    """Vectors of one picture: whole, and its two sides where leakage is measured."""
+    """Vectors of one picture: whole, and its two sides where leakage is asked."""
 
     whole: Float[Tensor, " D"]
     sides: Float[Tensor, "2 D"] | None
@@ -91,7 +91,7 @@ class Scorer:
         except FileNotFoundError:
             why = f"{picture.path} is missing"
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            why = f"{picture.path} is not a readable picture: {error}"
+            why = f"{picture.path} is no readable picture: {error}"
         self.problems.append(Problem(str(picture.path), why, picture.row.case.line))
         return None
 

@@ -209,7 +209,7 @@ def test_bad_lines_are_listed_the_rest_is_scored_and_the_exit_code_says_so(medle
     (tmp_path / "m.jsonl").write_text("\n".join([json.dumps(lines[0]), "{", *map(json.dumps, lines[1:])]))
     said = medley("evaluate", "m.jsonl", "--model", toy.model, "--lora-dir", toy.loras, "--report", "r")
     assert said.code == 3
-    for words in ("line 2: not readable as JSON", "line 3: the picture 'gone.png' is missing", "line 4:", "b.png is not a readable picture",
+    for words in ("line 2: not readable as JSON", "line 3: the picture 'gone.png' is missing", "line 4:", "b.png is no readable picture",
                   "line 5: no LoRA is named 'wolff'"):
         assert words in said.err, said.err
     assert len(rows(tmp_path / "r")) == 1
