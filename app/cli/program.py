@@ -6,13 +6,12 @@ stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
@@ -20,11 +19,11 @@ from typer.exceptions import Abort, Exit, TyperException
 from app import engines, options, remarks, settings, workbench
 from app.cli import batch, evaluate, flags, session, tables, train
 from app.errors import sentence
-from app.terminal import printable
+from app.terminal import Terminal, closed, err, forgiving, out, printable
 from composition import Cancelled, Lora, Refused, Request, __version__, record
 from composition.backbones.loading import catalog
+from composition.request import MAX_QUOTED, shortened
 
-out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 app = typer.Typer(help="Medley composes several LoRAs into one picture.", no_args_is_help=True, add_completion=False)
 app.add_typer(train.sub, name="train")
 
@@ -133,7 +132,7 @@ def generate(
                     for line in record.differences(found, receipts, record.versions()):
                         err.print(Text(printable(line), style="yellow"))
     if json:
-        print(tables.generated(request, made, drawn))
+        out.document(tables.generated(request, made, drawn))
         return
     tables.result(out, replace(made[0][1], request=request), drawn)
     for line in remarks.timeline(made[0][1].notes):
@@ -189,7 +188,7 @@ def _compare(
     tables.tiles(out, tiles, sheet)
 
 
-def _triggered(request: Request, engine: Any, say: Console) -> Request:
+def _triggered(request: Request, engine: Any, say: Terminal) -> Request:
     request, added = flags.with_triggers(request, engine.inspect)
     if added:
         say.print(Text(f"prompt with trigger words: {request.prompt}"))
@@ -227,7 +226,7 @@ def profile(
     names, low = profiling.described(measured)
     path = record.publish(plot(measured), out_dir, f"profile-{record.free(out_dir, 'profile-'):04d}")
     if json:
-        print(tables.as_json({"order": names, "low": low, "plot": str(path), "profiles": [asdict(one) for one in measured]}))
+        out.document(tables.as_json({"order": names, "low": low, "plot": str(path), "profiles": [asdict(one) for one in measured]}))
         return
     tables.profiles(out, found, names, low)
     out.print(Text(f"plot: {path}"))
@@ -270,7 +269,7 @@ def loras(
 
     listed = list(library.listing(model or "pocket", engines.folders(lora_dir or []), hashes=hashes))
     if json:
-        print(tables.loras_json(listed))
+        out.document(tables.loras_json(listed))
     else:
         tables.loras(out, listed, settings.lora_folder())
 
@@ -295,7 +294,7 @@ def inspect(
     if json:
         from dataclasses import asdict
 
-        print(tables.as_json(asdict(receipt) | {"model": base}))
+        out.document(tables.as_json(asdict(receipt) | {"model": base}))
     else:
         tables.receipt(out, receipt, base)
 
@@ -331,8 +330,11 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise Exit(0)
 
 
-def run(command: Callable[[], Any]) -> int:
-    """Call it; turn what it raises into one line on stderr and an exit code. MEDLEY_DEBUG=1 shows the traceback."""
+def run(command: Callable[[], Any], words: Sequence[str] = ()) -> int:
+    """Call it; turn what it raises into one line on stderr and an exit code. MEDLEY_DEBUG=1 shows the traceback.
+
+    words: those of the command line, of which an error repeats the ends alone where they are long.
+    """
     try:
         code = command()
         return code if isinstance(code, int) else 0
@@ -341,13 +343,17 @@ def run(command: Callable[[], Any]) -> int:
     except (KeyboardInterrupt, Abort, Cancelled):
         return _fail("cancelled", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        closed(sys.stdout)
         return 0
+    except SystemExit as error:  # so rich's own console, which writes the help, ends when nobody reads on
+        return 0 if error.code == 1 else 2
     except Exception as error:
         if os.environ.get("MEDLEY_DEBUG"):
             raise
-        words = flags.hinted(error.format_message(), _command(error)) if isinstance(error, TyperException) else sentence(error)
-        return _fail(words, 2) if words.strip() else 2  # no command was named: the help was printed
+        said = flags.hinted(error.format_message(), _command(error)) if isinstance(error, TyperException) else sentence(error)
+        for word in filter(lambda word: len(word) > MAX_QUOTED, words):
+            said = said.replace(word, shortened(f'"{word}"')[1:-1])
+        return _fail(shortened(said), 2) if said.strip() else 2  # no command was named: the help was printed
 
 
 def _command(error: TyperException) -> str:
@@ -356,13 +362,14 @@ def _command(error: TyperException) -> str:
 
 
 def _fail(sentence: str, code: int) -> int:
-    print("medley: " + printable(" ".join(sentence.split())), file=sys.stderr)
+    err.print(Text("medley: " + printable(" ".join(sentence.split()))))
     return code
 
 
 def main() -> None:
     """The console script."""
-    sys.exit(run(lambda: typer.main.get_command(app).main(prog_name="medley", standalone_mode=False)))
+    forgiving()
+    sys.exit(run(lambda: typer.main.get_command(app).main(prog_name="medley", standalone_mode=False), sys.argv[1:]))
 
 
 if __name__ == "__main__":
