@@ -17,10 +17,10 @@ from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
 from app import engines, options, remarks, settings, workbench
-from app.cli import batch, evaluate, flags, session, tables, train
+from app.cli import batch, evaluate, flags, recalled, session, tables, train
 from app.errors import sentence
 from app.terminal import Terminal, closed, err, forgiving, out, printable
-from composition import Cancelled, Lora, Refused, Request, __version__, record
+from composition import Cancelled, Lora, Request, __version__, record
 from composition.backbones.loading import catalog
 from composition.request import MAX_QUOTED, shortened
 
@@ -51,6 +51,7 @@ Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for t
 Triggers = Annotated[bool, typer.Option("--triggers", help="Add a trigger word of every LoRA that has none in the prompt.")]
 Partial = Annotated[bool | None, typer.Option("--allow-partial", help="Use LoRAs of which not every tensor fits.")]
 From = Annotated[Path | None, typer.Option("--from", metavar="PICTURE.png", help="Start from the request in this picture.")]
+AllowDownload = Annotated[bool, typer.Option("--allow-download", help="Let the record of --from choose a model that is fetched from the hub.")]
 AllowPaths = Annotated[bool, typer.Option("--allow-paths", help="Let the record of --from choose files of this machine by their paths.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (the best there is).")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 (what suits the device).")]
@@ -72,24 +73,6 @@ def _place(
     return engines.EngineOptions(device, dtype, offload, engines.folders(folders or []), quantize, denoiser)
 
 
-def _start(picture: Path | None, model: str | None, allow_paths: bool) -> record.Record | None:
-    """The record that --from names, its remarks said. Raises Refused when it does not say which model to use."""
-    if picture is None:
-        engines.prepare(model or "pocket")
-        return None
-    found = record.details(picture)
-    found = found if allow_paths else replace(found, request=record.by_name(found.request))
-    for remark in found.remarks:
-        err.print(Text(printable(f"{picture}: {remark}"), style="yellow"))
-    if not found.ours and not model:
-        raise Refused(f"{picture} was made by another tool, with its model {found.model or '(not named)'!r}: say with --model "
-                      "which one to use here")
-    if not model and not allow_paths and record.is_path(found.request.model):
-        raise Refused(f"{picture} was made with {found.request.model!r}, a file or folder of its maker: say with --model where it is here")
-    engines.prepare(model or found.request.model)
-    return found
-
-
 @app.command()
 def demo(out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None) -> None:
     """Compose three bundled LoRAs in three ways, beside the picture of the prompt alone. Needs no network."""
@@ -105,18 +88,18 @@ def generate(
     steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
     out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
-    allow_paths: AllowPaths = False,
+    allow_paths: AllowPaths = False, allow_download: AllowDownload = False,
     keep_paths: Annotated[bool, typer.Option("--keep-paths", help="Write where the files lay, not their names alone, into the picture.")] = False,
     device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None,
     lora_dir: Folders = None, masks: Masks = False, json: Json = False,
 ) -> None:
     """Make pictures from a prompt and LoRAs."""
     record.ready(out_dir)
-    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
+    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), recalled.start(picture, model, allow_paths, allow_download)
     request, drawn = flags.request(context.params, found.request if found else None)
     say = err if json else out
     with engines.open_engine(request.model, place) as engine:
-        request = record.located(request, found, engine.loras(), engine.find) if found else request
+        request = recalled.located(request, found, engine, strict=not allow_paths and not lora)
         request, settled = engine.settle(request)
         for line in remarks.remarks(settled):
             say.print(Text(printable(line), style="dim"))
@@ -154,12 +137,12 @@ def compare(
     option: Option = None, model: Model = None, sampler: Sampler = None, negative: Negative = None, seed: Seed = None,
     steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     out_dir: Out = PICTURES, triggers: Triggers = False,
-    allow_partial: Partial = None, picture: From = None, allow_paths: AllowPaths = False, device: Device = None, dtype: Dtype = None,
-    offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None, lora_dir: Folders = None,
+    allow_partial: Partial = None, picture: From = None, allow_paths: AllowPaths = False, allow_download: AllowDownload = False,
+    device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None, lora_dir: Folders = None,
 ) -> None:
     """The same seed and LoRAs by every method, and without any LoRA, side by side."""
     record.ready(out_dir)
-    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
+    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), recalled.start(picture, model, allow_paths, allow_download)
     from composition import methods as known
 
     names = [name.strip() for name in methods.split(",")] if methods else sorted(known.all(), key=lambda name: name != "merge")
@@ -167,15 +150,15 @@ def compare(
     request, drawn = flags.request(context.params | {"option": None}, found.request if found else None)
     if request.method in ways:
         ways[request.method] = {**request.options, **ways[request.method]}
-    _compare(request, ways, out_dir, "compare", place, drawn=drawn, triggers=triggers, found=found)
+    _compare(request, ways, out_dir, "compare", place, drawn=drawn, triggers=triggers, found=found, strict=not allow_paths and not lora)
 
 
 def _compare(
     request: Request, ways: dict[str, dict[str, Any]], folder: Path, prefix: str, place: engines.EngineOptions, *, drawn: bool,
-    triggers: bool = False, found: record.Record | None = None,
+    triggers: bool = False, found: record.Record | None = None, strict: bool = False,
 ) -> None:
     with engines.open_engine(request.model, place) as engine:
-        request = record.located(request, found, engine.loras(), engine.find) if found else request
+        request = recalled.located(request, found, engine, strict=strict)
         settled_request, settled = engine.settle(replace(request, options={}))
         request = replace(settled_request, options=request.options)  # each way has its own, and its order is settled with it
         for line in remarks.remarks({name: note for name, note in settled.items() if name != "order"}):
