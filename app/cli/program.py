@@ -220,6 +220,8 @@ def ui(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="The port (the first free one from 7860).")] = None,
     model: Model = None, device: Device = None, dtype: Dtype = None, offload: Offload = "auto", lora_dir: Folders = None,
     out_dir: Out = PICTURES, browse: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    longest: Annotated[float, typer.Option(min=0.1, max=10_000, metavar="MINUTES", help="Minutes that a picture may take: what would take longer, "
+                                           "by this machine's speed, is refused.")] = 30.0,
 ) -> None:
     """The page: make pictures in a browser, on this machine alone."""
     record.ready(out_dir)
@@ -228,7 +230,8 @@ def ui(
 
     number, place = serve.port(port), _place(device, dtype, offload, lora_dir)
     with engines.open_engine(model or "pocket", place) as engine:
-        serve.serve(engine, out_dir, number, lambda address: out.print(Text(f"{address}  (Ctrl-C stops)")), browse=browse)
+        serve.serve(engine, out_dir, number, lambda address: out.print(Text(f"{address}  (Ctrl-C stops)")), browse=browse,
+                    longest=60 * longest)
 
 
 @app.command()
