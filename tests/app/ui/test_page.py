@@ -26,6 +26,13 @@ LONG = 1000  # steps: a picture that is still in the making when something else 
 EVIL = '<img src=x onerror="window.evil=1">${window.evil=2}{{window}}`'
 
 
+EVIL_NAME = "<img src=x onerror=alert(7)>&amp;\"'"
+FIELDS = ("title", "trigger_words", "category", "version", "author", "description", "tags", "base", "license", "usage", "notes", "preview",
+          "modelspec.title", "modelspec.author", "modelspec.description", "modelspec.license", "modelspec.tags", "modelspec.trigger_phrase",
+          "modelspec.thumbnail", "modelspec.architecture", "modelspec.usage_hint", "ss_output_name", "ss_tag_frequency", "ss_training_comment",
+          "ss_sd_model_name", "ss_base_model_version", "ss_network_module")  # fmt: skip
+
+
 class Server:
     """The page's address, the folder of its pictures, and its engine."""
 
@@ -53,6 +60,10 @@ def server(tmp_path_factory):
         save_file(tensors, root / "own" / "evil.safetensors", metadata={
             "title": EVIL, "trigger_words": "<script>window.evil=3</script>", "preview": "javascript:window.evil=4"})
         (root / "own" / "broken.safetensors").write_bytes(b"\0" * 20)
+        save_file(tensors, root / "own" / "everything.safetensors", metadata={name: EVIL for name in FIELDS} | {"title": f"All {EVIL}"})
+        save_file(tensors, root / "own" / f"{EVIL_NAME}.safetensors", metadata={"trigger_words": "plainword"})
+        header = json.dumps({EVIL: {"dtype": EVIL, "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"title": EVIL}}).encode()
+        (root / "own" / "reason.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
         with serve.opened(engine, root / "pictures", serve.port(None)) as address:
             yield Server(address, root / "pictures", engine)
 
@@ -313,6 +324,31 @@ def test_a_methods_options_follow_it_and_are_kept(tab, tmp_path):
     assert found.notes["leaders"] == ["owl", "owl", "raccoon", "raccoon"]
 
 
+def test_markup_in_every_field_of_a_file_is_shown_as_text(server, tab):
+    """Each field that a LoRA file may have, its name, and the reason why it cannot be used, on the page and in a picture's report."""
+    page, alerts = tab(), []
+    page.on("dialog", lambda dialog: alerts.append(dialog.message) or dialog.dismiss())
+    assert page.locator(".card[data-key=everything] strong").inner_text() == f"All {EVIL}"
+    named = page.locator(".card", has=page.locator("strong", has_text="alert(7)"))
+    assert named.locator("strong").inner_text() == EVIL_NAME and named.get_attribute("data-key") == EVIL_NAME
+    assert page.get_by_label("Use reason").is_disabled() and "window.evil" in page.locator(".card[data-key=reason] small").inner_text()
+    for card in (page.locator(".card[data-key=everything]"), named):
+        card.locator("input[type=checkbox]").check()
+    page.locator("#hint").get_by_text("alert(7)").wait_for()
+    named.locator(".chip").first.click()
+    fill(page, "prompt", f"a fox {EVIL}")
+    more(page, steps=1, negative=EVIL)
+    generate(page)
+    done(page)
+    assert EVIL_NAME in page.locator("#report").inner_text()
+    page.reload()
+    page.locator(".card[data-key=everything]").wait_for()
+    assert alerts == [] and page.evaluate("window.evil") is None
+    assert page.locator("[onerror], [src=x], .card script, #hint script, #report script, .card b").count() == 0
+    inside = page.locator("#loras .cards *").evaluate_all("parts => [...new Set(parts.map(part => part.localName))].sort()")
+    assert inside == ["article", "button", "div", "img", "input", "label", "small", "span", "strong"]
+
+
 def test_words_and_pictures_of_files_are_shown_and_never_run(tab):
     page = tab()
     assert page.locator(".card[data-key=evil] strong").inner_text() == EVIL
@@ -376,8 +412,7 @@ def test_only_the_pictures_are_served_and_only_to_this_machines_name(server):
     server.pictures.mkdir(exist_ok=True)
     Image.new("RGB", (8, 8)).save(server.pictures / "shown.png")
     served = "gradio_api/file="
-    assert server.status(f"{served}{server.pictures / 'shown.png'}") == 200
-    for path in (secret, server.pictures / ".." / "secret.png", server.engine.find("owl"), "/etc/hostname"):
+    for path in (secret, server.pictures / "shown.png", server.pictures / ".." / "secret.png", server.engine.find("owl"), "/etc/hostname"):
         assert server.status(f"{served}{path}") in (403, 404)
     for path in ("docs", "redoc", "openapi.json", "gradio_api/runs"):
         assert server.status(path) == 404
