@@ -21,7 +21,6 @@ from composition.request import Category
 PREVIEW = "preview"  # metadata key: a PNG in base64
 MAX_LETTERS = 2_000_000  # of that text
 MAX_SIDE = 2048  # pixels of the picture in it
-MAX_TITLE = 300  # letters of a title or a trigger word
 SIDE = 128  # pixels of the picture shown
 _ORDER = {category: place for place, category in enumerate([*get_args(Category)[1:], ""])}
 
@@ -81,8 +80,7 @@ def _read(path: Path, stamp: tuple[int, int]) -> tuple[str, str, tuple[str, ...]
     """(title, category, triggers, preview, trouble) of a file in the state that `stamp` stands for."""
     try:
         said = load_header(path).metadata
-        return (printable(metadata.title(said)[:MAX_TITLE]), metadata.category(said), tuple(word[:MAX_TITLE] for word in metadata.triggers(said)),
-                _picture(said.get(PREVIEW, "")), "")
+        return (printable(metadata.title(said)), metadata.category(said), metadata.triggers(said), _picture(said.get(PREVIEW, "")), "")
     except Exception as error:  # one file, whatever is wrong with it, does not take the others down
         return "", "", (), "", printable(library.trouble(error))
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from app.ui import cards, page, serve
 from composition import Engine, Request, record
-from tests.app.ui.visitor import Visitor, shown_until, until
+from tests.app.ui.visitor import Visitor, free_port, shown_until, until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(no_silent_downcasting|copy keyword).*")  # gradio on pandas 3
 ROOT = Path(__file__).parents[3]
@@ -71,7 +71,7 @@ def place(tmp_path_factory):
         hostile_folder(root / "own", engine.find("owl"))
         for name, value in GRADIO.items():
             patch.setenv(name, value)
-        with serve.opened(engine, root / "pictures", serve.port(None), longest=7200) as address:
+        with serve.opened(engine, root / "pictures", free_port(), longest=7200) as address:
             yield address, root / "pictures", root / "own", engine
         assert {name: os.environ[name] for name in GRADIO} == GRADIO
 

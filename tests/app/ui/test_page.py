@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from app.ui import serve
 from composition import Engine, record
+from tests.app.ui.visitor import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(no_silent_downcasting|copy keyword).*")  # gradio on pandas 3
 PATIENCE = 60_000  # milliseconds until a test gives up
@@ -64,7 +65,7 @@ def server(tmp_path_factory):
         save_file(tensors, root / "own" / f"{EVIL_NAME}.safetensors", metadata={"trigger_words": "plainword"})
         header = json.dumps({EVIL: {"dtype": EVIL, "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"title": EVIL}}).encode()
         (root / "own" / "reason.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-        with serve.opened(engine, root / "pictures", serve.port(None)) as address:
+        with serve.opened(engine, root / "pictures", free_port()) as address:
             yield Server(address, root / "pictures", engine)
 
 

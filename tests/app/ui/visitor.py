@@ -4,6 +4,7 @@ import http.client
 import json
 import re
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,13 @@ from html import unescape
 from urllib.parse import urlsplit
 
 PATIENCE = 60  # seconds
+
+
+def free_port() -> int:
+    """A port that no other test takes: the system's choice, not the first one that is free from a number on."""
+    with socket.socket() as line:
+        line.bind(("127.0.0.1", 0))
+        return line.getsockname()[1]
 
 
 class Visitor:
