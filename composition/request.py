@@ -293,7 +293,7 @@ class Result:
 _REQUEST = TypeAdapter(Request)
 
 
-_QUOTED = re.compile(r"""(?<!\w)'[^'\n]*'|"[^"\n]*"|[^\s'"]{%d,}""" % (MAX_QUOTED + 1))
+_QUOTED = re.compile(rf"""(?<!\w)'[^'\n]*'|"[^"\n]*"|[^\s'"]{{{MAX_QUOTED + 1},}}""")
 
 
 def shortened(sentence: str) -> str:

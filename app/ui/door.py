@@ -59,7 +59,9 @@ class Door:
         path, method = scope["path"], scope["method"]
         if path.startswith(PREFIX):
             picture = await asyncio.to_thread(self._gallery.read, path) if method in ("GET", "HEAD") else None
-            await (_answer(send, 200, b"" if method == "HEAD" else picture, HEADERS) if picture is not None else _answer(send, 404))
+            await (_answer(send, 200, picture, HEADERS) if picture is not None else _answer(send, 404))
+        elif _foreign(scope):
+            await _answer(send, 403)
         elif not OPEN.fullmatch(path) or method not in ("GET", "HEAD", "POST"):
             await _answer(send, 404)
         elif refusal := _too_large(scope):
@@ -76,6 +78,13 @@ class Door:
             await self._app(scope, receive, _guarded(send))
         finally:
             self._presence.leave(client)
+
+
+def _foreign(scope: Message) -> bool:
+    """Whether another site's page sends this, from the user's browser: it could not read the answer, but set work going."""
+    headers = {name.lower(): value for name, value in scope["headers"]}
+    origin = headers.get(b"origin")
+    return origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
 
 
 def _too_large(scope: Message) -> int:

@@ -50,7 +50,8 @@ def hostile_folder(folder: Path, owl: Path) -> None:
 
     (folder / "dangling.safetensors").symlink_to(folder / "nowhere")
     (folder / "loop.safetensors").symlink_to(folder / "loop.safetensors")
-    os.mkfifo(folder / "pipe.safetensors")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "pipe.safetensors")
     (folder / "folder.safetensors").mkdir()
     with_metadata("null", None)
     with_metadata("numbers", {"title": 3, "trigger_words": [1], "preview": {"a": 1}, "category": ["x"]})
@@ -224,6 +225,14 @@ def test_only_the_routes_of_the_page_are_open(visitor, path):
     assert visitor.ask("GET", "/", Host="medley.example")[0] == 400
     for method in ("PUT", "DELETE", "PATCH", "OPTIONS"):
         assert visitor.ask(method, "/gradio_api/queue/join")[0] in (404, 405) or method == "OPTIONS"
+
+
+def test_another_sites_page_sets_no_work_going(place, visitor):
+    number, _ = visitor.event("generate", "click")
+    body = json.dumps({"data": [], "fn_index": number, "session_hash": visitor.client}).encode()
+    for origin in ("https://elsewhere.example", "http://127.0.0.1:1", "null", "http://elsewhere.example/" + place[0]):
+        assert visitor.ask("POST", "/gradio_api/queue/join", body, **{"Content-Type": "text/plain", "Origin": origin})[0] == 403
+    assert visitor.ask("GET", "/config", Origin=place[0].rstrip("/"))[0] == 200
 
 
 # hostile files -----------------------------------------------------------------------------------------------------------------
