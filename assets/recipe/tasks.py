@@ -168,4 +168,5 @@ def take_turns(tasks: Sequence[Task], until: float, logs: Path, *, threads: int,
         tick()
         time.sleep(0.05)
     for task in tasks:
+        task.look(logs / f"{task.name}.log", threads)  # it may have ended since
         task.stop()
