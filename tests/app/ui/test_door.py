@@ -15,6 +15,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -93,6 +94,12 @@ def test_the_users_variables_for_gradio_are_not_read(place, visitor, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT,
                           env=os.environ | GRADIO | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert done.stdout == "['GRADIO_ANALYTICS_ENABLED']\n", done.stderr  # what gradio finds when it is imported
+
+
+def test_nothing_is_recorded_or_reported(place, visitor):
+    config = visitor.config()
+    assert config["footer_links"] == [] and not any(str(place[1].parent) in str(part) for part in config["components"])
+    assert not re.search(r"""(?:src|href)=["']https?://(?!127\.0\.0\.1)""", visitor.ask("GET", "/")[2].decode())
 
 
 def test_soak_of_100_requests_from_20_clients(place):

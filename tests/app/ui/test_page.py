@@ -5,12 +5,6 @@ import io
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -39,13 +33,6 @@ class Server:
 
     def __init__(self, address: str, pictures: Path, engine: Engine) -> None:
         self.address, self.pictures, self.engine = address, pictures, engine
-
-    def status(self, path: str, **headers: str) -> int:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(self.address + path, headers=headers), timeout=30) as answer:
-                return answer.status
-        except urllib.error.HTTPError as error:
-            return error.code
 
 
 @pytest.fixture(scope="module")
@@ -403,69 +390,3 @@ def test_words_can_be_read_in_light_and_dark(tab, scheme):
       });
     }""")
     assert [(kind, ratio) for kind, ratio in found if ratio < 4.5] == []
-
-
-def test_only_the_pictures_are_served_and_only_to_this_machines_name(server):
-    assert server.status("") == 200
-    assert server.status("", Host="medley.example") == 400
-    secret = server.pictures.parent / "secret.png"
-    secret.write_bytes(b"secret")
-    server.pictures.mkdir(exist_ok=True)
-    Image.new("RGB", (8, 8)).save(server.pictures / "shown.png")
-    served = "gradio_api/file="
-    for path in (secret, server.pictures / "shown.png", server.pictures / ".." / "secret.png", server.engine.find("owl"), "/etc/hostname"):
-        assert server.status(f"{served}{path}") in (403, 404)
-    for path in ("docs", "redoc", "openapi.json", "gradio_api/runs"):
-        assert server.status(path) == 404
-
-
-def test_nothing_is_recorded_or_reported(server):
-    with urllib.request.urlopen(server.address + "config", timeout=30) as answer:
-        config = json.load(answer)
-    assert config["run_history"] is False
-    assert config["analytics_enabled"] is False
-    assert config["footer_links"] == []
-    assert not any(str(server.pictures.parent) in str(part) for part in config["components"])
-    with urllib.request.urlopen(server.address, timeout=30) as answer:
-        page = answer.read().decode()
-    assert not re.search(r"""(?:src|href)=["']https?://(?!127\.0\.0\.1)""", page)
-
-
-# the command ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_taken_port_is_one_line(medley):
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        one.listen()
-        number = one.getsockname()[1]
-        said = medley("ui", "--port", number)
-        assert said.code == 2
-        assert f"port {number} cannot be used" in said.err and said.err.count("\n") == 1
-    assert serve.port(number) == number
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_the_command_says_where_it_serves_and_ctrl_c_ends_it(tmp_path):
-    number = serve.port(None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app.cli", "ui", "--port", str(number), "--device", "cpu"], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "PYTHONUNBUFFERED": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a suite started in the background ignores Ctrl-C, and so would this
-    try:
-        assert f"http://127.0.0.1:{number}/" in process.stdout.readline()
-        with urllib.request.urlopen(f"http://127.0.0.1:{number}/", timeout=30) as answer:
-            assert answer.status == 200
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, out, err) == (0, "", "")
-    assert not (tmp_path / "pictures").exists()
-
-
-def test_help_does_not_wait_for_gradio():
-    code = "import sys, app.cli; sys.exit(bool({'gradio', 'torch'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], timeout=60).returncode == 0
