@@ -336,10 +336,10 @@ def run(command: Callable[[], Any], words: Sequence[str] = ()) -> int:
     except Exception as error:
         if os.environ.get("MEDLEY_DEBUG"):
             raise
-        said = flags.hinted(error.format_message(), _command(error)) if isinstance(error, TyperException) else sentence(error)
+        complaint = flags.hinted(error.format_message(), _command(error)) if isinstance(error, TyperException) else sentence(error)
         for word in filter(lambda word: len(word) > MAX_QUOTED, words):
-            said = said.replace(word, shortened(f'"{word}"')[1:-1])
-        return _fail(shortened(said), 2) if said.strip() else 2  # no command was named: the help was printed
+            complaint = complaint.replace(word, shortened(f'"{word}"')[1:-1])
+        return _fail(shortened(complaint), 2) if complaint.strip() else 2  # no command was named: the help was printed
 
 
 def _command(error: TyperException) -> str:

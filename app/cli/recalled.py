@@ -23,17 +23,17 @@ def start(picture: Path | None, model: str | None, allow_paths: bool, allow_down
     if picture is None:
         engines.prepare(model or "pocket")
         return None
-    found = record.details(picture)
-    found = found if allow_paths else replace(found, request=record.by_name(found.request))
-    for remark in found.remarks:
+    origin = record.details(picture)
+    origin = origin if allow_paths else replace(origin, request=record.by_name(origin.request))
+    for remark in origin.remarks:
         err.print(Text(printable(f"{picture}: {remark}"), style="yellow"))
-    if not found.ours and not model:
-        raise Refused(f"{picture} was made by another tool, with its model {found.model or '(not named)'!r}: say with --model "
+    if not origin.ours and not model:
+        raise Refused(f"{picture} was made by another tool, with its model {origin.model or '(not named)'!r}: say with --model "
                       "which one to use here")
     if not model:
-        _may_open(picture, found.request.model, allow_paths, allow_download)
-    engines.prepare(model or found.request.model)
-    return found
+        _may_open(picture, origin.request.model, allow_paths, allow_download)
+    engines.prepare(model or origin.request.model)
+    return origin
 
 
 def _may_open(picture: Path, model: str, allow_paths: bool, allow_download: bool) -> None:
@@ -52,11 +52,11 @@ def _may_open(picture: Path, model: str, allow_paths: bool, allow_download: bool
                       "another --model")
 
 
-def located(request: Request, found: record.Record | None, engine: "Engine", *, strict: bool) -> Request:
-    """The request with the LoRAs of a record found. strict: in the folders of LoRAs alone."""
-    if found is None:
+def located(request: Request, origin: record.Record | None, engine: "Engine", *, strict: bool) -> Request:
+    """The request with the LoRAs of a record origin. strict: in the folders of LoRAs alone."""
+    if origin is None:
         return request
-    request = record.located(request, found, engine.loras(), engine.find)
+    request = record.located(request, origin, engine.loras(), engine.find)
     if strict:
         _in_folders(request, engine)
     return request

@@ -79,8 +79,8 @@ def with_words(prompt: str, words: Sequence[str]) -> str:
 def _read(path: Path, stamp: tuple[int, int]) -> tuple[str, str, tuple[str, ...], str, str]:
     """(title, category, triggers, preview, trouble) of a file in the state that `stamp` stands for."""
     try:
-        said = load_header(path).metadata
-        return (printable(metadata.title(said)), metadata.category(said), metadata.triggers(said), _picture(said.get(PREVIEW, "")), "")
+        words = load_header(path).metadata
+        return (printable(metadata.title(words)), metadata.category(words), metadata.triggers(words), _picture(words.get(PREVIEW, "")), "")
     except Exception as error:  # one file, whatever is wrong with it, does not take the others down
         return "", "", (), "", printable(library.trouble(error))
 

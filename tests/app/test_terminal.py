@@ -81,10 +81,10 @@ def test_every_word_of_the_program_goes_through_the_one_writer():
 
 def test_what_files_say_reaches_no_command_raw(medley, toy, tmp_path):
     (tmp_path / "own").mkdir()
-    said = {name: f"{name} {HOSTILE}" for name in ("title", "trigger_words", "author", "description", "version", "base", "license", "tags",
+    metadata = {name: f"{name} {HOSTILE}" for name in ("title", "trigger_words", "author", "description", "version", "base", "license", "tags",
                                                    "modelspec.title", "modelspec.author", "modelspec.architecture", "ss_output_name",
                                                    "ss_base_model_version", "notes")}  # fmt: skip
-    save_file(load_file(toy.loras / "fox.safetensors"), tmp_path / "own" / "a\x1b[31m\u202eb.safetensors", metadata=said)
+    save_file(load_file(toy.loras / "fox.safetensors"), tmp_path / "own" / "a\x1b[31m\u202eb.safetensors", metadata=metadata)
     (file,) = (tmp_path / "own").iterdir()
     common = ("--model", toy.model, "--lora-dir", "own", "--steps", 1, "--seed", 1)
     for words in (("loras", "--lora-dir", "own"), ("loras", "--lora-dir", "own", "--json"), ("inspect", file), ("inspect", file, "--model", toy.model),

@@ -106,18 +106,18 @@ def test_soak_of_100_requests_from_20_clients(place):
     """Each gets the picture of its own prompt and seed, and nobody another's; the pictures are those of the engine."""
     def five(client: int) -> list[bytes]:
         visitor = Visitor(place[0])
-        made = []
+        own = []
         for turn in range(5):
             number = 5 * client + turn
             shown, body = visitor.picture(prompt=f"picture {number}", steps=1, random=False, seed=number)
             request = record.details(_file(place[1].parent / f"{number}.png", body)).request
             assert (request.prompt, request.seed) == (f"picture {number}", number)
             assert not [other for other in range(100) if other != number and f'"picture {other}"' in shown]
-            made.append(body)
-        return made
+            own.append(body)
+        return own
 
     with ThreadPoolExecutor(20) as pool:
-        pictures = [body for made in pool.map(five, range(20)) for body in made]
+        pictures = [body for own in pool.map(five, range(20)) for body in own]
     assert len(pictures) == 100
     for number in (0, 37, 99):
         alone = place[3].run(Request(prompt=f"picture {number}", steps=1, seed=number)).images[0]
@@ -248,7 +248,7 @@ def test_another_sites_page_sets_no_work_going(place, visitor):
 def _listed(visitor: Visitor) -> dict[str, dict]:
     """What a load of the page answers: the cards by key."""
     config = visitor.config()
-    (load,) = [one for one in config["dependencies"] if any(target[1] == "load" for target in one["targets"])]
+    (load,) = [each for each in config["dependencies"] if any(target[1] == "load" for target in each["targets"])]
     body = json.dumps({"data": [], "fn_index": load["id"], "session_hash": visitor.client}).encode()
     status, _, answer = visitor.ask("POST", "/gradio_api/run/predict", body, **{"Content-Type": "application/json"})
     assert status == 200, answer
@@ -309,5 +309,5 @@ def test_no_file_is_read_and_nothing_is_drawn_on_the_loop(place, visitor, monkey
         begun = time.monotonic()
         assert visitor.ask("GET", "/theme.css")[0] == 200 and time.monotonic() - begun < 1.0
         slow.clear()
-        for one in waiting:
-            one.result(60)
+        for answer in waiting:
+            answer.result(60)

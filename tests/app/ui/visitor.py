@@ -47,14 +47,14 @@ class Visitor:
         """The number of the event `what` of the component with this elem_id (None: of the page), and its inputs."""
         config = self.config()
         ids = {component["props"].get("elem_id"): component["id"] for component in config["components"]}
-        (found,) = [one for one in config["dependencies"] if [ids.get(name), what] in [list(target) for target in one["targets"]]]
-        return found["id"], found["inputs"]
+        (dependency,) = [each for each in config["dependencies"] if [ids.get(name), what] in [list(target) for target in each["targets"]]]
+        return dependency["id"], dependency["inputs"]
 
     def join(self, **values: object) -> None:
         """Press Generate with these values of components by elem_id, the others as the page first has them."""
         number, inputs = self.event("generate", "click")
         props = {component["id"]: component["props"] for component in self.config()["components"]}
-        data = [values.get(props[one].get("elem_id", "").replace("-", "_"), props[one].get("value")) for one in inputs]
+        data = [values.get(props[part].get("elem_id", "").replace("-", "_"), props[part].get("value")) for part in inputs]
         body = json.dumps({"data": data, "fn_index": number, "session_hash": self.client}).encode()
         status, _, answer = self.ask("POST", "/gradio_api/queue/join", body, **{"Content-Type": "application/json"})
         assert status == 200, answer
@@ -78,9 +78,9 @@ class Visitor:
         self.join(**values)
         with self.listening() as events:
             shown = shown_until(events, "process_completed")
-        found = re.search(r'src="(/pictures/[^"]+)"', shown)
-        assert found, shown[-2000:]
-        status, headers, body = self.ask("GET", unescape(found[1]))
+        source = re.search(r'src="(/pictures/[^"]+)"', shown)
+        assert source, shown[-2000:]
+        status, headers, body = self.ask("GET", unescape(source[1]))
         assert status == 200 and headers["content-type"] == "image/png" and headers["x-content-type-options"] == "nosniff"
         return shown, body
 
