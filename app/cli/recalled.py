@@ -23,17 +23,17 @@ def start(picture: Path | None, model: str | None, allow_paths: bool, allow_down
     if picture is None:
         engines.prepare(model or "pocket")
         return None
-    origin = record.details(picture)
-    origin = origin if allow_paths else replace(origin, request=record.by_name(origin.request))
-    for remark in origin.remarks:
+    original = record.details(picture)
+    original = original if allow_paths else replace(original, request=record.by_name(original.request))
+    for remark in original.remarks:
         err.print(Text(printable(f"{picture}: {remark}"), style="yellow"))
-    if not origin.ours and not model:
-        raise Refused(f"{picture} was made by another tool, with its model {origin.model or '(not named)'!r}: say with --model "
+    if not original.ours and not model:
+        raise Refused(f"{picture} was made by another tool, with its model {original.model or '(not named)'!r}: say with --model "
                       "which one to use here")
     if not model:
-        _may_open(picture, origin.request.model, allow_paths, allow_download)
-    engines.prepare(model or origin.request.model)
-    return origin
+        _may_open(picture, original.request.model, allow_paths, allow_download)
+    engines.prepare(model or original.request.model)
+    return original
 
 
 def _may_open(picture: Path, model: str, allow_paths: bool, allow_download: bool) -> None:
@@ -52,11 +52,11 @@ def _may_open(picture: Path, model: str, allow_paths: bool, allow_download: bool
                       "another --model")
 
 
-def located(request: Request, origin: record.Record | None, engine: "Engine", *, strict: bool) -> Request:
-    """The request with the LoRAs of a record origin. strict: in the folders of LoRAs alone."""
-    if origin is None:
+def located(request: Request, original: record.Record | None, engine: "Engine", *, strict: bool) -> Request:
+    """The request with the LoRAs of a record original. strict: in the folders of LoRAs alone."""
+    if original is None:
         return request
-    request = record.located(request, origin, engine.loras(), engine.find)
+    request = record.located(request, original, engine.loras(), engine.find)
     if strict:
         _in_folders(request, engine)
     return request

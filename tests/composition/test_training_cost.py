@@ -107,7 +107,7 @@ def test_a_loss_that_is_no_number_is_found_before_anything_is_written(tmp_path, 
 
     monkeypatch.setattr(Learning, "__call__", broken)
     backbone, adapters = toy(torch.float32)
-    with pytest.raises(RuntimeError, match=f"no number at step {when}.*lower rate"):
+    with pytest.raises(RuntimeError, match=f"not finite at step {when}.*lower rate"):
         train(backbone, adapters, [concept("fox", dtype=torch.float32)], Plan(rank=2, steps=LOOK + 5, batch=1), tmp_path,
               checkpoint=tmp_path / "c.pt", save_every=LOOK + 4)  # fmt: skip
     adapters.close()
