@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
-from app.cost import Meter, evaluations, spoken
+from app.cost import Meter, spoken
 from app.errors import sentence
 from app.preview import Preview
 from composition import Cancelled, Refused, Request, Result
@@ -158,12 +158,13 @@ class Jobs:
         request = Request(prompt="", model=self._engine.name, steps=3)
         with suppress(Exception):
             self._engine.run(request, on_step=tick, cancel=stop)
-        self._learn(request, times)
+        self._learn(request, 1.0, times)
 
-    def _learn(self, request: Request, times: list[float]) -> None:
+    def _learn(self, request: Request, evaluations: float, times: list[float]) -> None:
+        """evaluations: of each step. times: when each ended."""
         if self._meter is not None:
             width, height = self._engine.backbone.size(request)
-            self._meter.learn(width * height, evaluations(request), times)
+            self._meter.learn(width * height, evaluations, times)
 
     def _next(self) -> bool:
         """Make the next job; False when there will be none. A call of its own, so that no local outlives the job."""
@@ -202,7 +203,7 @@ class Jobs:
             result = self._engine.run(job.request, on_step=tell, cancel=job.stop)
             if job.stop.is_set():  # cancelled after the last evaluation
                 return "cancelled", ""
-            self._learn(job.request, times)
+            self._learn(result.request, result.notes.get("evaluations", 0) / result.request.length, times)
             job.path, job.result = self._keep(result), result
         except Cancelled:
             return ("failed", late) if late else ("cancelled", "")

@@ -69,6 +69,11 @@ def closed(stream: Any) -> None:
         os.close(nowhere)
 
 
+def gone(stream: Any) -> bool:
+    """Whether what is written to a stream goes nowhere."""
+    return os.path.samestat(os.fstat(stream.fileno()), os.stat(os.devnull))
+
+
 def forgiving() -> None:
     """Let the standard streams write the letters that their encoding lacks as numbers."""
     for stream in (sys.stdout, sys.stderr):

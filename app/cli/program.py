@@ -19,7 +19,7 @@ from typer.exceptions import Abort, Exit, TyperException
 from app import engines, options, remarks, settings, workbench
 from app.cli import batch, evaluate, flags, recalled, session, tables, train
 from app.errors import sentence
-from app.terminal import Terminal, closed, err, forgiving, out, printable
+from app.terminal import Terminal, closed, err, forgiving, gone, out, printable
 from composition import Cancelled, Lora, Request, __version__, record
 from composition.backbones.loading import catalog
 from composition.request import MAX_QUOTED, shortened
@@ -332,7 +332,7 @@ def run(command: Callable[[], Any], words: Sequence[str] = ()) -> int:
         closed(sys.stdout)
         return 0
     except SystemExit as error:  # so rich's own console, which writes the help, ends when nobody reads on
-        return 0 if error.code == 1 else 2
+        return 0 if gone(sys.stdout) else error.code if isinstance(error.code, int) else 2
     except Exception as error:
         if os.environ.get("MEDLEY_DEBUG"):
             raise
