@@ -106,7 +106,7 @@ def bench(engine: "Engine", steps: int, console: Console) -> Iterator[Workbench]
 
 
 def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<12}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 

@@ -240,7 +240,7 @@ class _Bar:
     unread: list[Mapping[str, float]] = field(default_factory=list)
 
     def __enter__(self) -> "_Bar":
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                    TimeRemainingColumn())  # fmt: skip
         self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("learning", total=self.steps, completed=self.step)

@@ -7,6 +7,7 @@ else is said), `method` (what made a picture that is there), `text` (what CLIPSc
 mean nothing here are left alone beside `file_name`. Lines that `medley generate` wrote need nothing added.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,8 @@ def _request(row: dict[str, Any], model: str, *, supplied: bool) -> Request | No
 def _inside(folder: Path, name: Any) -> Path:
     if not isinstance(name, str) or not name:
         raise Refused("file_name is the path of a picture")
+    if re.match(r"[\\/]|\w:", name) or ".." in re.split(r"[\\/]", name):
+        raise Refused(f"{name!r:.200} lies outside the manifest's folder: name pictures inside it")
     return folder / name
 
 
@@ -142,7 +145,7 @@ def _concept(entry: Any, folder: Path) -> ExpectedConcept:
     references = row.get("references", [])
     if not isinstance(references, list) or not all(isinstance(name, str) for name in references):
         raise Refused(f"references of {row['phrase']!r} is a list of picture files")
-    lost = [name for name in references if not (folder / name).is_file()]
+    lost = [name for name in references if not _inside(folder, name).is_file()]
     if lost:
         raise Refused(f"the reference picture {lost[0]!r} of {row['phrase']!r} is missing")
     name, category = row.get("name", row["phrase"]), row.get("category", "")
