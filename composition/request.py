@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
+from composition import untrusted
 from composition.sampler_names import canonical
 
 SCHEMA_VERSION = 1
@@ -213,9 +214,12 @@ class Request:
     def read(text: str | bytes) -> "Request":
         """A request from its JSON. Raises Refused naming every field that is wrong."""
         try:
+            untrusted.parse(text)  # within limits
             return _REQUEST.validate_json(text)
         except ValidationError as error:
             raise Refused(f"not a request: {explain(error)}") from None
+        except untrusted.Unreadable as error:
+            raise Refused(f"not a request: the text {error}") from None
 
 
 @dataclass(frozen=True, config=_config)

@@ -31,13 +31,7 @@ def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "p
                       "or a folder with metadata.jsonl")  # fmt: skip
     asked = Asked()
     seen: dict[tuple[str, str], set[int]] = {}
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise Refused(f"{path}: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in manifest.texts(path):
         try:
             case = _case(manifest.row_of(line), path.parent, inspect, model, number)
         except Refused as error:

@@ -14,7 +14,7 @@ from PIL import Image
 from app.drawing import charts
 from app.evaluation.scoring import METRICS
 from app.evaluation.summary import ALL
-from composition import atomic
+from composition import Refused, atomic, pictures
 
 HERE = Path(__file__).parent
 THUMB = 128  # pixels of a picture's longer side in the page
@@ -113,9 +113,8 @@ def worst_and_best(cases: Sequence[dict[str, Any]], variants: Sequence[str]) -> 
 def thumb(path: Path) -> str:
     """A small WebP of a picture as a data address; "" when it is gone."""
     try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-    except OSError:
+        small = pictures.load(path).convert("RGB")
+    except Refused:
         return ""
     small.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
     data = io.BytesIO()

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from app.evaluation.cases import ExpectedConcept, Problem
 from app.evaluation.generate import Picture
+from composition import Refused
+from composition import pictures as door
 from retrieval.judge import SCALES, Judge, clip_score, sides, threshold
 
 PART = 64  # pictures open at a time
@@ -86,12 +88,9 @@ class Scorer:
 
     def _open(self, picture: Picture) -> Image.Image | None:
         try:
-            with Image.open(picture.path) as image:
-                return image.convert("RGB")
-        except FileNotFoundError:
-            why = f"{picture.path} is missing"
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            why = f"{picture.path} is no readable picture: {error}"
+            return door.load(picture.path).convert("RGB")
+        except Refused as error:
+            why = f"{picture.path} is no readable picture: {error}" if picture.path.exists() else f"{picture.path} is missing"
         self.problems.append(Problem(str(picture.path), why, picture.row.case.line))
         return None
 
@@ -177,9 +176,8 @@ def gather(pictures: Sequence[Picture], seen: Mapping[int, Seen], judge: Judge, 
         images = []
         for path in concept.references:
             try:
-                with Image.open(Path(path)) as image:
-                    images.append(image.convert("RGB"))
-            except (OSError, ValueError) as error:
+                images.append(door.load(Path(path)).convert("RGB"))
+            except Refused as error:
                 problems.append(Problem(str(path), f"a reference of {concept.name} cannot be read: {error}"))
         if images:
             vectors[concept.name] = list(judge.see(images))

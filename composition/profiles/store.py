@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from composition import atomic, bundled
+from composition import atomic, bundled, untrusted
 from composition.profiles.frequency import Profile
+from composition.request import Refused
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class ProfileStore:
         for folder in self._folders(model):
             file = folder / _file_name(tensor_sha256, model)
             if file.is_file():
-                profile = Profile.read(file.read_bytes())
+                profile = _read(file)
                 if profile.tensor_sha256 == tensor_sha256:
                     return profile
         return None
@@ -35,6 +36,13 @@ class ProfileStore:
     def _folders(self, model: str) -> Sequence[Path]:
         own = [self.folder] if self.folder is not None else []
         return [*own, bundled.path(bundled.BUNDLES[model].profiles)] if model in bundled.BUNDLES else own
+
+
+def _read(file: Path) -> Profile:
+    try:
+        return Profile.read(untrusted.read(file))
+    except (Refused, untrusted.Unreadable) as error:
+        raise Refused(f"{file} cannot be used ({error}): delete it, and measure the LoRA again with medley profile") from None
 
 
 def _file_name(tensor_sha256: str, model: str) -> str:

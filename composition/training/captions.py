@@ -1,9 +1,9 @@
 """What each picture of a folder is said to show: captions beside the pictures, or plain sentences with the trigger."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from composition import untrusted
 from composition.prompts import says
 from composition.request import Refused
 
@@ -110,9 +110,9 @@ def _table(file: Path) -> dict[str, str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = untrusted.parse(line)
             name, text = row["file_name"], row["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             name = text = None
         if not isinstance(name, str) or not isinstance(text, str):
             raise Refused(f'{file}, line {number}: expected {{"file_name": "1.png", "text": "what it shows"}}')
@@ -126,9 +126,9 @@ def _table(file: Path) -> dict[str, str]:
 
 def _text(file: Path) -> str:
     try:
-        if file.stat().st_size > 10_000_000:
-            raise Refused(f"{file} is over 10 MB; captions are a few words each")
-        return file.read_text(encoding="utf-8-sig")
+        return untrusted.read(file, 10_000_000).decode("utf-8-sig")
+    except untrusted.Unreadable as error:
+        raise Refused(f"{file} {error}; captions are a few words each") from None
     except UnicodeDecodeError:
         raise Refused(f"{file} is not UTF-8 text: save it as UTF-8") from None
 
