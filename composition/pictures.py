@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import quote
 
 import numpy as np
@@ -65,7 +64,7 @@ def _decoded(source: Path | bytes, name: str, most: int = MAX_PIXELS) -> tuple[I
             raise Refused(f"{name} cannot be read as a picture ({type(error).__name__}): save it anew, or take another") from None
 
 
-def _stream(source: Path | bytes, name: str) -> BinaryIO:
+def _stream(source: Path | bytes, name: str) -> io.BytesIO | io.FileIO:
     """The bytes of a regular file. Raises Refused for a pipe or a device, which would never end, and for what is not there."""
     if isinstance(source, bytes):
         return io.BytesIO(source)

@@ -20,6 +20,7 @@ from composition.sampler_names import canonical
 SCHEMA_VERSION = 1
 MAX_PIXELS = 4096 * 4096
 MAX_LORAS = 64
+MOST_FAULTS = 8  # that one refusal names
 SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
 DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write
@@ -70,7 +71,7 @@ class Lora:
         if given is None or isinstance(given, str) or numbers and len(given) == 4 and all(0 <= x <= 1 for x in given):
             return given
         raise ValueError(f"a box is [left, top, right, bottom] in fractions of the picture from 0 to 1, as [0, 0, 0.5, 1] for its left half "
-                         f"(given {given!r}); or write the path of a black and white image")
+                         f"(given {given!r:.200}); or write the path of a black and white image")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Lora":
@@ -293,11 +294,11 @@ _REQUEST = TypeAdapter(Request)
 def explain(error: ValidationError) -> str:
     """A pydantic error in one line: each wrong field, what was given, what was expected."""
     parts = []
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False)[:MOST_FAULTS]:
         where = ".".join(str(part) for part in item["loc"]) or "value"
         given = item["input"]
         plain = _plain(item)
-        shown = f" (given {given!r})" if isinstance(given, str | int | float | bool | None) and "(given" not in plain else ""
+        shown = f" (given {given!r:.200})" if isinstance(given, str | int | float | bool | None) and "(given" not in plain else ""
         parts.append(f"{where}: {plain}{shown}")
     return "; ".join(parts)
 

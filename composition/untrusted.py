@@ -9,8 +9,9 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 64
@@ -26,7 +27,7 @@ class Unreadable(ValueError):
     """Why something cannot be read: "is not there", "is a folder, not a file", "is not readable as JSON: ..."."""
 
 
-def opened(path: Path, most: int = MAX_BYTES) -> BinaryIO:
+def opened(path: Path, most: int = MAX_BYTES) -> FileIO:
     """A regular file of at most `most` bytes, unbuffered, for a `with`. A pipe or a device, which would never end, is not waited for.
 
     Links are followed. Raises Unreadable.

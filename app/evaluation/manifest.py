@@ -7,6 +7,7 @@ else is said), `method` (what made a picture that is there), `text` (what CLIPSc
 mean nothing here are left alone beside `file_name`. Lines that `medley generate` wrote need nothing added.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,8 +53,8 @@ def _case(row: dict[str, Any], folder: Path, inspect: Callable[[str], Receipt | 
     path = None
     if picture is not None:
         path = _inside(folder, picture)
-        if not path.is_file():
-            raise Refused(f"the picture {picture!r} is missing")
+        if not os.path.isfile(path):
+            raise Refused(f"the picture {picture!r:.200} is missing")
     text = row.get("text", request.prompt if request else None)
     if not isinstance(text, str) or not text.strip():
         raise Refused('a text is needed: the prompt, as "text" beside file_name or as "prompt" of a request')
@@ -132,9 +133,9 @@ def _concept(entry: Any, folder: Path) -> ExpectedConcept:
     references = row.get("references", [])
     if not isinstance(references, list) or not all(isinstance(name, str) for name in references):
         raise Refused(f"references of {row['phrase']!r} is a list of picture files")
-    lost = [name for name in references if not (folder / name).is_file()]
+    lost = [name for name in references if not os.path.isfile(folder / name)]
     if lost:
-        raise Refused(f"the reference picture {lost[0]!r} of {row['phrase']!r} is missing")
+        raise Refused(f"the reference picture {lost[0]!r:.200} of {row['phrase']!r} is missing")
     name, category = row.get("name", row["phrase"]), row.get("category", "")
     if not isinstance(name, str) or not isinstance(category, str):
         raise Refused(f"name and category of {row['phrase']!r} are texts")

@@ -51,7 +51,7 @@ def beside(folder: Path, pictures: Sequence[Path]) -> dict[str, str]:
     names = {path.name for path in pictures}
     for name in found:
         if name not in names:
-            raise Refused(f"{table} has a caption for {name!r}, and there is no such picture in {folder}")
+            raise Refused(f"{table} has a caption for {name!r:.200}, and there is no such picture in {folder}")
     missing = sorted(names - set(found))
     if found and missing:
         wanted = f"a line in {TABLE}" if table.is_file() else f"{Path(missing[0]).stem}.txt"
