@@ -9,7 +9,7 @@ import binascii
 import io
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote
@@ -31,12 +31,12 @@ _BOX = ("give a box [left, top, right, bottom] in fractions of the picture, as [
         "black and white image")
 
 
-def load(source: Path | bytes, name: str = "", most: int = MAX_PIXELS) -> Image.Image:
+def load(source: Path | bytes, name: str = "", most: int = MAX_PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:
     """The picture in this file, or in these bytes, decoded and upright.
 
     name: what a refusal calls it (default: the path). most: pixels. Raises Refused for what is none or is too large.
     """
-    return _decoded(source, name or str(source)[:MAX_QUOTED], most)[0]
+    return _decoded(source, name or str(source)[:MAX_QUOTED], most, formats)[0]
 
 
 def load_with_texts(path: Path) -> tuple[Image.Image, Mapping[str, str]]:
@@ -45,11 +45,13 @@ def load_with_texts(path: Path) -> tuple[Image.Image, Mapping[str, str]]:
     return _decoded(path, str(path)[:MAX_QUOTED])
 
 
-def _decoded(source: Path | bytes, name: str, most: int = MAX_PIXELS) -> tuple[Image.Image, dict[str, str]]:
+def _decoded(
+    source: Path | bytes, name: str, most: int = MAX_PIXELS, formats: Sequence[str] = FORMATS,
+) -> tuple[Image.Image, dict[str, str]]:
     with _stream(source, name) as stream, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+        warnings.simplefilter("ignore")  # of too many pixels, for which our own limit is lower, and of what is odd in a file
         try:
-            with Image.open(stream, formats=FORMATS) as opened:
+            with Image.open(stream, formats=formats) as opened:
                 if opened.width * opened.height > most:
                     raise Refused(f"{name} has {opened.width}x{opened.height} pixels, over {most:,}: make it smaller")
                 opened.load()

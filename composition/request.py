@@ -295,7 +295,7 @@ def explain(error: ValidationError) -> str:
     """A pydantic error in one line: each wrong field, what was given, what was expected."""
     parts = []
     for item in error.errors(include_url=False)[:MOST_FAULTS]:
-        where = ".".join(str(part) for part in item["loc"]) or "value"
+        where = ".".join(f"{part!s:.80}" for part in item["loc"]) or "value"
         given = item["input"]
         plain = _plain(item)
         shown = f" (given {given!r:.200})" if isinstance(given, str | int | float | bool | None) and "(given" not in plain else ""

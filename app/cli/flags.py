@@ -17,7 +17,7 @@ from composition.request import explain
 
 _ALIASES = {"lora_id": "source", "lora_scale": "weight"}  # as diffusers-cli writes them
 RANDOM = -1  # the seed by which other tools ask for a random one
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?(\d+(?:\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def lora(text: str) -> Lora:

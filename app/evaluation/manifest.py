@@ -77,7 +77,7 @@ def _request(row: dict[str, Any], model: str, *, supplied: bool) -> Request | No
     if supplied:
         return request
     if request.model != model:
-        raise Refused(f"this line is for the model {request.model}, and this evaluation runs on {model}: name one with --model, or leave "
+        raise Refused(f"this line is for the model {request.model:.200}, and this evaluation runs on {model}: name one with --model, or leave "
                       "it out of the line")  # fmt: skip
     return replace(request, count=1)
 
@@ -127,16 +127,16 @@ def _concepts(listed: Any, folder: Path) -> tuple[ExpectedConcept, ...]:
 def _concept(entry: Any, folder: Path) -> ExpectedConcept:
     row = {"phrase": entry} if isinstance(entry, str) else entry
     if not isinstance(row, dict) or not isinstance(row.get("phrase"), str) or not row["phrase"].strip():
-        raise Refused(f"a concept is a phrase or an object with a phrase, not {entry!r}")
+        raise Refused(f"a concept is a phrase or an object with a phrase, not {entry!r:.200}")
     if unknown := set(row) - CONCEPT:
-        raise Refused(f"a concept has {', '.join(sorted(CONCEPT))}, not {', '.join(sorted(unknown))}")
+        raise Refused(f"a concept has {', '.join(sorted(CONCEPT))}, not {', '.join(sorted(unknown)):.200}")
     references = row.get("references", [])
     if not isinstance(references, list) or not all(isinstance(name, str) for name in references):
-        raise Refused(f"references of {row['phrase']!r} is a list of picture files")
+        raise Refused(f"references of {row['phrase']!r:.200} is a list of picture files")
     lost = [name for name in references if not os.path.isfile(folder / name)]
     if lost:
-        raise Refused(f"the reference picture {lost[0]!r:.200} of {row['phrase']!r} is missing")
+        raise Refused(f"the reference picture {lost[0]!r:.200} of {row['phrase']!r:.200} is missing")
     name, category = row.get("name", row["phrase"]), row.get("category", "")
     if not isinstance(name, str) or not isinstance(category, str):
-        raise Refused(f"name and category of {row['phrase']!r} are texts")
+        raise Refused(f"name and category of {row['phrase']!r:.200} are texts")
     return ExpectedConcept(name, row["phrase"], category, references=tuple(folder / name for name in references))

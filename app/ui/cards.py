@@ -89,7 +89,7 @@ def _picture(text: str) -> str:
     if not text or len(text) > MAX_LETTERS:
         return ""
     try:
-        small = pictures.load(base64.b64decode(text, validate=True), "a preview", MAX_SIDE**2).convert("RGB")
+        small = pictures.load(base64.b64decode(text, validate=True), "a preview", MAX_SIDE**2, ("PNG",)).convert("RGB")
     except ValueError:  # of base64, or Refused
         return ""
     small.thumbnail((SIDE, SIDE))

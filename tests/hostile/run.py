@@ -58,11 +58,12 @@ class Tally:
         return "\n".join([*lines, f"{'in all':<12}{self.inputs:>10}{'':>20}{len(self.troubles):>12}"])
 
 
-def corpus(start: int, stop: int) -> Tally:
-    """Those inputs of the corpus."""
+def corpus(start: int, stop: int, every: int = 1) -> Tally:
+    """Those inputs of the corpus, or one of `every` that many."""
     tally = Tally()
     while start < stop:
-        start = _some(tally, {"seed": None, "start": start, "stop": stop}) + 1 if start < stop else stop
+        last, died = _some(tally, {"seed": None, "start": start, "stop": stop, "every": every})
+        start = last + every if died else stop
     return tally
 
 
@@ -70,12 +71,13 @@ def fuzz(seed: int, seconds: float, tally: Tally | None = None) -> Tally:
     """Mutations of good inputs for that long."""
     tally, until, start = tally or Tally(), time.time() + seconds, 0
     while time.time() < until:
-        start = _some(tally, {"seed": seed, "start": start, "stop": None, "until": until}) + 1
+        last, _ = _some(tally, {"seed": seed, "start": start, "stop": None, "until": until})
+        start = last + 1
     return tally
 
 
-def _some(tally: Tally, plan: dict[str, Any]) -> int:
-    """One process, until its end or its death; the number of its last input."""
+def _some(tally: Tally, plan: dict[str, Any]) -> tuple[int, bool]:
+    """One process, until its end or its death: the number of its last input, and whether that was its death."""
     last, pending = plan["start"] - 1, None
     for row in _rows(plan):
         if "outcome" in row:
@@ -85,9 +87,9 @@ def _some(tally: Tally, plan: dict[str, Any]) -> int:
             last, pending = row["index"], row
     if pending is not None:
         tally.add(pending, {"outcome": "died or hung", "why": f"the process said nothing more within {SILENCE} s, or was killed"})
-    elif plan["stop"] is not None and last + 1 < plan["stop"] and last < plan["start"]:
-        raise RuntimeError("the process of the readers did not start: run python -m tests.hostile.worker by itself")
-    return last if plan["stop"] is None or last + 1 < plan["stop"] or pending is not None else plan["stop"] - 1
+    elif last < plan["start"]:
+        raise RuntimeError("the process of the readers did not start, or not in time: run python -m tests.hostile --replay by itself")
+    return last, pending is not None
 
 
 def _rows(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -42,7 +42,7 @@ def main() -> None:
 
 def _cases(plan: dict[str, Any]) -> Iterator[tuple[int, Case]]:
     if plan["seed"] is None:
-        yield from list(enumerate(corpus.cases()))[plan["start"] : plan["stop"]]
+        yield from list(enumerate(corpus.cases()))[plan["start"] : plan["stop"] : plan["every"]]
         return
     index = plan["start"]
     while time.time() < plan["until"]:
