@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -38,8 +39,9 @@ def listing(model: str, folders: Sequence[Path] = (), *, hashes: bool = False) -
     """Every file with what its header tells, whatever is wrong with any of them. hashes: read the files whole, for all of it."""
     for path in files(model, folders):
         receipt, reason, size = None, "", None
-        try:
+        with suppress(OSError):
             size = path.stat().st_size
+        try:
             receipt = reader.inspect(path) if hashes else reader.describe(path)
         except Exception as error:  # one file, whatever is wrong with it, does not take the others down
             reason = trouble(error)

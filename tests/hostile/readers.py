@@ -84,9 +84,9 @@ def _config(path: Path) -> None:
 
 
 def _manifest(path: Path) -> None:
-    errors = [line.error for line in manifest.read(path) if line.error]
-    for line in manifest.read(path):
-        assert (line.request is None) == bool(line.error)
+    lines = manifest.read(path)
+    assert all((line.request is None) == bool(line.error) for line in lines)
+    errors = [line.error for line in lines if line.error]
     asked = evaluation_manifest.read(path, lambda source: None)
     errors += [problem.why for problem in asked.problems]
     if errors:

@@ -15,13 +15,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from composition import pictures
 from composition.request import Refused
 from tests.hostile import corpus, mutate
 from tests.hostile.corpus import Case
 from tests.hostile.readers import READERS
 
 SECONDS, SECONDS_PER_MB = 2.0, 0.02  # of a processor's time
+LINES_PER_MB = {"manifest": 12.0, "log": 4.0, "captions": 4.0}  # seconds in its place where a megabyte may be half a million lines
 BYTES, BYTES_PER_BYTE = 200 * 2**20, 3
+PIXELS = {"picture": 10 * pictures.MAX_PIXELS, "record": 10 * pictures.MAX_PIXELS}  # more bytes: of the largest picture, and of it in grey
 MAX_WORDS = 2_000  # letters of a refusal
 
 
@@ -61,9 +64,11 @@ def outcome(case: Case, folder: Path) -> dict[str, Any]:
     else:
         path.write_bytes(case.content)
         size = len(case.content)
+    most_seconds = SECONDS + size / 1e6 * LINES_PER_MB.get(case.reader, SECONDS_PER_MB)
+    most_bytes = BYTES + BYTES_PER_BYTE * size + PIXELS.get(case.reader, 0)
     before = _reset()
     begun = time.process_time()
-    signal.setitimer(signal.ITIMER_PROF, 4 * (SECONDS + size / 1e6 * SECONDS_PER_MB))
+    signal.setitimer(signal.ITIMER_PROF, 4 * most_seconds)
     try:
         reader.read(path)
         kind, why = "accepted", "it was to be refused" if case.refused else ""
@@ -77,9 +82,9 @@ def outcome(case: Case, folder: Path) -> dict[str, Any]:
         signal.setitimer(signal.ITIMER_PROF, 0)
     seconds, grown = time.process_time() - begun, max(0, _status("VmHWM") - before)
     if kind in ("accepted", "refused"):
-        if seconds > SECONDS + size / 1e6 * SECONDS_PER_MB:
+        if seconds > most_seconds:
             kind, why = "too long", f"{seconds:.1f} s for {size} bytes"
-        elif grown > BYTES + BYTES_PER_BYTE * size:
+        elif grown > most_bytes:
             kind, why = "too large", f"{grown / 2**20:.0f} MiB for {size} bytes"
         elif why:
             kind = "unexpected"
