@@ -17,7 +17,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from composition import untrusted
+from composition import png_rows, untrusted
 from composition.request import Refused
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # others have decoders that start programs (PostScript) or that few have read
@@ -55,6 +55,8 @@ def _decoded(
                 if opened.width * opened.height > most:
                     raise Refused(f"{name} has {opened.width}x{opened.height} pixels, over {most:,}: make it smaller")
                 opened.load()
+                if opened.format == "PNG" and not png_rows.complete(stream):
+                    raise Refused(f"{name} is cut short, and what is missing would be black: save it anew, or take another")
                 return ImageOps.exif_transpose(opened), _texts(opened)
         except Refused:
             raise

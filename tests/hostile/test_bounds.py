@@ -15,7 +15,9 @@ READ = """
 import json, resource, sys, time
 from pathlib import Path
 from composition.loras import reader
-from tests.hostile.readers import BASE
+BASE = {}
+if sys.argv[2] == "read":
+    from tests.hostile.readers import BASE
 reader.describe(Path(sys.argv[1]))
 status = lambda name: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 Path("/proc/self/clear_refs").write_text("5")
@@ -45,10 +47,9 @@ def zeros(path, kind: str, itemsize: int, size: int) -> None:
         file.truncate(path.stat().st_size + rank * 32 * itemsize)
 
 
-@pytest.mark.parametrize(("kind", "itemsize", "how"), [("F8_E4M3", 1, "inspect"), ("F8_E5M2", 1, "read"), ("F16", 2, "read"), ("F64", 8, "inspect"),
-                                                       ("U8", 1, "inspect")])  # fmt: skip
+@pytest.mark.parametrize(("kind", "itemsize", "how"), [("F8_E4M3", 1, "inspect"), ("F8_E4M3", 1, "read"), ("F64", 8, "inspect")])
 def test_a_large_file_costs_what_its_size_says(kind, itemsize, how, tmp_path):
-    size = 120 * MB
+    size = 80 * MB
     zeros(tmp_path / "a.safetensors", kind, itemsize, size)
     spent = cost(tmp_path / "a.safetensors", how)
     assert spent["grown"] <= 3 * size + 200 * MB, spent
