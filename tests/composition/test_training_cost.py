@@ -230,6 +230,7 @@ def test_compiled_learns_the_same(tmp_path, monkeypatch, half):
     """By the compiler's own kernels of operations: generating code for a processor takes many minutes, and is not ours."""
     from jaxtyping import config
 
+    torch.compiler.reset()  # what other tests compiled would count as our graphs' variants
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     config.update("jaxtyping_disable", True)  # the check of shapes is no part of what is compiled
