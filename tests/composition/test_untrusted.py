@@ -72,11 +72,11 @@ def test_tables_of_others_are_refused_by_the_name_of_their_file(name, tmp_path):
 
     store = ProfileStore(tmp_path)
     digest = "0" * 64
-    for file, read in {f"none-{digest[:20]}.json": lambda: store.frequency(digest, "none"), "presence.json": lambda: judge.read_thresholds(path),
-                       "confusion.json": lambda: wording._confusion(path), "my_lora_info.json": lambda: testbed.read(str(path))}.items():  # fmt: skip
+    for file, read in {f"none-{digest[:20]}.json": lambda path: store.frequency(digest, "none"), "presence.json": judge.read_thresholds,
+                       "confusion.json": wording._confusion, "my_lora_info.json": lambda path: testbed.read(str(path))}.items():  # fmt: skip
         path = tmp_path / file
         for content in (BAD[name], b'{"phrases": ["a"], "rows": ' + BAD[name] + b"}", b'[{"a": 1}]', b'{"phrases": 1, "rows": 2}', b"null"):
             path.write_bytes(content)
             with pytest.raises(Refused) as refused:
-                read()
+                read(path)
             assert file in str(refused.value) and len(str(refused.value)) < 900

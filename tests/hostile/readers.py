@@ -94,10 +94,10 @@ def _manifest(path: Path) -> None:
 
 
 def _record(path: Path) -> None:
-    said = record.details(path)
-    request = record.by_name(said.request)
-    record.differences(said, {}, record.versions())
-    record.located(request, said, [], lambda source: path)
+    details = record.details(path)
+    request = record.by_name(details.request)
+    record.differences(details, {}, record.versions())
+    record.located(request, details, [], lambda source: path)
     assert Request.read(request.json()) == request, "what was read is not what is written"
 
 

@@ -120,7 +120,7 @@ def kept(trouble: Trouble, content: bytes, suffix: str, folder: Path) -> Path:
     return path
 
 
-def told(troubles: Sequence[Trouble], most: int = 10) -> str:
+def summary(troubles: Sequence[Trouble], most: int = 10) -> str:
     """The first of what was wrong, for people."""
     lines = [f"{trouble.reader}: {trouble.name}: {trouble.outcome}: {trouble.why}" for trouble in troubles[:most]]
     return "\n".join([f"{len(troubles)} inputs were not treated as they must be", *lines])

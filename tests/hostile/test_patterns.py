@@ -60,15 +60,15 @@ def adversarial(pattern: str) -> list[str]:
 
 
 def seconds(pattern: re.Pattern[Any], text: str, use: str = "") -> float:
-    given = text.encode() if isinstance(pattern.pattern, bytes) else text
+    subject = text.encode() if isinstance(pattern.pattern, bytes) else text
     best = 9.0
     for _ in range(3):
         begun = time.perf_counter()
         if use not in ("match", "fullmatch"):
-            sum(1 for _ in pattern.finditer(given))
+            sum(1 for _ in pattern.finditer(subject))
         if use != "fullmatch":
-            pattern.match(given)
-        pattern.fullmatch(given)
+            pattern.match(subject)
+        pattern.fullmatch(subject)
         best = min(best, time.perf_counter() - begun)
         if best < FLOOR or best > 100 * FLOOR:
             break

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,11 +37,20 @@ def main() -> None:
     plan: dict[str, Any] = json.loads(sys.argv[1])
     room = _status("VmSize") + 4 * 2**30
     resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
-    signal.signal(signal.SIGPROF, _ring)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, alarmed():
         for index, case in _cases(plan):
-            _say(index=index, reader=case.reader, name=case.name)
-            _say(index=index, **outcome(case, Path(folder) / str(index)))
+            _report(index=index, reader=case.reader, name=case.name)
+            _report(index=index, **outcome(case, Path(folder) / str(index)))
+
+
+@contextmanager
+def alarmed() -> Iterator[None]:
+    """The alarm raises TooLong, wherever a reader is."""
+    before = signal.signal(signal.SIGPROF, _ring)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGPROF, before)
 
 
 def _cases(plan: dict[str, Any]) -> Iterator[tuple[int, Case]]:
@@ -69,11 +79,13 @@ def outcome(case: Case, folder: Path) -> dict[str, Any]:
     before = _reset()
     begun = time.process_time()
     signal.setitimer(signal.ITIMER_PROF, 4 * most_seconds)
+    words = ""
     try:
         reader.read(path)
         kind, why = "accepted", "it was to be refused" if case.refused else ""
     except Refused as error:
-        kind, why = "refused", _worded(str(error))
+        words = str(error)
+        kind, why = "refused", _worded(words)
     except TooLong:
         kind, why = "too long", traceback.format_exc(limit=-3)
     except Exception as error:
@@ -89,7 +101,7 @@ def outcome(case: Case, folder: Path) -> dict[str, Any]:
         elif why:
             kind = "unexpected"
     _clear(folder)
-    return {"outcome": kind, "why": why, "seconds": seconds, "grown": grown}
+    return {"outcome": kind, "why": why, "words": words[:MAX_WORDS], "seconds": seconds, "grown": grown}
 
 
 def _worded(words: str) -> str:
@@ -125,7 +137,7 @@ def _status(name: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 
-def _say(**row: Any) -> None:
+def _report(**row: Any) -> None:
     sys.stdout.write(json.dumps(row) + "\n")
     sys.stdout.flush()
 
