@@ -9,7 +9,7 @@ import binascii
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote
@@ -31,7 +31,7 @@ _BOX = ("give a box [left, top, right, bottom] in fractions of the picture, as [
         "black and white image")
 
 
-def load(source: Path | bytes, name: str = "", most: int = MAX_PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:
+def load(source: Path | bytes, name: str = "", most: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The picture in this file, or in these bytes, decoded and upright.
 
     name: what a refusal calls it (default: the path). most: pixels. Raises Refused for what is none or is too large.
@@ -46,7 +46,7 @@ def load_with_texts(path: Path) -> tuple[Image.Image, Mapping[str, str]]:
 
 
 def _decoded(
-    source: Path | bytes, name: str, most: int = MAX_PIXELS, formats: Sequence[str] = FORMATS,
+    source: Path | bytes, name: str, most: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS,
 ) -> tuple[Image.Image, dict[str, str]]:
     with _stream(source, name) as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of too many pixels, for which our own limit is lower, and of what is odd in a file

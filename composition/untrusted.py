@@ -15,11 +15,10 @@ from typing import Any
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 64
-MAX_SIGNS = 1_000_000  # commas, colons and opening brackets: a small file of nothing else would fill the memory with empty lists
+MAX_TOKENS = 2_000_000  # texts, commas, colons and brackets: a file of nothing else would fill the memory with empty lists
 MAX_DIGITS = 300  # of one number: none longer is a float
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # possessive, and an unclosed one ends with the text: linear
-_BRACKET = re.compile(rb"[\[\]{}]")
-_LONG_NUMBER = re.compile(rb"[0-9]{%d}[0-9]*" % (MAX_DIGITS + 1))
+# Texts, signs and long numbers. Possessive, and an unclosed text ends with the whole, so that its time is linear.
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{},:]|[0-9]{%d,}' % (MAX_DIGITS + 1), re.DOTALL)
 _ODD_LETTER = re.compile(r"[\0\ud800-\udfff]")
 
 
@@ -101,16 +100,20 @@ def parse_file(path: Path, *, most: int = MAX_BYTES) -> Any:
 
 
 def _bounded(data: bytes) -> None:
-    bare = _STRING.sub(b'"', data)
-    if sum(map(bare.count, (b",", b":", b"[", b"{"))) > MAX_SIGNS:
-        raise Unreadable(f"has over {MAX_SIGNS:,} values")
+    """Refuse what is too deep or has too much in it before any of it is built; takes no memory of its own."""
     depth = 0
-    for bracket in _BRACKET.finditer(bare):
-        depth += 1 if bracket[0] in b"[{" else -1
-        if depth > MAX_DEPTH:
-            raise Unreadable(f"is nested over {MAX_DEPTH} deep")
-    if number := _LONG_NUMBER.search(bare):
-        raise Unreadable(f"has a number of {len(number[0]):,} digits; at most {MAX_DIGITS} are read")
+    for count, token in enumerate(_TOKEN.finditer(data)):
+        first = data[token.start()]
+        if count > MAX_TOKENS:
+            raise Unreadable(f"has over {MAX_TOKENS:,} texts and signs")
+        if first in b"[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise Unreadable(f"is nested over {MAX_DEPTH} deep")
+        elif first in b"]}":
+            depth -= 1
+        elif first in b"0123456789":
+            raise Unreadable(f"has a number of {token.end() - token.start():,} digits; at most {MAX_DIGITS} are read")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

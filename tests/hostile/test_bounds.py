@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
+from time import process_time
 
 import pytest
 import torch
 
-from tests.hostile import seeds
+from composition.loras import reader, safetensors
+from composition.request import Refused
+from tests.hostile import seeds, worker
 from tests.hostile.run import ROOT
 
 MB = 10**6
@@ -79,10 +83,28 @@ def test_a_large_value_is_not_looked_at_by_every_module(key, value, tmp_path):
                     f"unet.block.{index}.alpha": torch.ones(())}  # fmt: skip
     path = tmp_path / "a.safetensors"
     path.write_bytes(seeds.lora(tensors, {"lora_adapter_metadata": json.dumps({"lora_alpha": 1, key: value}), "lora_alpha": "9" * 2_000_000}))
-    from time import process_time
-
-    from composition.loras import reader
-
     begun = process_time()
     reader.inspect(path)
     assert process_time() - begun < 3
+
+
+ROOM = safetensors.MAX_HEADER_BYTES - 200
+TENSOR = b'"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+HEADERS = {
+    "lists": lambda: b'{"a":[' + b"[]," * (ROOM // 3) + b"[]]}", "texts": lambda: b'{"a":[' + b'"",' * (ROOM // 3) + b'""]}',
+    "quotes": lambda: b'{"a":' + b'"' * ROOM + b"}", "digits": lambda: b'{"a":' + b"9" * ROOM + b"}", "spaces": lambda: b"{" + b" " * ROOM + b"}",
+    "one long text": lambda: b'{"__metadata__":{"a":"' + "\U0001f989".encode() * (ROOM // 4) + b'"},' + TENSOR,
+    "many words": lambda: b'{"__metadata__":{' + b",".join(b'"%07d":"bbbbbbb"' % index for index in range(100_000)) + b"}," + TENSOR,
+    "backslashes": lambda: b'{"a":' + b'"\\\\",' * (ROOM // 5) + b"}", "odd backslashes": lambda: b'{"a":' + b'\\"\\\\"' * (ROOM // 5) + b"}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_header_of_sixteen_megabytes_costs_little(kind, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(seeds.framed(HEADERS[kind](), b"\0"))
+    before, begun = worker._reset(), process_time()
+    with suppress(Refused):
+        reader.inspect(path)
+    assert process_time() - begun < 4  # a second and a half at most on a quiet machine
+    assert worker._status("VmHWM") - before <= 3 * path.stat().st_size + 200 * MB

@@ -23,7 +23,7 @@ from tests.hostile.corpus import Case
 from tests.hostile.readers import READERS
 
 SECONDS, SECONDS_PER_MB = 2.0, 0.02  # of a processor's time
-LINES_PER_MB = {"manifest": 12.0, "log": 4.0, "captions": 4.0}  # seconds in its place where a megabyte may be half a million lines
+LINES_PER_MB = {"infotext": 2.0, "manifest": 12.0, "log": 4.0, "captions": 4.0}  # seconds where it may be half a million lines or pairs
 BYTES, BYTES_PER_BYTE = 200 * 2**20, 3
 PIXELS = {"picture": 10 * pictures.MAX_PIXELS, "record": 10 * pictures.MAX_PIXELS}  # more bytes: of the largest picture, and of it in grey
 MAX_WORDS = 2_000  # letters of a refusal
