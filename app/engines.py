@@ -30,17 +30,17 @@ class EngineOptions:
     denoiser: str | None = None
 
 
-def folders(given: Sequence[Path]) -> tuple[Path, ...]:
-    """The user's LoRA folder, when it is there, and the given ones. Raises Refused for one that is not."""
-    for folder in given:
+def folders(named: Sequence[Path]) -> tuple[Path, ...]:
+    """The user's LoRA folder, when it exists, and those named. Raises Refused for one that does not exist."""
+    for folder in named:
         if not folder.is_dir():
             raise Refused(f"--lora-dir {folder} is not a folder")
     own = settings.lora_folder()
-    return tuple(dict.fromkeys([*([own] if own.is_dir() else []), *given]))
+    return tuple(dict.fromkeys([*([own] if own.is_dir() else []), *named]))
 
 
 def prepare(model: str, *, judge: str = "pocket") -> None:
-    """Set the stage before torch is imported: the libraries say nothing that is no error, reach no network for a model
+    """Prepare the environment before torch is imported: the libraries print only errors, use no network for a model
     and a judge that are on this machine, and their threads sleep while they wait (spinning, on cores that something else
     wants too, was measured forty times slower)."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

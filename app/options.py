@@ -1,4 +1,4 @@
-"""Words of a flag or a field as values: sizes, and a method's options with the types that the method gives them."""
+"""Text of a flag or a field as values: sizes, and a method's options with the types that the method gives them."""
 
 import re
 from collections.abc import Sequence
@@ -9,23 +9,23 @@ from composition import Refused, untrusted
 
 def size(text: str) -> tuple[int, int]:
     """WxH or one number for a square."""
-    found = re.fullmatch(r"\s*(\d+)\s*(?:[xX×*]\s*(\d+))?\s*", text)
-    if not found:
+    match = re.fullmatch(r"\s*(\d+)\s*(?:[xX×*]\s*(\d+))?\s*", text)
+    if not match:
         raise Refused(f"--size {text}: write WIDTHxHEIGHT in pixels, as in 512x768")
-    return int(found[1]), int(found[2] or found[1])
+    return int(match[1]), int(match[2] or match[1])
 
 
 def options(pairs: Sequence[str], method: str) -> dict[str, Any]:
     """key=value pairs, each with the type that the method's options give it. Raises Refused as the method does."""
     from composition import methods
 
-    found, read = methods.find(method), {}
+    target, read = methods.find(method), {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or not key:
-            raise Refused(f"--option {pair}: write key=value; {_known(found)}")
-        read[key] = _typed(found, key, value)
+            raise Refused(f"--option {pair}: write key=value; {_known(target)}")
+        read[key] = _typed(target, key, value)
     return read
 
 
@@ -46,7 +46,7 @@ def options_of_each(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, d
 
 
 def _typed(method: Any, key: str, value: str) -> Any:
-    """The word as the option's type; a list or the like as JSON."""
+    """The text as the option's type; a list or the like as JSON."""
     try:
         return getattr(method.read({key: value}), key)
     except Refused as refused:

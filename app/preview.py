@@ -1,4 +1,4 @@
-"""Pictures of a picture in the making, as often as they may cost: about a quarter of the running time."""
+"""Previews of a picture while it is made, as often as a quarter of the running time allows."""
 
 import time
 from collections.abc import Callable

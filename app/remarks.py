@@ -1,4 +1,4 @@
-"""What a picture's notes tell its maker, as sentences and lines: for the command line and the page alike."""
+"""A picture's notes as sentences and lines for the user, on the command line and the page alike."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,13 +37,13 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
 
 
 def everywhere(notes: Mapping[str, Any]) -> list[str]:
-    """The LoRAs that a method of places left without one: styles, places, and those without a region."""
-    told = [notes[method] for method in ("clora", "regions") if isinstance(notes.get(method), Mapping)]
-    return [printable(str(name)) for one in told for name in one.get("everywhere", ())]
+    """The LoRAs that a regional method applies everywhere: styles, places, and those without a region."""
+    regional_notes = [notes[method] for method in ("clora", "regions") if isinstance(notes.get(method), Mapping)]
+    return [printable(str(name)) for note in regional_notes for name in note.get("everywhere", ())]
 
 
 def timeline(notes: Mapping[str, Any]) -> list[str]:
-    """Who led when, a letter a step, for the methods that tell it."""
+    """Which LoRA was dominant when, a letter a step, for the methods that note it."""
     if "cmlora" in notes:
         from composition.methods import cmlora
 

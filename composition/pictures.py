@@ -1,4 +1,4 @@
-"""The one door for pictures that somebody else made: regular files only, few formats, few enough pixels, upright, plain errors.
+"""The one entry for pictures from elsewhere: regular files only, few formats, few enough pixels, upright, plain errors.
 
 Every picture from outside is opened here: masks, records, training pictures. A mask comes out of it as text too, a small grey
 PNG as a data URL, so that a request holds it whole and needs no path.
@@ -64,7 +64,7 @@ def _decoded(
             raise Refused(f"{name} has far more than {most:,} pixels: make it smaller") from None
         except UnidentifiedImageError:
             raise Refused(f"{name} cannot be read as a picture: it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from None
-        except Exception as error:  # what decoders raise on damaged files is no closed list: struct.error, IndexError, KeyError, ...
+        except Exception as error:  # what decoders raise on damaged files is an open list: struct.error, IndexError, KeyError, ...
             raise Refused(f"{name} cannot be read as a picture ({type(error).__name__}): save it anew, or take another") from None
 
 

@@ -1,6 +1,6 @@
-"""What other tools write into a prompt beside words: <lora:name:weight> tags, weights, schedules, BREAK, AND.
+"""What other tools write in a prompt besides words: <lora:name:weight> tags, weights, schedules, BREAK, AND.
 
-A tag becomes a LoRA and leaves the prompt. The rest has no meaning here and is only found, so that it can be said. The forms are
+A tag becomes a LoRA and leaves the prompt. The rest has no meaning here and is only recognised, so that it can be reported. The forms are
 A1111's (its prompt parser and extra networks) and its relatives'. Every function takes time linear in the prompt.
 """
 
@@ -51,7 +51,7 @@ def untagged(prompt: str) -> tuple[str, tuple[Tag, ...]]:
 
 
 def _tag(text: str, inside: str) -> Tag:
-    """<lora:name:w>, <lora:name:text:denoiser>, or with te= and unet= by name; the denoiser's is the text's, if not given."""
+    """<lora:name:w>, <lora:name:text:denoiser>, or with te= and unet= by name; the denoiser's defaults to the text's."""
     name, *arguments = inside.split(":")
     text_weight, denoiser, unread = 1.0, None, []
     for position, argument in enumerate(arguments):
@@ -80,7 +80,7 @@ def settled(request: Request, find: Callable[[str], Path]) -> tuple[Request, dic
     """The request with the LoRAs of its prompt's tags among its own and the tags gone, and those LoRAs' weights by name.
 
     find: a LoRA's source to its file, raising Refused for what is not there. Raises Refused for a tag that cannot be read or
-    found, for one in the negative prompt, and for a LoRA that is named twice, which would be applied twice.
+    resolved, for one in the negative prompt, and for a LoRA that is named twice, which would be applied twice.
     """
     if _OPEN_TAG.search(request.negative):
         raise Refused("the negative prompt has a <lora:...> tag, which no tool applies: name the LoRA in the prompt, with a negative "
@@ -117,9 +117,9 @@ def unread(*prompts: str) -> list[str]:
     """The pieces of these prompts that other tools read as instructions and Medley as plain words, each once, shortened."""
     pieces: dict[str, None] = {}
     for prompt in prompts:
-        found = [*_bracketed(prompt), *(match.span() for match in _WORD.finditer(prompt)),
+        spans = [*_bracketed(prompt), *(match.span() for match in _WORD.finditer(prompt)),
                  *(match.span() for match in _OTHER_TAG.finditer(prompt))]
-        for start, end in sorted(found):
+        for start, end in sorted(spans):
             piece = prompt[start:end]
             pieces[piece if len(piece) <= MAX_SHOWN else f"{piece[:MAX_SHOWN]}..."] = None
     return list(pieces)[:MOST_SHOWN]

@@ -1,7 +1,7 @@
-"""Whether a prompt says a LoRA's trigger words; which words it belongs to, and the prompts made from that: the base's and each concept's.
+"""Trigger words in a prompt, the words that each LoRA is bound to, and the prompts built from them: the base's and each concept's.
 
 A concept is a LoRA with words of its own in the prompt; a style or a place binds to nothing and is everywhere. The base reads
-the prompt without trigger words; each concept reads it with its own trigger words at its own place, and nobody else's.
+the prompt without trigger words; each concept reads it with its own trigger words in its own place, and with no others.
 """
 
 import re
@@ -13,16 +13,16 @@ from itertools import pairwise
 from composition.request import Lora, Receipt, Refused, Request
 
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")  # Thai to Korean, as one word may join the next
-_NO_LETTER_BEFORE, _NO_LETTER_AFTER = r"(?<!\w)(?<![\u0300-\u036f])", r"(?![\w\u0300-\u036f])"  # accents by themselves are no letters to re
+_NO_LETTER_BEFORE, _NO_LETTER_AFTER = r"(?<!\w)(?<![\u0300-\u036f])", r"(?![\w\u0300-\u036f])"  # re does not count combining accents as letters
 
 Span = tuple[int, int]  # of characters in a prompt, end excluded
-EVERYWHERE = ("style", "place")  # categories that bind to nothing unless told to
+EVERYWHERE = ("style", "place")  # categories that bind to nothing unless a LoRA names words or a region
 STOP = frozenset("a an the of and or in on at with to by for from as is are its their his her this that".split())
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A prompt taken apart.
+    """A prompt split by concept.
 
     concepts: names of the LoRAs that are bound, in the order of the request; everywhere: those that are not.
     prompts: the base's first, then one for each concept. spans[c][p]: where concept c stands in prompt p.
@@ -60,26 +60,26 @@ def with_triggers(request: Request, inspect: Callable[[str], Receipt]) -> tuple[
 def scene(
     prompt: str, loras: Mapping[str, Lora], categories: Mapping[str, str], triggers: Mapping[str, Sequence[str]]
 ) -> Scene:
-    """Take a prompt apart by its LoRAs' `binds`, else their trigger words.
+    """Split a prompt by its LoRAs' `binds`, else their trigger words.
 
     Raises Refused when the words of a LoRA are not in the prompt, are there twice, or belong to another LoRA too.
     """
-    found: dict[str, Span] = {}
+    bound: dict[str, Span] = {}
     for name, lora in loras.items():
         if (span := _span(prompt, name, lora, categories.get(name, ""), triggers.get(name, ()))) is not None:
-            found[name] = span
-    placed = sorted(found, key=lambda name: found[name])
-    for first, second in pairwise(placed):
-        if found[second][0] < found[first][1]:
-            words = (prompt[slice(*found[name])] for name in (first, second))
+            bound[name] = span
+    order = sorted(bound, key=lambda name: bound[name])
+    for first, second in pairwise(order):
+        if bound[second][0] < bound[first][1]:
+            words = (prompt[slice(*bound[name])] for name in (first, second))
             raise Refused(f"{first} and {second} are bound to words that overlap ({', '.join(map(repr, words))}): bind each to words of its own")
-    plain = {name: _without(prompt[slice(*found[name])], triggers.get(name, ())) for name in found}
-    own = {name: _with(prompt[slice(*found[name])], triggers.get(name, ())) for name in found}
-    made = [_written(prompt, found, placed, plain)]
-    made += [_written(prompt, found, placed, plain | {name: own[name]}) for name in found]
+    plain = {name: _without(prompt[slice(*bound[name])], triggers.get(name, ())) for name in bound}
+    own = {name: _with(prompt[slice(*bound[name])], triggers.get(name, ())) for name in bound}
+    prompts = [_written(prompt, bound, order, plain)]
+    prompts += [_written(prompt, bound, order, plain | {name: own[name]}) for name in bound]
     return Scene(
-        tuple(found), tuple(name for name in loras if name not in found), tuple(text for text, _ in made),
-        tuple(tuple(spans[name] for _, spans in made) for name in found))
+        tuple(bound), tuple(name for name in loras if name not in bound), tuple(text for text, _ in prompts),
+        tuple(tuple(spans[name] for _, spans in prompts) for name in bound))
 
 
 def tokens(
@@ -87,23 +87,23 @@ def tokens(
 ) -> tuple[int, ...]:
     """The positions of the tokens of these words, articles and the like left out (unless there is nothing else).
 
-    offsets: of each token's characters in the prompt, (0, 0) for one that stands for none. cut: the tokenizer left the prompt's
-    end out. Raises Refused when these words are in what was left out.
+    offsets: of each token's characters in the prompt, (0, 0) for one that stands for none. cut: the tokenizer truncated the
+    prompt. Raises Refused when these words are in the part that was cut off.
     """
     words = [match.span() for match in re.finditer(r"\w[\w'’-]*", prompt[slice(*span)])]
     words = [(a + span[0], b + span[0]) for a, b in words] or [span]
-    told = [word for word in words if prompt[slice(*word)].lower() not in STOP] or words
+    content = [word for word in words if prompt[slice(*word)].lower() not in STOP] or words
     end = max(b for _, b in offsets)
-    if cut and told[-1][1] > end:
-        raise Refused(f"{prompt[slice(*span)]!r} lies in the end of the prompt, which the model does not see: put it further to the front")
-    return tuple(index for index, (a, b) in enumerate(offsets) if a < b and any(a < y and x < b for x, y in told))
+    if cut and content[-1][1] > end:
+        raise Refused(f"{prompt[slice(*span)]!r} is in the end of the prompt, which the model does not see: move it closer to the beginning")
+    return tuple(index for index, (a, b) in enumerate(offsets) if a < b and any(a < y and x < b for x, y in content))
 
 
 def _span(prompt: str, name: str, lora: Lora, category: str, triggers: Sequence[str]) -> Span | None:
     if lora.binds is not None:
         places = _places(prompt, lora.binds)
         if not places:
-            raise Refused(f"LoRA {name} is bound to {lora.binds!r}, which the prompt does not say: write the words as they stand in it")
+            raise Refused(f"LoRA {name} is bound to {lora.binds!r}, which the prompt does not contain: write the words as they stand in it")
         return _only(places, name, lora.binds)
     if category in EVERYWHERE and lora.region is None:
         return None
@@ -112,9 +112,9 @@ def _span(prompt: str, name: str, lora: Lora, category: str, triggers: Sequence[
             return _only(places, name, words)
     if lora.region is not None:
         return None
-    said = f"none of its trigger words ({', '.join(triggers)})" if triggers else "no trigger words, which its file does not name"
-    raise Refused(f"the prompt has for LoRA {name} {said}: put one in, or say with binds which words it belongs to, as in "
-                  f'{{"source": "{name}", "binds": "the fox"}}, or with category "style" that it belongs everywhere')
+    missing = f"the prompt has none of LoRA {name}'s trigger words ({', '.join(triggers)})" if triggers else f"the file of LoRA {name} names no trigger words"
+    raise Refused(f"{missing}: {'add one, or ' * bool(triggers)}name the words it belongs to with binds, as in "
+                  f'{{"source": "{name}", "binds": "the fox"}}, or set category "style" to apply it everywhere')
 
 
 def _places(prompt: str, words: str) -> list[Span]:
@@ -134,8 +134,8 @@ def _places(prompt: str, words: str) -> list[Span]:
 
 def _only(places: Sequence[Span], name: str, words: str) -> Span:
     if len(places) > 1:
-        raise Refused(f"the prompt says {words!r} {len(places)} times, and LoRA {name} can belong to one of them only: say with binds "
-                      "which, in more words than these")
+        raise Refused(f"the prompt says {words!r} {len(places)} times, and LoRA {name} can belong to only one of them: name it with "
+                      "binds, in more words than these")
     return places[0]
 
 
@@ -159,17 +159,17 @@ def _with(phrase: str, triggers: Sequence[str]) -> str:
         return phrase
     article = re.match(r"\s*(?:(?:a|an|the)\s+)?", phrase, re.IGNORECASE)
     head, rest = phrase[: article.end()] if article else "", phrase[article.end() :] if article else phrase
-    said = {word.lower() for word in _content(triggers[0])}
-    if all(word.lower() in said for word in _content(rest)):
+    trigger_words = {word.lower() for word in _content(triggers[0])}
+    if all(word.lower() in trigger_words for word in _content(rest)):
         return head + triggers[0]
     return f"{head}{triggers[0]} {rest}"
 
 
-def _written(prompt: str, found: Mapping[str, Span], placed: Sequence[str], words: Mapping[str, str]) -> tuple[str, dict[str, Span]]:
-    """The prompt with these words in the places found, and where they stand now."""
+def _written(prompt: str, bound: Mapping[str, Span], order: Sequence[str], words: Mapping[str, str]) -> tuple[str, dict[str, Span]]:
+    """The prompt with these words in place of the bound spans, and the spans where they now stand."""
     text, at, spans = "", 0, {}
-    for name in placed:
-        text += prompt[at : found[name][0]]
+    for name in order:
+        text += prompt[at : bound[name][0]]
         spans[name] = (len(text), len(text) + len(words[name]))
-        text, at = text + words[name], found[name][1]
+        text, at = text + words[name], bound[name][1]
     return text + prompt[at:], spans

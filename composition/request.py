@@ -49,7 +49,7 @@ class Lora:
     "single.30": 0} of FLUX, {"joint.3": 0} of SD 3; blocks not named keep 1.
     start, end: the part of the steps in which it is on, as fractions: on while start <= step/steps < end.
     binds: the words of the prompt it belongs to. region: box (x0, y0, x1, y1) in fractions of the picture, or the
-    path of a mask image. Both are read by the methods that place concepts; others say so in their notes.
+    path of a mask image. Both are read by the regional methods; others say so in their notes.
     category, triggers: what kind of thing it is and the words it was trained on (empty: as its file says).
     """
 
@@ -66,12 +66,12 @@ class Lora:
 
     @field_validator("region", mode="before")
     @classmethod
-    def _box(cls, given: Any) -> Any:
-        numbers = isinstance(given, list | tuple) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in given)
-        if given is None or isinstance(given, str) or numbers and len(given) == 4 and all(0 <= x <= 1 for x in given):
-            return given
+    def _box(cls, region: Any) -> Any:
+        numbers = isinstance(region, list | tuple) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in region)
+        if region is None or isinstance(region, str) or numbers and len(region) == 4 and all(0 <= x <= 1 for x in region):
+            return region
         raise ValueError(f"a box is [left, top, right, bottom] in fractions of the picture from 0 to 1, as [0, 0, 0.5, 1] for its left half "
-                         f"(given {given!r:.200}); or write the path of a black and white image")
+                         f"(given {region!r:.200}); or write the path of a black and white image")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Lora":
@@ -120,7 +120,7 @@ class Request:
     prompt is used verbatim: a trigger word that is missing becomes a note, never an insertion.
     size is (width, height) in pixels, None for the model's own. count pictures are made, with seeds seed, seed+1, ...;
     each has a generator of its own. batched: ask all LoRAs in one batch of rows (more memory, faster) or one by
-    one; on a processor, pictures of 512 pixels and more are asked one by one all the same, which is faster there.
+    one; on a processor, pictures of 512 pixels and more are evaluated one by one all the same, which is faster there.
     steps and guidance None are the model's usual ones; a result has the numbers. guidance 1 or less switches guidance
     off. Of a model that guidance was distilled into (FLUX.1-dev) it is the number that the model reads, and true_guidance
     over 1 adds guidance against the negative prompt. sampler "default" is the one the model was saved with; a title as A1111 writes it
@@ -155,7 +155,7 @@ class Request:
     @field_validator("sampler")
     @classmethod
     def _named(cls, sampler: str) -> str:
-        """A title ("Euler a") as our name for it; names that nobody knows are refused where the schedulers are."""
+        """A title ("Euler a") as our name for it; unknown names are refused by `backbones.schedulers`."""
         return canonical(sampler)
 
     @field_validator("schema_version")
@@ -296,9 +296,9 @@ def explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors(include_url=False)[:MOST_FAULTS]:
         where = ".".join(f"{part!s:.80}" for part in item["loc"]) or "value"
-        given = item["input"]
+        value = item["input"]
         plain = _plain(item)
-        shown = f" (given {given!r:.200})" if isinstance(given, str | int | float | bool | None) and "(given" not in plain else ""
+        shown = f" (given {value!r:.200})" if isinstance(value, str | int | float | bool | None) and "(given" not in plain else ""
         parts.append(f"{where}: {plain}{shown}")
     return "; ".join(parts)
 

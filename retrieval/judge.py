@@ -25,7 +25,7 @@ from composition.request import Refused
 
 THRESHOLDS, CONFUSION = "presence.json", "confusion.json"  # beside a judge's weights
 SCALES = {"100": "100 * max(0, cos)", "2.5": "2.5 * max(0, cos)", "cos": "cos"}  # Hessel et al. 2021 (2104.08718): 2.5
-OUTER = 0.4  # share of the width that is looked at on either side for a doubled concept; narrower finds fewer, wider invents
+OUTER = 0.4  # share of the width examined on either side for a doubled concept; narrower misses some, wider sees false ones
 
 
 class Threshold(NamedTuple):
@@ -50,7 +50,7 @@ class Judge:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is now; what it is asked goes there, what it answers comes back to the CPU."""
+        """Where the model is now: its inputs are moved there, its outputs come back to the CPU."""
         return next(self.model.parameters()).device
 
     @classmethod
@@ -97,7 +97,7 @@ class Judge:
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> Float[Tensor, "t D"]:
-        """Texts as vectors of length 1, on the CPU; each is read once and remembered."""
+        """Texts as vectors of length 1, on the CPU; each is encoded once and cached."""
         fresh = [text for text in dict.fromkeys(texts) if text not in self._texts]
         for first in range(0, len(fresh), 256):
             some = fresh[first : first + 256]
@@ -126,7 +126,7 @@ class Judge:
         return self.cosine(pictures, phrases) >= torch.tensor([self.thresholds[phrase].score for phrase in phrases])
 
     def doubled(self, pictures: Sequence[Image.Image], phrases: Sequence[str]) -> Bool[Tensor, "n t"]:
-        """Whether each phrase is present on both sides of each picture: looked at the outer parts, OUTER of the width each.
+        """Whether each phrase is present on both sides of each picture: in both outer parts, OUTER of the width each.
 
         One thing in the middle is in neither part, two things beside each other are one in each: a concept that stands in
         both was drawn twice. Raises Refused as `present` does.
@@ -139,14 +139,14 @@ def sides(picture: Image.Image) -> tuple[Image.Image, Image.Image]:
     """The left and the right OUTER of a picture, each in the middle of a square of its mean colour."""
     picture = picture.convert("RGB")
     wide = max(1, round(picture.width * OUTER))
-    made = []
+    squares = []
     for first in (0, picture.width - wide):
         part = picture.crop((first, 0, first + wide, picture.height))
         side = max(part.size)
         square = Image.new("RGB", (side, side), part.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
         square.paste(part, ((side - part.width) // 2, (side - part.height) // 2))
-        made.append(square)
-    return made[0], made[1]
+        squares.append(square)
+    return squares[0], squares[1]
 
 
 def clip_score(cosine: Float[Tensor, "*n"], scale: str = "100") -> Float[Tensor, "*n"]:

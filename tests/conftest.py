@@ -26,8 +26,11 @@ install_import_hook("composition", "tests.shapes.check")
 QUICK_FAMILIES = {"sd", "flux"}
 FAMILIES = {"sd", "sdxl", "sd3", "flux", "flux-dev"}
 LONG = ("tests/assets/", "tests/app/", "tests/test_pocket", "tests/test_readme", "tests/gpu/", "tests/composition/devices/", "tests/composition/test_sessions",
-        "tests/composition/test_training_cost", "tests/composition/test_batch")  # in the whole suite alone
+        "tests/composition/test_training_cost", "tests/composition/test_batch", "tests/composition/backbones/test_quantize")  # in the whole suite alone
+FIRST = ("tests/assets/test_recipe_all", "tests/composition/test_laws", "tests/test_pocket", "tests/composition/devices", "tests/test_readme", "tests/gpu/",
+         "tests/composition/test_training_cost")  # the longest files, so that no core waits for one at the end
 QUICK_METHODS = {"merge", "composite"}  # whose laws are checked; of the others' tests those on FLUX
+QUICK_SAMPLERS = {"default", "ddim", "heun"}
 
 
 def pytest_addoption(parser):
@@ -35,6 +38,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: not path_of(item).startswith(FIRST))
     if not config.getoption("--quick"):
         return
     quick = [item for item in items if is_quick(item)]
@@ -49,13 +53,28 @@ def every_method() -> tuple[str, ...]:
     return tuple(methods.all())
 
 
+@cache
+def every_sampler() -> tuple[str, ...]:
+    from composition.backbones import schedulers
+
+    return tuple(schedulers.NAMES)
+
+
 def is_quick(item) -> bool:
     """Whether `make check` runs it."""
-    parameters = tuple(item.callspec.params.values()) if hasattr(item, "callspec") else ()
-    families = {value for value in parameters if isinstance(value, str) and value in FAMILIES}
-    path = item.path.relative_to(item.config.rootpath).as_posix()
-    laws, methods = "test_laws.py" in path, path.startswith("tests/composition/methods/")
-    if laws and {value for value in parameters if isinstance(value, str)} & (set(every_method()) - QUICK_METHODS) or methods and "sd" in families:
+    values = {value for parameter in parameters_of(item) for value in (parameter if isinstance(parameter, tuple) else (parameter,)) if isinstance(value, str)}
+    families = values & FAMILIES
+    path = path_of(item)
+    if "test_laws.py" in path and values & (set(every_method()) - QUICK_METHODS | set(every_sampler()) - QUICK_SAMPLERS):
+        return False
+    if path.startswith("tests/composition/methods/") and "sd" in families:
         return False
     return not (item.get_closest_marker("slow") or "browser" in item.fixturenames or path.startswith(LONG) or families - QUICK_FAMILIES)
 
+
+def path_of(item) -> str:
+    return item.path.relative_to(item.config.rootpath).as_posix()
+
+
+def parameters_of(item) -> tuple:
+    return tuple(item.callspec.params.values()) if hasattr(item, "callspec") else ()

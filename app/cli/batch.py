@@ -27,7 +27,7 @@ def batch(
                                           "\"loras\": [{\"source\": \"fox\"}]}; a manifest of an evaluation, or metadata.jsonl of a folder "
                                           "of pictures, too.")],
     out_dir: Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for the pictures and the log.")] = Path("batch"),
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many lines.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this many lines, from the first.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="The base of the lines that name none (pocket).")] = None,
     lora_dir: Annotated[list[Path] | None, typer.Option("--lora-dir", help="A folder in which LoRAs are found by name.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (the best there is).")] = None,
@@ -42,7 +42,7 @@ def batch(
     record.ready(out_dir)
     chosen = manifest.read(lines, model or "pocket")[:limit]
     place = engines.EngineOptions(device, dtype, offload, engines.folders(lora_dir or []), quantize, denoiser)
-    items = _made(chosen, out_dir, place)
+    items = _generate(chosen, out_dir, place)
     failed = [line for line in chosen if line.error or any(item.error for item in items[line.number])]
     if json:
         print(as_json(_summary(chosen, items, out_dir)))
@@ -56,7 +56,7 @@ def batch(
         raise typer.Exit(FAILED)
 
 
-def _made(lines: Sequence[manifest.Line], folder: Path, place: engines.EngineOptions) -> dict[int, list[Item]]:
+def _generate(lines: Sequence[manifest.Line], folder: Path, place: engines.EngineOptions) -> dict[int, list[Item]]:
     """The number of each line to its pictures, or to their errors; models are opened one after the other."""
     items: dict[int, list[Item]] = {line.number: [] for line in lines}
     for line in lines:

@@ -72,11 +72,11 @@ def _models(report: Report, place: EngineOptions) -> None:
     for name in BUNDLES:
         try:
             with open_engine(name, place) as engine:
-                found = [path.stem for path in engine.loras()]
-                for source in found:
+                names = [path.stem for path in engine.loras()]
+                for source in names:
                     engine.run(Request(prompt="a picture", model=name, steps=1, loras=[Lora(source)], allow_partial=True))
                 report.say(f"model {name}", f"{engine.family} on {engine.device}, {str(engine.dtype).removeprefix('torch.')}; "
-                                            f"LoRAs {', '.join(found) or 'none'}")
+                                            f"LoRAs {', '.join(names) or 'none'}")
         except (Refused, OSError, RuntimeError) as error:
             report.ill(f"model {name}", str(error).splitlines()[0] if str(error) else type(error).__name__)
     report.say("methods", ", ".join(methods.all()))

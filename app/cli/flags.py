@@ -1,4 +1,4 @@
-"""The words of the command line, read into a Request."""
+"""The flags of the command line, read into a Request."""
 
 import re
 import secrets
@@ -52,21 +52,21 @@ def _lora_json(text: str) -> Lora:
     return Lora(**fields)
 
 
-def request(given: Mapping[str, Any], start: Request | None = None) -> tuple[Request, bool]:
-    """The request of these flags (None or empty: not given), over `start` if there is one; and whether its seed was drawn.
+def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Request, bool]:
+    """The request of these flags (None or empty: not set) on top of `start`, if there is one; and whether its seed was drawn.
 
-    The seed is drawn where none is given and `start` has none, and for -1.
+    The seed is drawn for -1, and where neither a flag nor `start` has one.
     Raises Refused, or pydantic's ValidationError for a value out of range.
     """
-    fields = {key: value for key, value in given.items() if value is not None and value != [] and key in _PLAIN}
-    if given.get("lora"):
-        fields["loras"] = tuple(lora(text) for text in given["lora"])
-    if given.get("size"):
-        fields["size"] = read_size(given["size"])
+    fields = {key: value for key, value in values.items() if value is not None and value != [] and key in _PLAIN}
+    if values.get("lora"):
+        fields["loras"] = tuple(lora(text) for text in values["lora"])
+    if values.get("size"):
+        fields["size"] = read_size(values["size"])
     before = start or Request(prompt="")
     method = fields.get("method", before.method)
     kept = dict(before.options) if method == before.method else {}
-    fields["options"] = kept | method_options(given.get("option") or [], method)
+    fields["options"] = kept | method_options(values.get("option") or [], method)
     drawn = fields.get("seed") == RANDOM or ("seed" not in fields and start is None)
     if drawn:
         fields["seed"] = secrets.randbelow(2**32)
@@ -74,9 +74,9 @@ def request(given: Mapping[str, Any], start: Request | None = None) -> tuple[Req
         raise Refused('a prompt is needed: medley generate "a raccoon in the snow" --lora raccoon')
     from composition.backbones import schedulers
 
-    asked = replace(before, **fields)
-    schedulers.named(asked.sampler)  # Refused, with the nearest names, before a model is opened
-    return asked, drawn
+    merged = replace(before, **fields)
+    schedulers.named(merged.sampler)  # Refused, with the nearest names, before a model is opened
+    return merged, drawn
 
 
 _PLAIN = {"prompt", "negative", "model", "method", "sampler", "steps", "guidance", "true_guidance", "seed", "count", "batched", "allow_partial"}

@@ -31,7 +31,7 @@ app.add_typer(train.sub, name="train")
 DEMO = Request(prompt="a raccoon and a fox on the moon, neon lights",
                loras=[Lora("raccoon", weight=0.8), Lora("moon", weight=0.7), Lora("neon", weight=0.5)], seed=2)
 
-# The flags that generate and compare share. None: not given, so that what --from has is kept.
+# The flags that generate and compare share. None: not set, so that what --from has is kept.
 Prompt = Annotated[str | None, typer.Argument(help="What to draw. Trigger words are not added unless --triggers is given.")]
 Loras = Annotated[list[str] | None, typer.Option(
     "--lora", metavar="NAME[:WEIGHT]", help="A LoRA by name or path, with its weight (1). Repeat for more. JSON with the "
@@ -42,17 +42,17 @@ Model = Annotated[str | None, typer.Option("--model", "-m", help="A bundled name
                                            "checkpoint, or a hub id (pocket).")]
 Sampler = Annotated[str | None, typer.Option(help="Sampler by name (the model's own).")]
 Negative = Annotated[str | None, typer.Option(help="What to avoid.")]
-Seed = Annotated[int | None, typer.Option(help="The seed; without one, one is drawn and printed.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps (what is usual for the model).")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale (what is usual for the model); 1 or less is off.")]
-TrueGuidance = Annotated[float | None, typer.Option(help="For models guidance was distilled into, as FLUX.1-dev: over 1, guidance "
-                                                    "against the negative prompt besides.")]
+Seed = Annotated[int | None, typer.Option(help="The seed (drawn, and printed).")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps (the model's own).")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale (the model's own); 1 or less is off.")]
+TrueGuidance = Annotated[float | None, typer.Option(help="For guidance-distilled models such as FLUX.1-dev: over 1, "
+                                                    "guidance against the negative prompt as well.")]
 Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels (the model's own).")]
 Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for the pictures.")]
 Triggers = Annotated[bool, typer.Option("--triggers", help="Add a trigger word of every LoRA that has none in the prompt.")]
 Partial = Annotated[bool | None, typer.Option("--allow-partial", help="Use LoRAs of which not every tensor fits.")]
 From = Annotated[Path | None, typer.Option("--from", metavar="PICTURE.png", help="Start from the request in this picture.")]
-AllowPaths = Annotated[bool, typer.Option("--allow-paths", help="Let the record of --from choose files of this machine by their paths.")]
+AllowPaths = Annotated[bool, typer.Option("--allow-paths", help="Let the record of --from open files of this machine by path.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (the best there is).")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 (what suits the device).")]
 Offload = Annotated[str, typer.Option("--offload", "--cpu-offload", help="auto, none, model, sequential or group.")]
@@ -61,7 +61,7 @@ Quantize = Annotated[str | None, typer.Option("--quantize", "--quantise", metava
 Denoiser = Annotated[str | None, typer.Option(metavar="FILE", help="A .gguf or .safetensors file of FLUX's or SD3's transformer alone, in "
                                               "place of the model's own.")]
 Folders = Annotated[list[Path] | None, typer.Option("--lora-dir", help="A folder in which LoRAs are found by name.")]
-Masks = Annotated[bool, typer.Option("--masks", help="Also save where each concept is, for the methods that place them.")]
+Masks = Annotated[bool, typer.Option("--masks", help="Also save where each concept is, for regional methods.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PICTURES = Path("pictures")
 
@@ -74,21 +74,21 @@ def _place(
 
 
 def _start(picture: Path | None, model: str | None, allow_paths: bool) -> record.Record | None:
-    """The record that --from names, its remarks said. Raises Refused when it does not say which model to use."""
+    """The record that --from names, after printing its remarks. Raises Refused when it does not say which model to use."""
     if picture is None:
         engines.prepare(model or "pocket")
         return None
-    found = record.details(picture)
-    found = found if allow_paths else replace(found, request=record.by_name(found.request))
-    for remark in found.remarks:
+    original = record.details(picture)
+    original = original if allow_paths else replace(original, request=record.by_name(original.request))
+    for remark in original.remarks:
         err.print(Text(printable(f"{picture}: {remark}"), style="yellow"))
-    if not found.ours and not model:
-        raise Refused(f"{picture} was made by another tool, with its model {found.model or '(not named)'!r}: say with --model "
+    if not original.ours and not model:
+        raise Refused(f"{picture} was made by another tool, with its model {original.model or '(not named)'!r}: say with --model "
                       "which one to use here")
-    if not model and not allow_paths and record.is_path(found.request.model):
-        raise Refused(f"{picture} was made with {found.request.model!r}, a file or folder of its maker: say with --model where it is here")
-    engines.prepare(model or found.request.model)
-    return found
+    if not model and not allow_paths and record.is_path(original.request.model):
+        raise Refused(f"{picture} was made with {original.request.model!r}, a file or folder of its maker: say with --model where it is here")
+    engines.prepare(model or original.request.model)
+    return original
 
 
 @app.command()
@@ -107,45 +107,45 @@ def generate(
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
     out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
     allow_paths: AllowPaths = False,
-    keep_paths: Annotated[bool, typer.Option("--keep-paths", help="Write where the files lay, not their names alone, into the picture.")] = False,
+    keep_paths: Annotated[bool, typer.Option("--keep-paths", help="Write the paths of files into the picture, not only their names.")] = False,
     device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None,
     lora_dir: Folders = None, masks: Masks = False, json: Json = False,
 ) -> None:
     """Make pictures from a prompt and LoRAs."""
     record.ready(out_dir)
-    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
-    request, drawn = flags.request(context.params, found.request if found else None)
+    place, original = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
+    request, drawn = flags.request(context.params, original.request if original else None)
     say = err if json else out
     with engines.open_engine(request.model, place) as engine:
-        request = record.located(request, found, engine.loras(), engine.find) if found else request
+        request = record.located(request, original, engine.loras(), engine.find) if original else request
         request, settled = engine.settle(request)
         for line in remarks.remarks(settled):
             say.print(Text(printable(line), style="dim"))
         request = _triggered(request, engine, say) if triggers else request
-        made, drawn_places = [], []
+        results, drawn_places = [], []
         with workbench.bench(engine, request.length * request.count, err) as at:
             for path, result in session.pictures(at, request, out_dir, keep_paths=keep_paths):
-                made.append((path, result))
+                results.append((path, result))
                 if masks:
                     drawn_places.append(session.places(path, result))
-                if found and len(made) == 1:
+                if original and len(results) == 1:
                     receipts = dict(zip(request.names, result.receipts, strict=True))
-                    for line in record.differences(found, receipts, record.versions()):
+                    for line in record.differences(original, receipts, record.versions()):
                         err.print(Text(printable(line), style="yellow"))
     if json:
-        print(tables.generated(request, made, drawn))
+        print(tables.generated(request, results, drawn))
         return
-    tables.result(out, replace(made[0][1], request=request), drawn)
-    for line in remarks.timeline(made[0][1].notes):
+    tables.result(out, replace(results[0][1], request=request), drawn)
+    for line in remarks.timeline(results[0][1].notes):
         out.print(Text(line))
-    for path, result in made:
+    for path, result in results:
         out.print(Text(f"{path}  seed {result.request.seed}, {sum(result.seconds.values()):.1f} s"))
     for sheet in filter(None, drawn_places):
         out.print(Text(f"{sheet}  where each LoRA acts"))
-    if masks and (names := remarks.everywhere(made[0][1].notes)):
+    if masks and (names := remarks.everywhere(results[0][1].notes)):
         out.print(Text(f"on everywhere: {', '.join(names)}"))
-    if masks and not any(drawn_places) and not made[0][1].notes.get("no regions"):
-        out.print(Text(f"no masks: method {request.method} places nothing here; clora, clora-fast and regions do", style="yellow"))
+    if masks and not any(drawn_places) and not results[0][1].notes.get("no regions"):
+        out.print(Text(f"no masks: method {request.method} computes none; clora, clora-fast and regions do", style="yellow"))
 
 
 @app.command()
@@ -160,23 +160,23 @@ def compare(
 ) -> None:
     """The same seed and LoRAs by every method, and without any LoRA, side by side."""
     record.ready(out_dir)
-    place, found = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
+    place, original = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
     from composition import methods as known
 
     names = [name.strip() for name in methods.split(",")] if methods else sorted(known.all(), key=lambda name: name != "merge")
     ways = options.options_of_each(option or [], [known.find(name).name for name in names])
-    request, drawn = flags.request(context.params | {"option": None}, found.request if found else None)
+    request, drawn = flags.request(context.params | {"option": None}, original.request if original else None)
     if request.method in ways:
         ways[request.method] = {**request.options, **ways[request.method]}
-    _compare(request, ways, out_dir, "compare", place, drawn=drawn, triggers=triggers, found=found)
+    _compare(request, ways, out_dir, "compare", place, drawn=drawn, triggers=triggers, original=original)
 
 
 def _compare(
     request: Request, ways: dict[str, dict[str, Any]], folder: Path, prefix: str, place: engines.EngineOptions, *, drawn: bool,
-    triggers: bool = False, found: record.Record | None = None,
+    triggers: bool = False, original: record.Record | None = None,
 ) -> None:
     with engines.open_engine(request.model, place) as engine:
-        request = record.located(request, found, engine.loras(), engine.find) if found else request
+        request = record.located(request, original, engine.loras(), engine.find) if original else request
         settled_request, settled = engine.settle(replace(request, options={}))
         request = replace(settled_request, options=request.options)  # each way has its own, and its order is settled with it
         for line in remarks.remarks({name: note for name, note in settled.items() if name != "order"}):
@@ -206,7 +206,7 @@ def profile(
     prompt: Annotated[str, typer.Option(help="What to draw (each LoRA's first trigger word); such a profile is shown, not kept.")] = "",
     steps: Annotated[int, typer.Option(min=4, max=1000, help="Denoising steps.")] = 50,
     seeds: Annotated[int, typer.Option(min=1, max=64, help="Pictures with and without each LoRA.")] = 4,
-    again: Annotated[bool, typer.Option("--again", help="Measure anew what is kept already.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure again, even where a profile is kept.")] = False,
     model: Model = None, out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None, offload: Offload = "auto",
     lora_dir: Folders = None, json: Json = False,
 ) -> None:
@@ -222,14 +222,14 @@ def profile(
         for source in lora:
             engine.find(source)
         with workbench.bench(engine, 2 * steps * seeds * len(lora), err) as at:
-            found = profiling.measure(at, lora, prompt=prompt, steps=steps, seeds=seeds, again=again)
-    measured = [one for one, _ in found]
+            profiles = profiling.measure(at, lora, prompt=prompt, steps=steps, seeds=seeds, again=again)
+    measured = [item for item, _ in profiles]
     names, low = profiling.described(measured)
     path = record.publish(plot(measured), out_dir, f"profile-{record.free(out_dir, 'profile-'):04d}")
     if json:
-        print(tables.as_json({"order": names, "low": low, "plot": str(path), "profiles": [asdict(one) for one in measured]}))
+        print(tables.as_json({"order": names, "low": low, "plot": str(path), "profiles": [asdict(item) for item in measured]}))
         return
-    tables.profiles(out, found, names, low)
+    tables.profiles(out, profiles, names, low)
     out.print(Text(f"plot: {path}"))
 
 
@@ -319,7 +319,7 @@ def doctor(device: Device = None, dtype: Dtype = None) -> None:
     for name, finding in report.lines:
         rows.add_row(Text(name, style="dim"), Text(finding))
     out.print(rows)
-    out.print("all of it will run" if report.healthy else "something does not run; see above")
+    out.print("everything will run" if report.healthy else "something does not run; see above")
     if not report.healthy:
         raise Exit(1)
 

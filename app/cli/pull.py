@@ -12,9 +12,9 @@ from composition.backbones.loading import catalog
 
 
 def pull(name: str, out: Console, ask: Callable[[str], str] | None) -> str:
-    """Fetch the model and answer the folder it lies in. ask: asks the user for a token, None where nobody can be asked.
+    """Fetch the model and return its folder. ask: prompts the user for a token; None where there is no terminal.
 
-    Raises Refused when it is not to be had: unknown, unreachable, its licence not accepted, no token.
+    Raises Refused when it cannot be fetched: unknown, unreachable, its licence not accepted, no token.
     """
     repository = catalog.repository(name)
     engines.prepare(repository if "/" in repository else "-/-")
@@ -23,23 +23,23 @@ def pull(name: str, out: Console, ask: Callable[[str], str] | None) -> str:
 
     if opening.find(repository).kind != "hub":
         raise Refused(f"{name} is on this machine already: use it with --model {name}")
-    found = hub.facts(repository)
-    out.print(Text(f"{repository}: {found.size / 1e9:.1f} GB, licence {found.licence} ({found.link})"))
-    if found.gated and not hub.allowed(repository):
-        said = (f"{repository} asks for its licence to be accepted: open https://huggingface.co/{repository}, accept it there, and make a "
-                "token that may read at https://huggingface.co/settings/tokens")
+    facts = hub.facts(repository)
+    out.print(Text(f"{repository}: {facts.size / 1e9:.1f} GB, licence {facts.licence} ({facts.link})"))
+    if facts.gated and not hub.allowed(repository):
+        instructions = (f"{repository} requires you to accept its licence: open https://huggingface.co/{repository}, accept it there, and create a "
+                "read token at https://huggingface.co/settings/tokens")
         if ask is None:
-            raise Refused(f"{said}; then set HF_TOKEN, or run this command in a terminal, where it asks for the token")
-        out.print(Text(f"{said}."))
+            raise Refused(f"{instructions}; then set HF_TOKEN, or run this command in a terminal, where it asks for the token")
+        out.print(Text(f"{instructions}."))
         token = ask("Token (it is not shown, and kept as hf auth login keeps it): ").strip()
         if not token:
             raise Refused("no token was given; nothing was fetched")
         if not hub.allowed(repository, token):
             raise Refused(f"with this token {repository} is still closed: accept its licence at https://huggingface.co/{repository} with the "
-                          "account that the token is of")
+                          "account that the token belongs to")
         hub.keep(token)
     folder = hub.download(repository)
-    opening.family(opening.Location("folder", name, folder))  # Refused when it is none that is composed here
+    opening.family(opening.Location("folder", name, folder))  # Refused when it is of no supported family
     out.print(Text(f"fetched; use it with --model {name}"))
     return str(folder)
 

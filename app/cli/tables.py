@@ -30,10 +30,10 @@ def as_json(value: Any) -> str:
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
-    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return made
+        grid.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return grid
 
 
 def loras(console: Console, listed: Sequence["Listed"], folder: Path) -> None:
@@ -45,7 +45,7 @@ def loras(console: Console, listed: Sequence["Listed"], folder: Path) -> None:
             rows.add_row(name, "", Text(printable(trouble), style="red"), "", bytes, "")
             continue
         ranks = "/".join(str(rank) for rank in sorted(receipt.ranks))
-        rows.add_row(name, receipt.category, Text(printable(", ".join(receipt.triggers))), ranks, bytes, Text(printable(_made_for(receipt))))
+        rows.add_row(name, receipt.category, Text(printable(", ".join(receipt.triggers))), ranks, bytes, Text(printable(_base_family(receipt))))
     if listed:
         console.print(rows)
     else:
@@ -54,7 +54,7 @@ def loras(console: Console, listed: Sequence["Listed"], folder: Path) -> None:
 
 
 def loras_json(listed: Sequence["Listed"]) -> str:
-    """The same as JSON; the hashes are there where they were computed."""
+    """The same as JSON, with hashes where they were computed."""
     rows = []
     for path, receipt, trouble, size in listed:
         row: dict[str, Any] = {"name": path.stem, "path": str(path), "bytes": size, "error": trouble}
@@ -80,7 +80,7 @@ def receipt(console: Console, of: Receipt, base: str) -> None:
     row("title", of.title)
     row("category", of.category)
     row("trigger words", ", ".join(of.triggers))
-    row("made for", _made_for(of))
+    row("made for", _base_family(of))
     row("layout", of.layout)
     row("rank", _counted(of.ranks))
     row("alpha", _counted(of.alphas))
@@ -103,8 +103,8 @@ def receipt(console: Console, of: Receipt, base: str) -> None:
     console.print(Panel(rows, title=escape(printable(of.name)), title_align="left", expand=False))
 
 
-def _made_for(of: Receipt) -> str:
-    """The kind of base its keys and shapes tell, else the one its maker wrote into it."""
+def _base_family(of: Receipt) -> str:
+    """The family that its keys and shapes show, else the base that its trainer wrote into it."""
     return of.family if of.family != "unknown" else of.metadata.get("base", "")
 
 
@@ -143,30 +143,30 @@ def result(console: Console, of: Result, drawn: bool) -> None:
     request = of.request
     if drawn:
         console.print(Text(f"seed {request.seed} (drawn; give --seed {request.seed} to make this again)"))
-    for one in of.receipts:
-        console.print(Text(printable(one.line())))
+    for receipt in of.receipts:
+        console.print(Text(printable(receipt.line())))
     for line in remarks.remarks(of.notes):
         console.print(Text(printable(line), style="yellow"))
 
 
-def profiles(console: Console, found: Sequence[tuple["Profile", bool]], names: Sequence[str], low: Sequence[str]) -> None:
+def profiles(console: Console, measured: Sequence[tuple["Profile", bool]], names: Sequence[str], low: Sequence[str]) -> None:
     """Frequency profiles by falling change, which of them lead late, and which were measured now."""
     rows = table("LoRA", "change", "level", "H early", "H late", "frequency", "", right=("change", "level", "H early", "H late"))
-    by_name = {one.name: (one, fresh) for one, fresh in found}
+    by_name = {profile.name: (profile, fresh) for profile, fresh in measured}
     for name in names:
-        one, fresh = by_name[name]
-        early, late = (one.high[min(len(one.high) - 1, int(share * len(one.high)))] for share in (0.2, 0.8))
-        rows.add_row(Text(printable(name)), f"{one.change:+.4f}", f"{one.level:+.4f}", f"{early:.3f}", f"{late:.3f}", "low" if name in low else "high",
+        profile, fresh = by_name[name]
+        early, late = (profile.high[min(len(profile.high) - 1, int(share * len(profile.high)))] for share in (0.2, 0.8))
+        rows.add_row(Text(printable(name)), f"{profile.change:+.4f}", f"{profile.level:+.4f}", f"{early:.3f}", f"{late:.3f}", "low" if name in low else "high",
                      Text("measured now" if fresh else "kept", style="dim"))
     console.print(rows)
     console.print(Text("over the first 60 % of the steps and over what the base does: change, how far the LoRA moves H, the share of high "
                        "frequencies, in a tenth of the steps; level, how much higher H is with it. Sorted by change.", style="dim"))
 
 
-def tiles(console: Console, made: Sequence[Tile], sheet: Path) -> None:
+def tiles(console: Console, pictures: Sequence[Tile], sheet: Path) -> None:
     """A table of the ways a picture was made, and where the strip is."""
     rows = table("picture", "seconds", "evaluations", "file", right=("seconds", "evaluations"))
-    for tile in made:
+    for tile in pictures:
         if tile.path is None:
             rows.add_row(tile.title, "", "", Text(f"not made: {printable(tile.refused)}", style="yellow"))
         else:
@@ -176,12 +176,12 @@ def tiles(console: Console, made: Sequence[Tile], sheet: Path) -> None:
     console.print(Text(f"side by side: {sheet}"))
 
 
-def generated(request: Request, made: Sequence[tuple[Path, Result]], seed_drawn: bool) -> str:
+def generated(request: Request, results: Sequence[tuple[Path, Result]], seed_drawn: bool) -> str:
     """`generate --json`: the request and, per picture, its file, seed, seconds and notes; receipts once."""
     return as_json({
         "request": json.loads(request.json()),
         "seed_drawn": seed_drawn,
         "pictures": [{"file": str(path), "seed": result.request.seed, "seconds": dict(result.seconds),
-                      "notes": dict(result.notes)} for path, result in made],
-        "receipts": [asdict(one) for one in made[0][1].receipts] if made else [],
+                      "notes": dict(result.notes)} for path, result in results],
+        "receipts": [asdict(receipt) for receipt in results[0][1].receipts] if results else [],
     })

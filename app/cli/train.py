@@ -31,12 +31,12 @@ def _train() -> None:
 def concept(
     images: Annotated[list[Path] | None, typer.Option(metavar="DIR", help="A folder with pictures of it; five are enough. "
                                                       "Repeat, each with a --trigger, to learn several at once.")] = None,
-    trigger: Annotated[list[str] | None, typer.Option(metavar="WORD", help="The word prompts will call it by.")] = None,
+    trigger: Annotated[list[str] | None, typer.Option(metavar="WORD", help="The word that prompts will use for it.")] = None,
     name: Annotated[list[str] | None, typer.Option(help="Name of the LoRA (from the trigger); once for each --images.")] = None,
     category: Annotated[list[str] | None, typer.Option(help=f"{', '.join(CATEGORIES)} (object); once, or once for each.")] = None,
     title: Annotated[list[str] | None, typer.Option(help="Title shown in lists (from the trigger); once for each.")] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="The base, as for generate.")] = "pocket",
-    steps: Annotated[int | None, typer.Option(help="Training steps (by the size of the model, as all below).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps (depends on the model's size, as all below).")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank: how much it can hold.")] = None,
     rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch: Annotated[int | None, typer.Option(help="Pictures of each concept in a step.")] = None,
@@ -74,14 +74,14 @@ def concept(
 def lessons_of(
     images: Sequence[Path], triggers: Sequence[str], names: Sequence[str], categories: Sequence[str], titles: Sequence[str]
 ) -> list[Lesson]:
-    """One lesson per folder. Raises Refused when the flags do not pair, or a word cannot be used."""
+    """One lesson per folder. Raises Refused when the flags do not match in number, or a trigger cannot be used."""
     if not images or not triggers:
         raise Refused("a folder of pictures and a word are needed: medley train concept --images my-cat --trigger mycat")
     if len(images) != len(triggers):
         raise Refused(f"{len(images)} --images and {len(triggers)} --trigger: give each folder its word")
-    for flag, given in (("--name", names), ("--title", titles)):
-        if given and len(given) != len(images):
-            raise Refused(f"{len(given)} {flag} for {len(images)} --images: give one for each, or none")
+    for flag, values in (("--name", names), ("--title", titles)):
+        if values and len(values) != len(images):
+            raise Refused(f"{len(values)} {flag} for {len(images)} --images: give one for each, or none")
     if len(categories) not in (0, 1, len(images)):
         raise Refused(f"{len(categories)} --category for {len(images)} --images: give one, or one for each")
     lessons = []
@@ -92,9 +92,9 @@ def lessons_of(
             raise Refused(f"--category {kind}: choose from {', '.join(CATEGORIES)}")
         title = " ".join(titles[index].split()) if titles else word[:1].upper() + word[1:]
         lessons.append(Lesson(folder, word, _name(names[index]) if names else _name_from(word), kind, title))
-    for what, given in (("name", [one.name for one in lessons]), ("--trigger", [one.trigger.lower() for one in lessons])):
-        if len(set(given)) != len(given):
-            raise Refused(f"two concepts have the same {what}: {', '.join(given)}")
+    for what, values in (("name", [lesson.name for lesson in lessons]), ("--trigger", [lesson.trigger.lower() for lesson in lessons])):
+        if len(set(values)) != len(values):
+            raise Refused(f"two concepts have the same {what}: {', '.join(values)}")
     return lessons
 
 

@@ -38,7 +38,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What the user asked for; None: as is usual for the model."""
+    """What the user asked for; None: the model's default."""
 
     model: str
     folder: Path
@@ -57,7 +57,7 @@ class TrainConfig:
 
 
 def learn(lessons: Sequence[Lesson], config: TrainConfig, out: Console, err: Console) -> bool:
-    """Train and write every LoRA; False when Ctrl-C stopped it, which is said, with how to go on.
+    """Train and write every LoRA; False when Ctrl-C stopped it, after printing how to resume.
 
     Raises Refused, before the model is opened where that is possible, for what cannot be learned from.
     """
@@ -66,11 +66,11 @@ def learn(lessons: Sequence[Lesson], config: TrainConfig, out: Console, err: Con
     from composition.training.concept import train
     from composition.training.state import reached
 
-    folders = [pictures.read(one.images, one.trigger, one.category) for one in lessons]
-    for one, folder in zip(lessons, folders, strict=True):
-        told = f"{len(folder)} captions" if folder.captions else "no captions, so plain prompts"
-        out.print(Text(f"{one.trigger}: {len(folder)} pictures, {told}" + (f"; {folder.said}" if folder.said else "")))
-    checkpoint = config.folder / f"{'+'.join(one.name for one in lessons)[:120]}.training"
+    folders = [pictures.read(lesson.images, lesson.trigger, lesson.category) for lesson in lessons]
+    for lesson, folder in zip(lessons, folders, strict=True):
+        described = f"{len(folder)} captions" if folder.captions else "no captions, so plain prompts"
+        out.print(Text(f"{lesson.trigger}: {len(folder)} pictures, {described}" + (f"; {folder.remark}" if folder.remark else "")))
+    checkpoint = config.folder / f"{'+'.join(lesson.name for lesson in lessons)[:120]}.training"
     place = engines.EngineOptions(config.device, defaults.dtype_for(config.device, config.dtype), "none")
     with engines.open_engine(config.model, place) as engine:
         usual = defaults.of(engine.backbone)
@@ -78,8 +78,8 @@ def learn(lessons: Sequence[Lesson], config: TrainConfig, out: Console, err: Con
         _say(plan, engine, out)
         begun = reached(checkpoint) if checkpoint.is_file() else 0
         config.folder.mkdir(parents=True, exist_ok=True)
-        concepts = [_concept(one, folder, engine, plan, usual.count(len(folder)), config)
-                    for one, folder in zip(lessons, folders, strict=True)]
+        concepts = [_concept(lesson, folder, engine, plan, usual.count(len(folder)), config)
+                    for lesson, folder in zip(lessons, folders, strict=True)]
         shown = _Previews(lessons, config, engine, plan)
         if begun:
             out.print(Text(f"going on from step {begun} of {plan.steps} ({checkpoint})"))
@@ -107,13 +107,13 @@ def learn(lessons: Sequence[Lesson], config: TrainConfig, out: Console, err: Con
 def _plan(config: TrainConfig, usual: Any, half: bool) -> "Plan":
     from composition.training.plan import Plan
 
-    asked = {name: getattr(config, name) for name in ("steps", "rank", "rate", "batch", "targets")}
-    chosen = {name: getattr(usual, name) if value is None else value for name, value in asked.items()}
+    overrides = {name: getattr(config, name) for name in ("steps", "rank", "rate", "batch", "targets")}
+    chosen = {name: getattr(usual, name) if value is None else value for name, value in overrides.items()}
     return Plan(**chosen, noise=usual.noise, keep=usual.keep, empty=0.0, half=half, seed=config.seed)
 
 
 def _say(plan: "Plan", engine: "Engine", out: Console) -> None:
-    """What will be done, before it is."""
+    """Print what the training will do, before it starts."""
     half = ", products in bfloat16" if plan.half else ""
     out.print(Text(f"model {engine.name} on {engine.device}{half}"))
     out.print(Text(f"{plan.steps} steps of {plan.batch} pictures of each, rank {plan.rank}, rate {plan.rate:g}, layers "
@@ -128,12 +128,12 @@ def _concept(lesson: Lesson, folder: Any, engine: "Engine", plan: "Plan", views:
     size = engine.backbone.size(Request(prompt=""))
     pixels, prompts = pictures.views(
         folder, lesson.trigger, lesson.category, size, views, flip=config.flip, seed=f"{plan.seed}/{lesson.name}")
-    told = header.header(
+    metadata = header.header(
         engine.backbone, engine.name, plan, title=lesson.title, category=lesson.category, trigger=lesson.trigger,
         pictures=len(folder), size=size, software=f"medley {__version__}")
     return Concept(
-        lesson.name, latents_of(engine.backbone, pixels, part=8), prompts, told,
-        origin=f"{told['base']} {size} {views} {config.flip} {folder.origin}", others=captions.others())
+        lesson.name, latents_of(engine.backbone, pixels, part=8), prompts, metadata,
+        origin=f"{metadata['base']} {size} {views} {config.flip} {folder.origin}", others=captions.others())
 
 
 class _Previews:
@@ -148,7 +148,7 @@ class _Previews:
         return self.config.folder / f"{lesson.name}-previews"
 
     def base(self) -> None:
-        """What the base makes of the prompts by itself."""
+        """The base's own pictures of the prompts."""
         if self.every:
             for lesson in self.lessons:
                 self._save(lesson, 0, lambda request: list(self.engine.run(request).images), [])
@@ -162,7 +162,7 @@ class _Previews:
         """The small picture for the header of a finished LoRA."""
         from composition.training.previews import thumbnail
 
-        lesson = next(one for one in self.lessons if one.name == name)
+        lesson = next(lesson for lesson in self.lessons if lesson.name == name)
         request = Request(prompt=self.prompts(lesson)[0], loras=[Lora(name)], seed=self.plan.seed)
         return {"preview": thumbnail(self._draw(request)[0])}
 
@@ -218,7 +218,7 @@ class _Bar:
         if not due and len(self.unread) < READ:
             self.progress.update(self.task, completed=step)
             return
-        self.losses = [*self.losses, *(sum(one.values()) / len(one) for one in self.unread)][-LAST:]
+        self.losses = [*self.losses, *(sum(step_losses.values()) / len(step_losses) for step_losses in self.unread)][-LAST:]
         self.unread.clear()
         loss = sum(self.losses) / len(self.losses)
         self.progress.update(self.task, completed=step, description=f"loss {loss:.4f}")

@@ -19,10 +19,10 @@ def colours(variants: Sequence[str]) -> dict[str, str]:
 
 
 def lines(parts: Mapping[str, Any], variants: Sequence[str], titles: Mapping[str, str], metric: Any) -> str:
-    """Score against number of LoRAs, a line a variant, whiskers for its 95 % interval. parts: size or "all" to what was found."""
+    """Score against number of LoRAs, a line a variant, whiskers for its 95 % interval. parts: size or "all" to its summary."""
     sizes = sorted(int(name) for name in parts if name != ALL)
     points = {variant: [(size, parts[str(size)]["means"][variant]) for size in sizes if variant in parts[str(size)]["means"]] for variant in variants}
-    scale = _Scale([one for rows in points.values() for _, one in rows], metric)
+    scale = _Scale([interval for rows in points.values() for _, interval in rows], metric)
     step = (WIDE - LEFT - RIGHT) / max(1, len(sizes))
     place = {size: LEFT + step * (index + 0.5) for index, size in enumerate(sizes)}
     drawn = [*scale.axis(), *(_text(place[size], HIGH - 10, f"{size} LoRAs" if size == sizes[0] else str(size), "middle") for size in sizes)]
@@ -30,11 +30,11 @@ def lines(parts: Mapping[str, Any], variants: Sequence[str], titles: Mapping[str
     for index, (variant, rows) in enumerate(points.items()):
         shift = (index - (len(variants) - 1) / 2) * min(7.0, step * 0.6 / len(variants))
         dash = ' stroke-dasharray="4 3"' if "@" in variant else ""
-        spots = [(place[size] + shift, one) for size, one in rows]
+        spots = [(place[size] + shift, interval) for size, interval in rows]
         if len(spots) > 1:
-            path = " ".join(f"{x:.1f},{scale(one['mean']):.1f}" for x, one in spots)
+            path = " ".join(f"{x:.1f},{scale(interval['mean']):.1f}" for x, interval in spots)
             drawn.append(f'<polyline points="{path}" fill="none" stroke="{table[variant]}" stroke-width="1.5"{dash}/>')
-        drawn += [_mark(x, one, scale, table[variant], f"{titles[variant]}, {size} LoRAs", metric) for (x, one), (size, _) in zip(spots, rows, strict=True)]
+        drawn += [_mark(x, interval, scale, table[variant], f"{titles[variant]}, {size} LoRAs", metric) for (x, interval), (size, _) in zip(spots, rows, strict=True)]
     return _svg(drawn, f"{metric.title} against the number of LoRAs")
 
 
@@ -54,9 +54,9 @@ def bars(part: Mapping[str, Any], variants: Sequence[str], titles: Mapping[str, 
 class _Scale:
     """Score to height, with room above and below; shares stay in 0..1."""
 
-    def __init__(self, found: Sequence[Mapping[str, Any]], metric: Any) -> None:
+    def __init__(self, intervals: Sequence[Mapping[str, Any]], metric: Any) -> None:
         self.metric = metric
-        ends = [end for one in found for end in (one["low"], one["mean"], one["high"]) if end is not None] or [0.0, 1.0]
+        ends = [end for interval in intervals for end in (interval["low"], interval["mean"], interval["high"]) if end is not None] or [0.0, 1.0]
         room = 0.08 * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 0.5
         self.low, self.high = min(ends) - room, max(ends) + room
         if metric.share or min(ends) >= 0:
@@ -78,16 +78,16 @@ class _Scale:
         return drawn
 
 
-def _mark(x: float, one: Mapping[str, Any], scale: _Scale, colour: str, title: str, metric: Any) -> str:
+def _mark(x: float, interval: Mapping[str, Any], scale: _Scale, colour: str, title: str, metric: Any) -> str:
     whisker = ""
-    if one["low"] is not None:
-        top, bottom = scale(one["high"]), scale(one["low"])
+    if interval["low"] is not None:
+        top, bottom = scale(interval["high"]), scale(interval["low"])
         whisker = (f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" stroke="{colour}" stroke-width="1.5"/>'
                    + "".join(f'<line x1="{x - 3:.1f}" x2="{x + 3:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}"/>' for y in (top, bottom)))  # fmt: skip
     factor, unit = (100, " %") if metric.share else (1, "")
-    ends = "" if one["low"] is None else f" ({factor * one['low']:.{metric.digits}f} to {factor * one['high']:.{metric.digits}f})"
-    label = f"{title}: {factor * one['mean']:.{metric.digits}f}{unit}{ends}"
-    return (f'<g>{whisker}<circle cx="{x:.1f}" cy="{scale(one["mean"]):.1f}" r="3.5" fill="{colour}"/>'
+    ends = "" if interval["low"] is None else f" ({factor * interval['low']:.{metric.digits}f} to {factor * interval['high']:.{metric.digits}f})"
+    label = f"{title}: {factor * interval['mean']:.{metric.digits}f}{unit}{ends}"
+    return (f'<g>{whisker}<circle cx="{x:.1f}" cy="{scale(interval["mean"]):.1f}" r="3.5" fill="{colour}"/>'
             f"<title>{escape(label)}</title></g>")  # fmt: skip
 
 

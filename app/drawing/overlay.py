@@ -15,18 +15,18 @@ DARK = 0.25  # what is left of the picture outside a mask
 
 def drawn(picture: Image.Image, notes: Mapping[str, Any]) -> list[tuple[Image.Image, str, str]]:
     """(picture, LoRA's name, what is shown) for every map and mask in the notes; none where the method has no places."""
-    found = notes.get("masks")
-    if not isinstance(found, Mapping):
+    masks = notes.get("masks")
+    if not isinstance(masks, Mapping):
         return []
     scale = max(1, -(-SIDE // max(picture.size)))
     base = picture.convert("RGB").resize((picture.width * scale, picture.height * scale), Image.Resampling.LANCZOS)
     how = notes.get("clora")
     changed = isinstance(how, Mapping) and how.get("maps") == "change"
     tiles = []
-    for name, told in found.items():
-        if "map" in told:
-            tiles.append((_heated(base, told["map"]), str(name), "what it changes" if changed else "where it is looked at"))
-        tiles.append((_masked(base, told["mask"]), str(name), "its place"))
+    for name, layer in masks.items():
+        if "map" in layer:
+            tiles.append((_heated(base, layer["map"]), str(name), "what it changes" if changed else "where it is looked at"))
+        tiles.append((_masked(base, layer["mask"]), str(name), "its place"))
     return tiles
 
 

@@ -18,7 +18,7 @@ def plot(profiles: Sequence[Profile]) -> Image.Image:
         raise ValueError("a plot needs at least one profile")
     sheet = Image.new("RGB", (WIDE, HIGH), PAPER)
     pen, font = ImageDraw.Draw(sheet), lettering(15)
-    courses = {one.name: [a - b for a, b in zip(one.high, one.base, strict=True)] for one in profiles}
+    courses = {profile.name: [a - b for a, b in zip(profile.high, profile.base, strict=True)] for profile in profiles}
     ends = [value for course in courses.values() for value in course] + [0.0]
     room = 0.1 * (max(ends) - min(ends)) or 0.01
     low, high = min(ends) - room, max(ends) + room

@@ -10,7 +10,7 @@ from composition import Request
 class ExpectedConcept:
     """One thing a picture should show.
 
-    name: the LoRA's, or the phrase. phrase: what the judge is asked ("a raccoon"). category: as a Lora's. alone: a prompt for
+    name: the LoRA's, or the phrase. phrase: what the judge looks for ("a raccoon"). category: as a Lora's. alone: a prompt for
     it by itself, "" for none. references: pictures of it from the user.
     """
 
@@ -26,7 +26,7 @@ class Case:
     """One prompt with one noise. Every method answers it with the same seed.
 
     group: what is resampled as one (a set of LoRAs, a prompt): pictures of one group are not independent. seed: number of
-    the seed within its group. text: what CLIPScore is asked. request: as asked, method included. method: how the request or
+    the seed within its group. text: what CLIPScore compares with. request: as it was written, method included. method: how the request or
     the picture came to be, "" when it is not known. picture: a picture that is there already. line: of the manifest.
     """
 
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What pairs the answers of two methods."""
+        """What pairs the pictures of two methods."""
         return self.group, self.seed
 
 
@@ -63,8 +63,8 @@ class Problem:
 
 
 @dataclass
-class Asked:
-    """The cases that can be answered, and what cannot."""
+class CollectedCases:
+    """The cases that can be evaluated, and the problems of those that cannot."""
 
     cases: list[Case] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)

@@ -40,9 +40,9 @@ def supplied(rows: Sequence[Row]) -> dict[int, Picture]:
 def generate(engine: "Engine", rows: Sequence[Row], folder: Path, title: str, console: Console) -> tuple[list[Picture], list[Problem]]:
     """All rows' pictures in their order, and why some have none. Raises Cancelled after Ctrl-C."""
     pictures, problems = supplied(rows), []
-    asked = [(index, row.request) for index, row in enumerate(rows) if row.request]
-    for item in run_batch(engine, [request for _, request in asked], folder, title, console):
-        index = asked[item.index][0]
+    requested = [(index, row.request) for index, row in enumerate(rows) if row.request]
+    for item in run_batch(engine, [request for _, request in requested], folder, title, console):
+        index = requested[item.index][0]
         if item.path is None:
             problems.append(_problem(rows[index], item.error))
         else:

@@ -1,9 +1,9 @@
 """A manifest: JSONL with one request or one finished picture a line, or a folder that has `metadata.jsonl`.
 
 A line with `file_name` is a picture that is there (relative to the manifest, as Hugging Face's imagefolder has it), with its
-prompt as `text`. Other lines are requests, with the fields of a Request. Besides: `concepts` (phrases, or objects with
+prompt as `text`. Other lines are requests, with the fields of a Request. Also: `concepts` (phrases, or objects with
 `phrase` and, if you like, `name`, `category`, `references`), `group` (what is resampled as one: the prompt, when nothing
-else is said), `method` (what made a picture that is there), `text` (what CLIPScore is asked, when it is not the prompt). Columns that
+else is said), `method` (what made a picture that is there), `text` (what CLIPScore compares with, when it is not the prompt). Columns that
 mean nothing here are left alone beside `file_name`. Lines that `medley generate` wrote need nothing added.
 """
 
@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.evaluation.cases import Asked, Case, ExpectedConcept, Problem
+from app.evaluation.cases import Case, CollectedCases, ExpectedConcept, Problem
 from app.evaluation.variants import SUPPLIED
 from composition import Receipt, Refused, Request, manifest
 
 CONCEPT = {"phrase", "name", "category", "references"}
 
 
-def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "pocket") -> Asked:
+def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "pocket") -> CollectedCases:
     """Cases and what is wrong, line by line; nothing stops at a bad line. Raises Refused when there is no manifest.
 
     inspect: what a LoRA's file says of itself; raises Refused when there is none (the line is left out). model: for requests
@@ -30,21 +30,21 @@ def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "p
     if not path.is_file():
         raise Refused(f"{source} has no metadata.jsonl" if source.is_dir() else f"{source} is not there; give a JSONL manifest, "
                       "or a folder with metadata.jsonl")  # fmt: skip
-    asked = Asked()
+    collected = CollectedCases()
     seen: dict[tuple[str, str], set[int]] = {}
     for number, line in manifest.texts(path):
         try:
             case = _case(manifest.row_of(line), path.parent, inspect, model, number)
         except Refused as error:
-            asked.problems.append(Problem(str(path), str(error), number))
+            collected.problems.append(Problem(str(path), str(error), number))
             continue
         taken = seen.setdefault((case.group, case.method), set())
-        free = case.seed if case.seed >= 0 and case.seed not in taken else max(taken, default=-1) + 1  # no two answer for one
+        free = case.seed if case.seed >= 0 and case.seed not in taken else max(taken, default=-1) + 1  # no two pictures of one case
         taken.add(free)
-        asked.cases.append(replace(case, seed=free))
-    if not asked.cases and not asked.problems:
+        collected.cases.append(replace(case, seed=free))
+    if not collected.cases and not collected.problems:
         raise Refused(f"{path} is empty; write one request a line, as {{\"prompt\": \"a fox\", \"seed\": 1}}")
-    return asked
+    return collected
 
 
 def _case(row: dict[str, Any], folder: Path, inspect: Callable[[str], Receipt | None], model: str, line: int) -> Case:
@@ -70,7 +70,7 @@ def _case(row: dict[str, Any], folder: Path, inspect: Callable[[str], Receipt | 
 
 
 def _request(row: dict[str, Any], model: str, *, supplied: bool) -> Request | None:
-    """The request a line is, or holds; None beside a picture that came without one."""
+    """The request that a line is or holds; None for a picture without one."""
     if supplied and row.get("request") is None:
         return None
     request = manifest.request_of(row, model)
@@ -110,7 +110,7 @@ def _of_loras(request: Request | None, inspect: Callable[[str], Receipt | None],
 
 
 def phrase(trigger: str, category: str) -> str:
-    """What a judge is asked for a trigger word: characters and things as "a raccoon", the rest as it is written."""
+    """The phrase that a judge looks for, for a trigger word: characters and things as "a raccoon", the rest as it is written."""
     plain = trigger.replace(" ", "").isalpha() and trigger == trigger.lower() and len(trigger.split()) <= 2
     plural = trigger.endswith("s") and not trigger.endswith("ss")
     if category not in ("character", "object", "clothing") or not plain or plural or trigger.split()[0] in ("a", "an", "the"):

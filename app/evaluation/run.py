@@ -13,7 +13,7 @@ from rich.console import Console
 
 from app import engines
 from app.evaluation import manifest, mllm, report, statistics, testbed
-from app.evaluation.cases import Asked, Case, ExpectedConcept, Problem
+from app.evaluation.cases import Case, CollectedCases, ExpectedConcept, Problem
 from app.evaluation.generate import Picture, generate, supplied
 from app.evaluation.summary import per_concept, summary
 from app.evaluation.variants import NONE, SUPPLIED, Row, Variants, equal, interleaved, title
@@ -60,7 +60,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it: the report's document, the scored pictures, what was left out, and the page."""
+    """The outcome: the report's document, the scored pictures, what was left out, and the page."""
 
     document: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
@@ -81,10 +81,10 @@ class Evaluation:
         """Make what is missing, score everything, write the report. Raises Refused when nothing at all can be done."""
         engines.prepare(self.config.like.model, judge=self.config.judge)
         with self._stack:
-            asked = self._asked()
-            cases = interleaved(asked.cases, self.config.limit)
+            collected = self._collect()
+            cases = interleaved(collected.cases, self.config.limit)
             if not cases:
-                raise Refused("nothing can be evaluated: " + "; ".join(map(str, asked.problems[:3])))
+                raise Refused("nothing can be evaluated: " + "; ".join(map(str, collected.problems[:3])))
             scorer = self._scorer()
             self.config.folder.mkdir(parents=True, exist_ok=True)
             variants = self._variants(cases, scorer)
@@ -94,25 +94,25 @@ class Evaluation:
             scorer.settle(pictures, seen)
             scores = scorer.score(pictures, seen, references)
             rows = [self._row(pictures[index], score) for index, score in zip(seen, scores, strict=True)]
-            problems = [*asked.problems, *self._problems, *scorer.problems, *trouble]
+            problems = [*collected.problems, *self._problems, *scorer.problems, *trouble]
             if not rows:
                 raise Refused("no picture could be made or read: " + "; ".join(map(str, problems[:3])))
             document = self._document(rows, pictures, problems, scorer)
             return Outcome(document, rows, problems, report.write(self.config.folder, rows, document))
 
-    # what is asked ---------------------------------------------------------------------------------------------------
+    # cases -----------------------------------------------------------------------------------------------------------
 
-    def _asked(self) -> Asked:
+    def _collect(self) -> CollectedCases:
         if self.config.manifest is not None:
             return manifest.read(self.config.manifest, self._inspect, self.config.like.model)
-        asked, lost = Asked(), {}
+        collected, lost = CollectedCases(), {}
         for size in self.config.sizes:
             for chosen in testbed.drawn(self._table, size, self.config.sets, self.config.seed, self.config.of):
                 missing = [entry.id for entry in chosen if not self._there(entry.id, lost)]
                 if not missing:
-                    asked.cases += testbed.cases([chosen], self.config.seeds, self.config.like, weight=self.config.weight, prefix=self.config.prefix, boxes=self.config.boxes)
-        asked.problems += [Problem(f"LoRA {name}", f"{why}; every set with it is left out") for name, why in lost.items()]
-        return asked
+                    collected.cases += testbed.cases([chosen], self.config.seeds, self.config.like, weight=self.config.weight, prefix=self.config.prefix, boxes=self.config.boxes)
+        collected.problems += [Problem(f"LoRA {name}", f"{why}; every set with it is left out") for name, why in lost.items()]
+        return collected
 
     @cached_property
     def _table(self) -> dict[str, list[testbed.Entry]]:
@@ -154,7 +154,7 @@ class Evaluation:
         return pictures
 
     def _variants(self, cases: Sequence[Case], scorer: "Scorer") -> Variants:
-        """The methods, with weights tuned on other sets' and other noise's pictures where that was asked."""
+        """The methods, with weights tuned, where asked for, on pictures of other sets with other noise."""
         variants = Variants({name: self.config.options.get(name, {}) for name in self.config.methods})
         if not self.config.tune or self.config.manifest is not None:
             return variants

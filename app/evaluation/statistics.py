@@ -136,7 +136,7 @@ def _effect(differences: Sequence[float], groups: Sequence[str]) -> float | None
 def ranks(means: dict[str, float], pairs: Sequence[Paired], *, larger: bool = True) -> dict[str, int]:
     """Method to rank: 1 + the number of methods that are better and told apart from it.
 
-    Methods that the pictures do not tell apart may share a rank; that is no proof that they are alike.
+    Methods that the pictures do not tell apart may share a rank; that does not prove that they are alike.
     """
     beaten = dict.fromkeys(means, 0)
     for pair in pairs:

@@ -1,7 +1,7 @@
 """A testbed: LoRAs by category in ComposLoRA's form, and the sets drawn from it (arXiv 2402.16843, section 4.1).
 
 A set is one character and at most one LoRA of each other category. The file is ComposLoRA's own `*_lora_info.json`: category
-to entries of id, name, trigger (a list) and url. Ours have besides `phrase`, `concept` and `alone`; without them the prompt is
+to entries of id, name, trigger (a list) and url. Ours also have `phrase`, `concept` and `alone`; without them the prompt is
 all triggers joined by commas, as theirs is.
 """
 

@@ -96,11 +96,11 @@ def orders(pictures: Sequence[Picture]) -> list[str]:
             for variant, kinds in counts.items()]  # fmt: skip
 
 
-def _order(asked: Request, settled: Request) -> str:
+def _order(requested: Request, settled: Request) -> str:
     """By what the LoRAs of a settled request are ordered; "" for a method without an order."""
     if "order" not in methods.find(settled.method).options.__dataclass_fields__:
         return ""
-    wanted, order = asked.options.get("order", ""), settled.options.get("order", "")
+    wanted, order = requested.options.get("order", ""), settled.options.get("order", "")
     if wanted == CATEGORY or not order:
         return "by category"
     if order == CATEGORY:

@@ -50,15 +50,15 @@ def cards(files: Iterable[Path]) -> dict[str, Card]:
     paths = list(dict.fromkeys(files))
     stems = [shown(path.stem) for path in paths]
     counts = Counter(stems)
-    found: dict[str, Card] = {}
+    by_key: dict[str, Card] = {}
     for path, stem in zip(paths, stems, strict=True):
         alone = counts[stem] == 1
         key = stem if alone else f"{stem} ({shown(path.parent.name)})"
-        while key in found:
+        while key in by_key:
             key += "'"
         title, category, triggers, preview, trouble = _read(path, library.stamp(path))
-        found[key] = Card(key, path.stem if alone else str(path), title or key, category, triggers, preview, trouble)
-    return dict(sorted(found.items(), key=lambda pair: (_ORDER[pair[1].category], pair[1].title.lower(), pair[0])))
+        by_key[key] = Card(key, path.stem if alone else str(path), title or key, category, triggers, preview, trouble)
+    return dict(sorted(by_key.items(), key=lambda pair: (_ORDER[pair[1].category], pair[1].title.lower(), pair[0])))
 
 
 def lacking(prompt: str, chosen: Iterable[Card]) -> list[Card]:
@@ -78,10 +78,10 @@ def with_words(prompt: str, words: Sequence[str]) -> str:
 def _read(path: Path, stamp: tuple[int, int]) -> tuple[str, str, tuple[str, ...], str, str]:
     """(title, category, triggers, preview, trouble) of a file in the state that `stamp` stands for."""
     try:
-        said = load_header(path).metadata
+        header = load_header(path).metadata
     except Exception as error:  # one file, whatever is wrong with it, does not take the others down
         return "", "", (), "", library.trouble(error)
-    return metadata.title(said), metadata.category(said), metadata.triggers(said), _picture(said.get(PREVIEW, "")), ""
+    return metadata.title(header), metadata.category(header), metadata.triggers(header), _picture(header.get(PREVIEW, "")), ""
 
 
 def _picture(text: str) -> str:

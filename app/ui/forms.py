@@ -32,10 +32,10 @@ def options(method: Method, answers: Sequence[Any]) -> dict[str, Any]:
     Raises Refused, as the method does, for a value that is wrong or missing.
     """
     hints = get_type_hints(method.options, include_extras=False)
-    given = {item.name: _value(item.name, hints[item.name], answer)
+    values = {item.name: _value(item.name, hints[item.name], answer)
              for item, answer in zip(fields(method.options), answers, strict=True)}
-    read = method.read(given)
-    return {item.name: given[item.name] for item in fields(method.options)
+    read = method.read(values)
+    return {item.name: values[item.name] for item in fields(method.options)
             if getattr(read, item.name) != _default(item)}
 
 

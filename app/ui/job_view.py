@@ -73,7 +73,7 @@ def link(path: Path) -> str:
 
 
 def report(result: Result, path: Path) -> str:
-    """What the picture is made of: facts, one receipt per LoRA, what the user should know, who led when, where
+    """What the picture is made of: facts, one receipt per LoRA, what the user should know, which LoRA was dominant when, where
     each concept is, where the file is."""
     request, image = result.request, result.images[0]
     facts = {
@@ -82,7 +82,7 @@ def report(result: Result, path: Path) -> str:
         "Size": f"{image.width} x {image.height}",
     }
     pairs = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    receipts = "".join(f"<li>{escape(one.line())}</li>" for one in result.receipts)
+    receipts = "".join(f"<li>{escape(receipt.line())}</li>" for receipt in result.receipts)
     notes = {name: value for name, value in result.notes.items() if name != "missing triggers"}  # `hint` says those
     remarked = "".join(f'<li class="remark">{escape(line)}</li>' for line in remarks.remarks(notes))
     lines = remarks.timeline(result.notes)

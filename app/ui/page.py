@@ -146,23 +146,23 @@ class Page:
 
     def _request(self, answers: tuple[Any, ...]) -> Request:
         """The request of a filled-in page. Raises Refused or ValidationError for what cannot be made."""
-        given = dict(zip(FIELDS, answers, strict=False))
-        method = methods.find(given["method"])
-        if not (given["prompt"] or "").strip():
+        fields = dict(zip(FIELDS, answers, strict=False))
+        method = methods.find(fields["method"])
+        if not (fields["prompt"] or "").strip():
             raise Refused("the prompt is empty: write what to draw")
         for name in ("steps", "guidance", "true_guidance"):
-            if given[name] is None:
+            if fields[name] is None:
                 raise Refused(f"{name.replace('_', ' ')} is empty: write a number")
-        if not given["random"] and given["seed"] is None:
+        if not fields["random"] and fields["seed"] is None:
             raise Refused("the seed is empty: write a whole number, or choose a random one")
         request = Request(
-            prompt=given["prompt"] or "", negative=given["negative"] or "", model=self._engine.name, method=method.name,
-            loras=[Lora(card.source, weight=weight) for card, weight in self._chosen(given["cards"])],
+            prompt=fields["prompt"] or "", negative=fields["negative"] or "", model=self._engine.name, method=method.name,
+            loras=[Lora(card.source, weight=weight) for card, weight in self._chosen(fields["cards"])],
             options=forms.options(method, self._answers(method.name, answers[len(FIELDS):])),
-            sampler=given["sampler"], steps=given["steps"], guidance=given["guidance"],
-            true_guidance=given["true_guidance"],
-            size=_size(given["size"]),
-            seed=secrets.randbelow(2**32) if given["random"] else given["seed"])
+            sampler=fields["sampler"], steps=fields["steps"], guidance=fields["guidance"],
+            true_guidance=fields["true_guidance"],
+            size=_size(fields["size"]),
+            seed=secrets.randbelow(2**32) if fields["random"] else fields["seed"])
         self._engine.backbone.size(request)  # refused now, not when its turn comes
         return request
 
@@ -181,7 +181,7 @@ class Page:
     def _chosen(self, value: Any) -> list[tuple[Card, float]]:
         """The cards that a tab chose, with their weights. A card is named by its key, never by a path."""
         shelf = self._shelf()
-        pairs = [(str(one["key"]), one["weight"]) for one in value or []]
+        pairs = [(str(choice["key"]), choice["weight"]) for choice in value or []]
         if gone := [key for key, _ in pairs if key not in shelf]:
             raise Refused(f"LoRA {gone[0]!r} is not there any more: reload the page")
         return [(shelf[key], weight) for key, weight in pairs]
@@ -201,11 +201,11 @@ class Page:
 
     def _lacking(self, prompt: str, value: Any) -> list[Card]:
         shelf = self._shelf()
-        return lacking(prompt or "", [shelf[one["key"]] for one in value or [] if one["key"] in shelf])
+        return lacking(prompt or "", [shelf[choice["key"]] for choice in value or [] if choice["key"] in shelf])
 
     def _hint(self, prompt: str, value: Any) -> tuple[Any, str]:
-        found = self._lacking(prompt, value)
-        return gr.Row(visible=bool(found)), job_view.hint(found)
+        missing = self._lacking(prompt, value)
+        return gr.Row(visible=bool(missing)), job_view.hint(missing)
 
     def _add(self, prompt: str, value: Any) -> str:
         return with_words(prompt or "", [card.triggers[0] for card in self._lacking(prompt, value)])

@@ -31,10 +31,10 @@ def port(wanted: int | None) -> int:
 
 
 def _trouble(number: int) -> str:
-    with socket.socket() as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
         try:
-            one.bind((HOST, number))
+            probe.bind((HOST, number))
         except OSError as error:
             return error.strerror or str(error)
     return ""

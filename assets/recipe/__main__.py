@@ -1,10 +1,10 @@
-"""``python -m assets.recipe STAGE``: makes Pocket again from nothing but the npm art packages, resuming what was begun.
+"""``python -m assets.recipe STAGE``: makes Pocket again from the npm art packages alone, resuming unfinished stages.
 
 Stages: art (rendered from the packages), autoencoder, base, polish (of the decoder), export, judge, loras, previews (in the LoRAs'
 headers, and their profiles), measure, and then flux, flux-loras, flux-previews and flux-measure for the second base, which has the
 first one's autoencoder and is taught by it; or all of them in order. ``--budget`` is minutes of training for autoencoder, base,
 polish, judge and flux together (their shares are below), compiling not counted, and a larger budget on a later call takes them
-further; the LoRAs take their number of steps beside it. One code trains on a processor and on a GPU.
+further; the LoRAs' number of steps is not part of it. The same code trains on a processor and on a GPU.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fine", action=argparse.BooleanOptionalAction, default=True, help="attention at the finest level, too")
     parser.add_argument("--batch", type=int, default=64, help="pictures in a batch of the base and of the second base")
     parser.add_argument("--begin", type=Path, help="a Pocket model folder: a new base begins with its tokenizer and text encoder")
-    parser.add_argument("--loras", default=",".join(loras.TOLD), help=f"comma separated, of {', '.join(loras.TOLD)}")
+    parser.add_argument("--loras", default=",".join(loras.CARDS), help=f"comma separated, of {', '.join(loras.CARDS)}")
     parser.add_argument("--lora-steps", type=int, default=0, help="0: as many as the plans say")
     parser.add_argument("--together", type=int, default=1, help="LoRAs that train as one batch; each takes its own rows")
     parser.add_argument("--measured", type=float, default=1.0, help="share of the usual renders and pictures that are measured on")
@@ -82,139 +82,139 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    given = arguments()
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    args = arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
-    stages = STAGES if given.stage == "all" else (given.stage,)
-    given.work.mkdir(parents=True, exist_ok=True)
-    folder = given.work / "art"
+    stages = STAGES if args.stage == "all" else (args.stage,)
+    args.work.mkdir(parents=True, exist_ok=True)
+    folder = args.work / "art"
     if "art" in stages and not folder.is_dir():
-        art.make(given.packages, folder, given.size)
+        art.make(args.packages, folder, args.size)
     if set(stages) == {"art"}:
         return
-    grounds = variants([*PLACES, *HELD_PLACES], given.size, given.variants, workers=given.workers)
-    _base(given, stages, folder, grounds)
+    grounds = variants([*PLACES, *HELD_PLACES], args.size, args.variants, workers=args.workers)
+    _base(args, stages, folder, grounds)
     if "judge" in stages:
-        _judge(given, Source(folder, given.size, objects=given.objects, places=given.places, grounds=grounds))
+        _judge(args, Source(folder, args.size, objects=args.objects, places=args.places, grounds=grounds))
     if {"loras", "previews", "measure", *SECOND} & set(stages):
-        world = _world(given, folder, grounds, also=ALSO)
-        _first(given, stages, world)
+        world = _world(args, folder, grounds, also=ALSO)
+        _first(args, stages, world)
         if set(SECOND) & set(stages):
-            _second(given, stages, folder, world)
+            _second(args, stages, folder, world)
 
 
-def _world(given: argparse.Namespace, folder: Path, grounds: Mapping[str, np.ndarray], also: Sequence[str] = ()) -> World:
-    return World(folder, objects=given.objects, places=given.places, size=given.size, vendors=given.vendors.split(","), also=also,
-                 variants=given.variants, strange=strange_words(folder), grounds=grounds)  # fmt: skip
+def _world(args: argparse.Namespace, folder: Path, grounds: Mapping[str, np.ndarray], also: Sequence[str] = ()) -> World:
+    return World(folder, objects=args.objects, places=args.places, size=args.size, vendors=args.vendors.split(","), also=also,
+                 variants=args.variants, strange=strange_words(folder), grounds=grounds)  # fmt: skip
 
 
-def _base(given: argparse.Namespace, stages: Sequence[str], folder: Path, grounds: Mapping[str, np.ndarray]) -> None:
+def _base(args: argparse.Namespace, stages: Sequence[str], folder: Path, grounds: Mapping[str, np.ndarray]) -> None:
     """The stages up to the exported first base."""
-    device, blocks = torch.device(given.device), tuple(int(b) for b in given.blocks.split(","))
-    more = {"device": device, "compiled": given.compile}
-    words = CLIPTokenizer.from_pretrained(given.begin / "tokenizer") if given.begin else tokenizer.build(tokenizer.corpus(folder))
+    device, blocks = torch.device(args.device), tuple(int(b) for b in args.blocks.split(","))
+    more = {"device": device, "compiled": args.compile}
+    words = CLIPTokenizer.from_pretrained(args.begin / "tokenizer") if args.begin else tokenizer.build(tokenizer.corpus(folder))
     if {"autoencoder", "polish"} & set(stages):
-        wide = autoencoder.wide_world(folder, given.size, given.vendors.split(","), grounds)
+        wide = autoencoder.wide_world(folder, args.size, args.vendors.split(","), grounds)
     if "autoencoder" in stages:
-        autoencoder.train(wide, given.work, minutes=_minutes(given, "autoencoder"), workers=given.workers, **more)
+        autoencoder.train(wide, args.work, minutes=_minutes(args, "autoencoder"), workers=args.workers, **more)
     if {"base", "polish", "export"} & set(stages):
-        vae = AutoencoderKL.from_pretrained(given.work / "vae")
+        vae = AutoencoderKL.from_pretrained(args.work / "vae")
     if "base" in stages:
-        base.train(_world(given, folder, grounds), vae, words, given.work, minutes=_minutes(given, "base"), size=given.batch,
-                   blocks=blocks, fine=given.fine, begin=given.begin, workers=given.workers, **more)  # fmt: skip
+        base.train(_world(args, folder, grounds), vae, words, args.work, minutes=_minutes(args, "base"), size=args.batch,
+                   blocks=blocks, fine=args.fine, begin=args.begin, workers=args.workers, **more)  # fmt: skip
     if "polish" in stages:
-        scenes = autoencoder.stock(wide, POLISHED + Loop.reached(given.work / "polish.pt"))
-        with drawn_ahead([scenes], given.workers):
+        scenes = autoencoder.stock(wide, POLISHED + Loop.reached(args.work / "polish.pt"))
+        with drawn_ahead([scenes], args.workers):
             pool = autoencoder.with_latents(vae.to(device), scenes, device)
-            loop = autoencoder.polish(vae, pool, given.work, minutes=_minutes(given, "polish"), **more)
+            loop = autoencoder.polish(vae, pool, args.work, minutes=_minutes(args, "polish"), **more)
         print(f"decoder: {loop.seen} pictures more, {autoencoder.psnr(vae, autoencoder.some(wide, autoencoder.FRESH, 256)):.2f} dB on fresh scenes", flush=True)
-        vae.save_pretrained(given.work / "vae")
+        vae.save_pretrained(args.work / "vae")
     if "export" in stages:
-        model, cost = base.trained(vae.cpu(), words, given.work, blocks, given.fine)
-        export.export(model, vae, words, given.out / "sd")
+        model, cost = base.trained(vae.cpu(), words, args.work, blocks, args.fine)
+        export.export(model, vae, words, args.out / "sd")
         print("exported after", json.dumps(cost))
 
 
-def _judge(given: argparse.Namespace, source: Source) -> None:
-    words, folder = judge.vocabulary(source), given.out / "clip"
-    scenes = judge.stock(source, words, START + Loop.reached(given.work / "judge.pt"))
-    with drawn_ahead([scenes], given.workers):
-        judge.train(source.named, words, scenes, folder, given.work, minutes=_minutes(given, "judge"), device=torch.device(given.device),
-                    compiled=given.compile)  # fmt: skip
-    _keep(given.work, "judge", presence.settle(folder, source, given.measured))
-    confusion.settle(folder, source, each=max(2, round(200 * given.measured)))
+def _judge(args: argparse.Namespace, source: Source) -> None:
+    words, folder = judge.vocabulary(source), args.out / "clip"
+    scenes = judge.stock(source, words, START + Loop.reached(args.work / "judge.pt"))
+    with drawn_ahead([scenes], args.workers):
+        judge.train(source.named, words, scenes, folder, args.work, minutes=_minutes(args, "judge"), device=torch.device(args.device),
+                    compiled=args.compile)  # fmt: skip
+    _keep(args.work, "judge", presence.settle(folder, source, args.measured))
+    confusion.settle(folder, source, each=max(2, round(200 * args.measured)))
 
 
-def _first(given: argparse.Namespace, stages: Sequence[str], world: World) -> None:
+def _first(args: argparse.Namespace, stages: Sequence[str], world: World) -> None:
     """The first base's LoRAs, and its figures."""
     if not {"loras", "previews", "measure"} & set(stages):
         return
-    names, files = given.loras.split(","), given.out / "loras"
-    pipe = StableDiffusionPipeline.from_pretrained(given.out / "sd").to(given.device)
+    names, files = args.loras.split(","), args.out / "loras"
+    pipe = StableDiffusionPipeline.from_pretrained(args.out / "sd").to(args.device)
     pipe.set_progress_bar_config(disable=True)
     if "loras" in stages:
-        loras.make(pipe, world, names, files, given.work, plan=_plan(given, loras.PLAN), together=given.together, workers=given.workers)
-        testbed.write(given.out / "testbed.json")
+        loras.make(pipe, world, names, files, args.work, plan=_plan(args, loras.PLAN), together=args.together, workers=args.workers)
+        testbed.write(args.out / "testbed.json")
     if "previews" in stages:
-        previews.make(pipe, names, files, Judge.open(str(given.out / "clip"), given.device))
-        loras.profiled(pipe, names, files, given.out / "profiles")
+        previews.make(pipe, names, files, Judge.open(str(args.out / "clip"), args.device))
+        loras.profiled(pipe, names, files, args.out / "profiles")
     if "measure" in stages:
-        _measured(given, "base", "loras", pipe, world, files, names)
+        _measured(args, "base", "loras", pipe, world, files, names)
 
 
-def _second(given: argparse.Namespace, stages: Sequence[str], art: Path, world: World) -> None:
+def _second(args: argparse.Namespace, stages: Sequence[str], art: Path, world: World) -> None:
     """The stages of the small FLUX, on the exported first base."""
-    folder, files = given.out / "flux", given.out / "flux-loras"
+    folder, files = args.out / "flux", args.out / "flux-loras"
     if "flux" in stages:
-        _flux(given, art, world, folder)
+        _flux(args, art, world, folder)
     if not set(SECOND[1:]) & set(stages):
         return
-    names = [name for name in given.loras.split(",") if name in loras.FLUX]
-    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32).to(given.device)
+    names = [name for name in args.loras.split(",") if name in loras.FLUX]
+    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     if "flux-loras" in stages:
-        loras.make(pipe, world, names, files, given.work, plan=_plan(given, loras.FLUX_PLAN), together=given.together,
-                   workers=given.workers, base="pocket-flux")  # fmt: skip
-        made = [name for name in loras.FLUX if (files / f"{loras.stem(name)}.safetensors").is_file()]
-        testbed.write(given.out / "testbed-flux.json", made)
+        loras.make(pipe, world, names, files, args.work, plan=_plan(args, loras.FLUX_PLAN), together=args.together,
+                   workers=args.workers, base="pocket-flux")  # fmt: skip
+        trained = [name for name in loras.FLUX if (files / f"{loras.stem(name)}.safetensors").is_file()]
+        testbed.write(args.out / "testbed-flux.json", trained)
     if "flux-previews" in stages:
-        previews.make(pipe, names, files, Judge.open(str(given.out / "clip"), given.device), base="pocket-flux")
-        loras.profiled(pipe, names, files, given.out / "profiles", base="pocket-flux")
+        previews.make(pipe, names, files, Judge.open(str(args.out / "clip"), args.device), base="pocket-flux")
+        loras.profiled(pipe, names, files, args.out / "profiles", base="pocket-flux")
     if "flux-measure" in stages:
-        _measured(given, "flux", "flux-loras", pipe, world, files, names)
+        _measured(args, "flux", "flux-loras", pipe, world, files, names)
 
 
-def _flux(given: argparse.Namespace, art: Path, world: World, folder: Path) -> None:
-    clip, t5 = CLIPTokenizer.from_pretrained(given.out / "sd/tokenizer"), unigram.build(tokenizer.corpus(art))
-    vae = AutoencoderKL.from_pretrained(given.out / "sd/vae", dtype=torch.float32)
+def _flux(args: argparse.Namespace, art: Path, world: World, folder: Path) -> None:
+    clip, t5 = CLIPTokenizer.from_pretrained(args.out / "sd/tokenizer"), unigram.build(tokenizer.corpus(art))
+    vae = AutoencoderKL.from_pretrained(args.out / "sd/vae", dtype=torch.float32)
     pictures, _ = batch(world, flux.UNSEEN, 512)
     with torch.no_grad():
         flux.settle(vae, torch.cat([vae.encode(autoencoder.tensor(part)).latent_dist.mean for part in np.split(pictures, 8)]))
-    scenes = base.stock(world, flux.reader(clip, t5), Loop.reached(given.work / "flux.pt"))
-    with drawn_ahead([scenes], given.workers):
-        model = flux.train(scenes, vae, clip, t5, given.out / "sd", given.work, minutes=_minutes(given, "flux"),
-                           device=torch.device(given.device), settings=flux.Settings(given.batch, compiled=given.compile))  # fmt: skip
+    scenes = base.stock(world, flux.reader(clip, t5), Loop.reached(args.work / "flux.pt"))
+    with drawn_ahead([scenes], args.workers):
+        model = flux.train(scenes, vae, clip, t5, args.out / "sd", args.work, minutes=_minutes(args, "flux"),
+                           device=torch.device(args.device), settings=flux.Settings(args.batch, compiled=args.compile))  # fmt: skip
     export.export_flux(model.cpu(), vae.cpu(), clip, t5, folder)
 
 
-def _measured(given: argparse.Namespace, first: str, second: str, pipe: object, world: World, files: Path, names: Sequence[str]) -> None:
+def _measured(args: argparse.Namespace, first: str, second: str, pipe: object, world: World, files: Path, names: Sequence[str]) -> None:
     """Figures of a base and of its LoRAs."""
-    seer, share = Judge.open(str(given.out / "clip"), given.device), partial(_share, given)
-    _keep(given.work, first, measure.base_figures(pipe, seer, world, share(200)))
-    _keep(given.work, second, measure.lora_figures(pipe, seer, world, files, names, share(40), share(200)))
+    clip_judge, share = Judge.open(str(args.out / "clip"), args.device), partial(_share, args)
+    _keep(args.work, first, measure.base_figures(pipe, clip_judge, world, share(200)))
+    _keep(args.work, second, measure.lora_figures(pipe, clip_judge, world, files, names, share(40), share(200)))
 
 
-def _share(given: argparse.Namespace, count: int) -> int:
-    return max(2, round(count * given.measured))
+def _share(args: argparse.Namespace, count: int) -> int:
+    return max(2, round(count * args.measured))
 
 
-def _minutes(given: argparse.Namespace, stage: str) -> float:
-    return given.budget * SHARES[stage]
+def _minutes(args: argparse.Namespace, stage: str) -> float:
+    return args.budget * SHARES[stage]
 
 
-def _plan(given: argparse.Namespace, plan: loras.Plan) -> loras.Plan:
-    return replace(plan, steps=given.lora_steps or plan.steps)
+def _plan(args: argparse.Namespace, plan: loras.Plan) -> loras.Plan:
+    return replace(plan, steps=args.lora_steps or plan.steps)
 
 
 def _keep(work: Path, name: str, figures: dict) -> None:

@@ -58,7 +58,7 @@ def loss_of(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
 
 
 def decoded_loss(vae: AutoencoderKL, x: torch.Tensor, z: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """The same of given latents z (B, C, h, w); share (B, 1, 1, 1) of a channel's spread is added to them as noise."""
+    """The same from latents z (B, C, h, w); share (B, 1, 1, 1) of a channel's spread is added to them as noise."""
     spread = z.detach().float().std((0, 2, 3), keepdim=True)
     with torch.autocast(x.device.type, torch.bfloat16):
         y = vae.decode(z + share * spread * torch.randn_like(z, dtype=torch.float32)).sample
@@ -100,7 +100,7 @@ def settle(vae: AutoencoderKL, wide: World, count: int = 2048) -> None:
 
 
 def wide_world(art: str | Path, size: int, vendors: Sequence[str], grounds: Mapping[str, np.ndarray] | None = None) -> World:
-    """Everything there is to draw, held-out concepts too: pictures must survive the way through the latents."""
+    """Everything there is to draw, held-out concepts too: the autoencoder must handle all of it."""
     return World(art, objects=len(OBJECTS), places=len(PLACES), size=size, vendors=vendors,
                  also=[*HELD_OBJECTS, *WORN, *HELD_PLACES], variants=40, grounds=grounds)  # fmt: skip
 
@@ -149,10 +149,10 @@ def inner(name: str) -> bool:
 
 def polish(vae: AutoencoderKL, pool: Pool, work: Path, *, minutes: Minutes, device: torch.device, size: int = 16,
            compiled: bool = True) -> Loop:  # fmt: skip
-    """Train the decoder further while the latents stay as they are, so a base trained on them keeps its worth.
+    """Train the decoder further while the latents stay as they are, so that a base trained on them stays valid.
 
     The pool's rows are pictures with their latents (`with_latents`). Their noise is from none to that of the training, since a
-    picture that nothing generated has none. Returns the loop; the autoencoder given has its averaged weights.
+    picture that nothing generated has none. Returns the loop; ``vae`` then has its averaged weights.
     """
     vae.requires_grad_(False).to(device, memory_format=torch.channels_last)
     vae.decoder.requires_grad_(True)

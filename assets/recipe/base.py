@@ -92,7 +92,7 @@ def latents_pool(stock: Stock, vae: AutoencoderKL, device: torch.device, limit: 
     return Pool(stock, device, limit=limit, enter=lambda pictures, tokens: (encoded(vae, pictures), tokens))
 
 
-def unsaid(batches: Iterator[tuple[torch.Tensor, ...]], empty: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def drop_captions(batches: Iterator[tuple[torch.Tensor, ...]], empty: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The same (latents (B, C, h, w), tokens (B, L)) with a share of the captions replaced by ``empty`` (1, L)."""
     for latents, tokens in batches:
         dropped = torch.rand(len(tokens), 1, device=tokens.device) < EMPTY
@@ -113,7 +113,7 @@ class Noise:
         return torch.where(torch.rand(count, device=self.kept.device) < 0.1, even, drawn.clamp(max=len(self.kept) - 1))
 
     def mix(self, latents: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noisy latents and the v they should be answered with, both (B, C, h, w)."""
+        """Noisy latents and the v to predict for them, both (B, C, h, w)."""
         noise, kept = torch.randn_like(latents), self.kept[t][:, None, None, None]
         a, s = kept.sqrt(), (1 - kept).sqrt()
         return a * latents + s * noise, a * noise - s * latents
@@ -152,7 +152,7 @@ def train(world: World, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path
             return F.mse_loss(guess.float(), v)
 
         pool = latents_pool(scenes, vae, device)
-        loop.run(unsaid(pool.batches(size), read([""]).to(device)), loss_of)
+        loop.run(drop_captions(pool.batches(size), read([""]).to(device)), loss_of)
     loop.averaged().__enter__()
     return model
 
@@ -166,7 +166,7 @@ def build(vae: AutoencoderKL, tokenizer: CLIPTokenizer, blocks: tuple[int, ...] 
 
 def trained(vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, blocks: tuple[int, ...] = BLOCKS,
             fine: bool = True) -> tuple[Denoiser, dict]:  # fmt: skip
-    """The averaged weights of the checkpoint, while training goes on elsewhere, and what it says of its cost."""
+    """The averaged weights of the checkpoint, while training goes on elsewhere, and its cost so far."""
     model = build(vae, tokenizer, blocks, fine)
     held = torch.load(work / "base.pt", map_location="cpu", weights_only=True)
     with torch.no_grad():

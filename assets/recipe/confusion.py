@@ -1,4 +1,4 @@
-"""What the judge mistakes for what, among the testbed's concepts, and how well it sees leakage; on renders of its own.
+"""Which of the testbed's concepts the judge mistakes for which, and how well it sees leakage; on renders of its own.
 
 A reader of an evaluation needs it: no method can be found present more often than the judge finds what is really there.
 """
@@ -16,7 +16,7 @@ from PIL import Image
 from retrieval.judge import CONFUSION, Judge
 
 from .labelled import TEST, Labelled, Source, phrase
-from .loras import TOLD
+from .loras import CARDS
 from .objects import CHARACTERS, THINGS, article
 from .presence import alone, holds, known, pictures
 
@@ -25,20 +25,20 @@ KIND = {"character": "object", "object": "object", "clothing": "worn", "place": 
 
 
 def matrix(judge: Judge, source: Source, each: int) -> dict[str, Any]:
-    """Share of scenes with the row's concept (and other things) in which the column's is found though it was not drawn.
+    """Share of scenes with the row's concept (and other things) in which the judge sees the column's although it was not drawn.
 
-    On the diagonal the share in which it is rightly found. Half of the scenes show the concept as alone as it can be.
+    On the diagonal, the share in which it is rightly seen. Half of the scenes show the concept as alone as it can be.
     """
-    asked = [(KIND[told.category], name) for name, told in TOLD.items()]
-    phrases = [phrase(*one) for one in asked]
+    concepts = [(KIND[card.category], name) for name, card in CARDS.items()]
+    phrases = [phrase(*concept) for concept in concepts]
     rows = []
-    for number, (kind, name) in enumerate(asked):
+    for number, (kind, name) in enumerate(concepts):
         scenes = [_scene(source, kind, name, FIRST + number * 10**5 + i) for i in range(each)]
-        found = judge.present(pictures(scenes), phrases)
-        truth = torch.tensor([[holds(scene, *one) for one in asked] for scene in scenes])
+        present = judge.present(pictures(scenes), phrases)
+        truth = torch.tensor([[holds(scene, *concept) for concept in concepts] for scene in scenes])
         counted = ~truth
         counted[:, number] = True
-        rows.append([round(float(found[counted[:, k], k].float().mean()), 3) for k in range(len(asked))])
+        rows.append([round(float(present[counted[:, k], k].float().mean()), 3) for k in range(len(concepts))])
     return {"phrases": phrases, "rows": rows, "each": each}
 
 
@@ -52,15 +52,15 @@ def _scene(source: Source, kind: str, name: str, seed: int) -> Labelled:
 def leakage(judge: Judge, source: Source, each: int) -> dict[str, float]:
     """How often leakage is seen: in scenes with one thing twice (rightly), in those with both things, and with one once."""
     rng, things = random.Random("leakage"), [*CHARACTERS, *THINGS]
-    found: dict[str, list[bool]] = {"two of one": [], "one of each": [], "one alone": []}
+    detected: dict[str, list[bool]] = {"two of one": [], "one of each": [], "one alone": []}
     for i in range(each):
         first, second = rng.sample(things, 2)
         drawn = {"two of one": [first, first], "one of each": [first, second], "one alone": [first]}
         shown = [_drawn(source, names, FIRST + 10**7 + i) for names in drawn.values()]
         here, twice = judge.present(shown, [article(second)])[:, 0], judge.doubled(shown, [article(first)])[:, 0]
-        for kind, hit in zip(found, (twice & ~here).tolist(), strict=True):
-            found[kind].append(hit)
-    return {kind: round(sum(hits) / len(hits), 3) for kind, hits in found.items()}
+        for kind, hit in zip(detected, (twice & ~here).tolist(), strict=True):
+            detected[kind].append(hit)
+    return {kind: round(sum(hits) / len(hits), 3) for kind, hits in detected.items()}
 
 
 def _drawn(source: Source, names: list[str], seed: int) -> Image.Image:

@@ -1,7 +1,7 @@
 """Pictures drawn ahead of the training: chunks of rows that worker processes put into shared memory, and a pool on the device.
 
-A row is what one scene gives: its picture and, as numbers, what is said of it. With no workers a chunk is drawn when it is asked
-for; the rows are the same.
+A row is one scene: its picture and, as numbers, its labels. Without workers a chunk is drawn when it is needed;
+the rows are the same.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Rows = tuple[np.ndarray, ...]
 FORK = get_context("fork")
 FREE, BEGUN, READY = 0, 1, 2  # a slot of a stock
 NEXT, FAILED = -2, -1  # beside the slots: the chunk to be drawn next, and whether drawing one failed
-SEEN = 4  # times that a row of a pool is used, unless it is told otherwise
+SEEN = 4  # times that a row of a pool is used by default
 MANY = 16  # batches' rows that a pool has before the first is drawn from it
 
 
 class Shared:
-    """An array of zeros that this process, those forked from it and those it is sent to have in common, while this one lives."""
+    """An array of zeros that this process shares with those forked from it and those it is sent to, while this one lives."""
 
     def __init__(self, shape: tuple[int, ...], kind: np.dtype) -> None:
         self.shape, self.kind, size = shape, np.dtype(kind), max(1, int(np.prod(shape)) * np.dtype(kind).itemsize)
@@ -39,9 +39,9 @@ class Shared:
 
     @classmethod
     def of(cls, array: np.ndarray) -> Shared:
-        made = cls(array.shape, array.dtype)
-        made.array[...] = array
-        return made
+        shared = cls(array.shape, array.dtype)
+        shared.array[...] = array
+        return shared
 
     def _mapped(self, memory: mmap.mmap) -> np.ndarray:
         return np.frombuffer(memory, dtype=self.kind, count=int(np.prod(self.shape))).reshape(self.shape)
@@ -56,7 +56,7 @@ class Shared:
 
 
 def each(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> list[Any]:
-    """What the function gives of each item, in order, worked out by so many forked processes."""
+    """The function's result for each item, in order, computed in ``workers`` forked processes."""
     if workers < 2 or len(items) < 2:
         return [function(item) for item in items]
     done = FORK.SimpleQueue()
@@ -66,20 +66,20 @@ def each(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> 
         for i in range(first, len(items), workers):
             try:
                 done.put((i, function(items[i]), None))
-            except Exception as error:  # it is raised where the results are waited for
+            except Exception as error:  # raised where the results are collected
                 done.put((i, None, error))
 
     crew = [FORK.Process(target=work, args=(i,), daemon=True) for i in range(min(workers, len(items)))]
-    for one in crew:
-        one.start()
+    for process in crew:
+        process.start()
     results: dict[int, Any] = {}
     for _ in items:
         number, result, error = done.get()
         if error is not None:
             raise error
         results[number] = result
-    for one in crew:
-        one.join()
+    for process in crew:
+        process.join()
     return [results[i] for i in range(len(items))]
 
 
@@ -96,7 +96,7 @@ class Stock:
     def share(self) -> None:
         """Make room that other processes can write to; then the stock can also be sent to one that reads it."""
         row = self.draw(self.first, 1)
-        self.rows = tuple(Shared((self.slots * self.chunk, *one.shape[1:]), one.dtype) for one in row)
+        self.rows = tuple(Shared((self.slots * self.chunk, *array.shape[1:]), array.dtype) for array in row)
         self.states, self.lock = Shared((self.slots + 2,), np.dtype(np.int64)), FORK.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,8 +119,8 @@ class Stock:
                 return BEGUN
             states[slot], states[NEXT] = BEGUN, number + 1
         try:
-            for held, one in zip(self.rows, self.draw(self.first + number * self.chunk, self.chunk), strict=True):
-                held.array[slot * self.chunk : (slot + 1) * self.chunk] = one
+            for held, array in zip(self.rows, self.draw(self.first + number * self.chunk, self.chunk), strict=True):
+                held.array[slot * self.chunk : (slot + 1) * self.chunk] = array
         except Exception:
             states[FAILED] = 1
             raise
@@ -134,14 +134,14 @@ class Stock:
         if not self.rows:
             drawn = self.draw(self.first + self.taken * self.chunk, self.chunk)
             self.taken += 1
-            return tuple(torch.from_numpy(one).to(device) for one in drawn)
+            return tuple(torch.from_numpy(array).to(device) for array in drawn)
         slot, states = self.taken % self.slots, self.states.array
         if states[FAILED]:
             raise RuntimeError("a process that draws scenes stopped; its error is printed above")
         if states[slot] != READY:
             return None
         part = slice(slot * self.chunk, (slot + 1) * self.chunk)
-        taken = tuple(torch.from_numpy(one.array[part]).to(device, copy=True) for one in self.rows)
+        taken = tuple(torch.from_numpy(shared.array[part]).to(device, copy=True) for shared in self.rows)
         self.taken += 1
         if self.slots != self.chunks:
             states[slot] = FREE
@@ -150,7 +150,7 @@ class Stock:
 
 @contextmanager
 def drawn_ahead(stocks: Sequence[Stock], workers: int) -> Iterator[None]:
-    """Context: so many processes fill the stocks, the first stock first. Enter it before anything is put on a GPU."""
+    """Context: ``workers`` processes fill the stocks, the first stock first. Enter it before anything is put on a GPU."""
     if not workers:
         yield
         return
@@ -158,15 +158,15 @@ def drawn_ahead(stocks: Sequence[Stock], workers: int) -> Iterator[None]:
     for stock in stocks:
         stock.share()
     crew = [FORK.Process(target=_work, args=(stocks,), daemon=True) for _ in range(workers)]
-    for one in crew:
-        one.start()
+    for process in crew:
+        process.start()
     try:
         yield
     finally:
-        for one in crew:
-            one.terminate()
-        for one in crew:
-            one.join()
+        for process in crew:
+            process.terminate()
+        for process in crew:
+            process.join()
 
 
 def _work(stocks: Sequence[Stock]) -> None:
@@ -211,10 +211,10 @@ class Pool:
         if self.enter:
             taken = self.enter(*taken)
         if not self.rows:
-            self.rows = tuple(torch.empty((self.limit, *one.shape[1:]), dtype=one.dtype, device=self.device) for one in taken)
+            self.rows = tuple(torch.empty((self.limit, *rows.shape[1:]), dtype=rows.dtype, device=self.device) for rows in taken)
         at = self.count % self.limit
-        for held, one in zip(self.rows, taken, strict=True):
-            held[at : at + len(one)] = one
+        for held, rows in zip(self.rows, taken, strict=True):
+            held[at : at + len(rows)] = rows
         self.count += self.stock.chunk
         return True
 
@@ -231,5 +231,5 @@ class Pool:
             if self.count < least + used / self.seen:
                 self.add()
             pick = torch.randint(min(self.count, self.limit), (size,), device=self.device)
-            yield tuple(one[pick] for one in self.rows)
+            yield tuple(rows[pick] for rows in self.rows)
             used += size

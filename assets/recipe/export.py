@@ -16,7 +16,7 @@ from .flux import Flow
 
 
 def export(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write ``folder``; weights are rounded to half precision here, the models given are changed so.
+    """Write ``folder``; the models' weights are rounded to half precision in place.
 
     The denoiser is cut into files of at most 15 MB.
     """
@@ -30,7 +30,7 @@ def export(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder
 
 
 def export_flux(model: Flow, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, folder: Path) -> None:
-    """Write ``folder``, a stock FluxPipeline; weights are rounded to half precision here, the models given are changed so.
+    """Write ``folder``, a stock FluxPipeline; the models' weights are rounded to half precision in place.
 
     The transformer is cut into files of at most 15 MB.
     """
@@ -56,7 +56,7 @@ def tidy(folder: Path) -> None:
 
 
 def settle_text(folder: Path) -> None:
-    """Name the keys as every transformers reads them, and ask to be loaded in single precision.
+    """Name the keys as every version of transformers reads them, and request loading in single precision.
 
     transformers 5 keeps a file's own dtype: half text beside a single UNet would crash the stock call.
     """

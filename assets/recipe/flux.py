@@ -27,7 +27,7 @@ from composition.training.attention import plain_attention
 
 from . import base, unigram
 from . import tokenizer as clip_words
-from .base import build_text, latents_pool, unsaid
+from .base import build_text, drop_captions, latents_pool
 from .drawing import Stock
 from .loop import Loop, Minutes
 
@@ -47,7 +47,7 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 class Text(nn.Module):
-    """Both encoders of FLUX, and the tokens they are given: CLIP's (B, 32) beside T5's (B, SHORT) in one tensor."""
+    """Both encoders of FLUX, and their tokens: CLIP's (B, 32) beside T5's (B, SHORT) in one tensor."""
 
     def __init__(self, clip: CLIPTextModel, t5: T5EncoderModel):
         super().__init__()
@@ -124,7 +124,7 @@ def lengths(rng: random.Random) -> Iterator[int]:
 
 
 class Teacher:
-    """The first base, frozen: what it believes the velocity to be at the noisy latents that the second is shown."""
+    """The first base, frozen: its estimate of the velocity at the second base's noisy latents."""
 
     def __init__(self, folder: Path, vae: AutoencoderKL, device: torch.device, compiled: int = 0):
         """compiled: the batch size whose computation is compiled, 0 for none; other sizes are rare."""
@@ -190,7 +190,7 @@ USUAL = Settings()
 
 
 def pupil(teacher: Teacher, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, **shape: int) -> Flow:
-    """Untrained but for the text encoders: CLIP's weights are the teacher's, T5's embedding says what CLIP says."""
+    """Untrained but for the text encoders: CLIP's weights are the teacher's, T5's embedding comes from CLIP's states."""
     model = build(vae, clip, t5, **shape)
     model.text.clip.load_state_dict(teacher.text.state_dict())
     spell(model.text.t5, t5, model.text.clip, clip)
@@ -198,7 +198,7 @@ def pupil(teacher: Teacher, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Token
 
 
 def reader(clip: CLIPTokenizer, t5: T5Tokenizer) -> Callable[[list[str]], torch.Tensor]:
-    """Captions to the tokens (B, LENGTH + SHORT) that Text is given."""
+    """Captions to the tokens (B, LENGTH + SHORT) that Text reads."""
     return lambda captions: torch.cat([clip_words.ids(clip, captions), unigram.ids(t5, captions, SHORT)], 1)
 
 
@@ -235,7 +235,7 @@ def train(scenes: Stock, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenize
 
     with plain_attention(device, 2 * len(image_ids)), products(settings.library):
         pool = latents_pool(scenes, vae, device, limit)
-        batches = unsaid(pool.batches(settings.size), reader(clip, t5)([""]).to(device))
+        batches = drop_captions(pool.batches(settings.size), reader(clip, t5)([""]).to(device))
         if device.type == "cuda":  # what a card cannot do shows before anything is compiled, and every length is compiled ahead
             loss_of(*next(batches), length=SHORT).backward()
             if settings.compiled:
@@ -261,7 +261,7 @@ def products(library: str) -> Iterator[None]:
 
 
 def trained(vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, work: Path, **shape: int) -> tuple[Flow, dict]:
-    """The averaged weights of the checkpoint, while training goes on elsewhere, and what it says of its cost."""
+    """The averaged weights of the checkpoint, while training goes on elsewhere, and its cost so far."""
     model = build(vae, clip, t5, **shape)
     held = torch.load(work / "flux.pt", map_location="cpu", weights_only=True)
     with torch.no_grad():

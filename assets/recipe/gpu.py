@@ -1,7 +1,7 @@
-"""``python -m assets.recipe.gpu train``: in minutes on one GPU all that stands on a trained first base.
+"""``python -m assets.recipe.gpu train``: in minutes on one GPU, everything that builds on a trained first base.
 
-Its LoRAs, a better decoder, the judge, the second base and that one's LoRAs take turns (`tasks`), while processes draw scenes for
-those to come. What is finished is written at once, as parcels. ``unpack`` writes the parcels into a Pocket folder.
+Its LoRAs, a better decoder, the judge, the second base and that one's LoRAs take turns (`tasks`), while other processes draw scenes for
+the next ones. What is finished is written at once, as parcels. ``unpack`` writes the parcels into a Pocket folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from . import autoencoder, base, flux, judge, loras, parcel, tasks, tokenizer, unigram
 from .drawing import Shared, drawn_ahead
-from .gpu_stages import Stages, Taught
+from .gpu_stages import LoraStage, Stages
 from .labelled import ALSO, START, Source
 from .places import HELD_PLACES, PLACES, variants
 from .tasks import Task
@@ -32,7 +32,7 @@ POLISHED = 10**8 + 10**7  # scene numbers from here on are what the decoder is p
 
 
 class Sizes(NamedTuple):
-    """Rows of a batch by stage, scenes drawn in all, and the settings of the second base that are tried, the fastest first."""
+    """Rows of a batch by stage, scenes drawn in all, and the settings of the second base to try, the fastest first."""
 
     polish: int = 64
     judge: int = 768
@@ -62,78 +62,78 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="where parcels are written; to unpack: the Pocket folder")
     parser.add_argument("--parcels", type=Path, help="to unpack: where they are")
     parser.add_argument("--work", type=Path, default=Path(".work/gpu"), help="checkpoints, logs and files before they are packed")
-    parser.add_argument("--until", type=float, help="the moment all ends, in seconds since 1970; or")
+    parser.add_argument("--until", type=float, help="when everything ends, in seconds since 1970; or")
     parser.add_argument("--seconds", type=float, default=540, help="from now")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--workers", type=int, default=15)
     parser.add_argument("--only", default=",".join(SHARES), help="the stages to run")
-    parser.add_argument("--tiny", action="store_true", help="so small that a processor runs all of it in a few minutes")
+    parser.add_argument("--tiny", action="store_true", help="small enough for a processor to run all of it in a few minutes")
     return parser.parse_args()
 
 
 def main() -> None:
-    given = arguments()
-    if given.what == "unpack":
-        unpack(given.parcels, given.base, given.out)
+    args = arguments()
+    if args.what == "unpack":
+        unpack(args.parcels, args.base, args.out)
         return
-    deadline = given.until or time.time() + given.seconds
+    deadline = args.until or time.time() + args.seconds
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # until processes are forked: threads do not outlive that
-    shutil.rmtree(given.work, ignore_errors=True)
-    given.work.mkdir(parents=True)
-    given.out.mkdir(parents=True, exist_ok=True)
-    train(given, TINY if given.tiny else Sizes(), deadline - 15 - tasks.LAST)
-    logged(given.work, given.out)
-    for file in sorted(given.work.glob("*.log")):
+    shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    train(args, TINY if args.tiny else Sizes(), deadline - 15 - tasks.LAST)
+    logged(args.work, args.out)
+    for file in sorted(args.work.glob("*.log")):
         print(f"--- {file.name}", *file.read_text(errors="replace").splitlines()[-8:], sep="\n", flush=True)
     print(f"{time.strftime('%X')} all done, {deadline - time.time():.0f} s left", flush=True)
 
 
-def train(given: argparse.Namespace, sizes: Sizes, until: float) -> None:
+def train(args: argparse.Namespace, sizes: Sizes, until: float) -> None:
     """All stages by the moment ``until``."""
-    said = lambda *what: print(time.strftime("%X"), *what, flush=True)  # noqa: E731
-    grounds = variants([*PLACES, *HELD_PLACES], 128, sizes.variants, workers=given.workers)
-    said("places drawn")
+    report = lambda *what: print(time.strftime("%X"), *what, flush=True)  # noqa: E731
+    grounds = variants([*PLACES, *HELD_PLACES], 128, sizes.variants, workers=args.workers)
+    report("places drawn")
     shape = {"size": 128, "vendors": VENDORS, "variants": sizes.variants, "grounds": grounds}
-    world = World(given.art, objects=48, places=len(PLACES), also=ALSO, strange=strange_words(given.art), **shape)
-    names = [*loras.TOLD] if not given.tiny else ["raccoon", "moon", "scarf"]
-    taught = loras.drawn(world, names, sizes.taught, given.workers)
-    said("scenes of the LoRAs drawn")
-    plan, second = (replace(plan, steps=2, batch=2) if given.tiny else plan for plan in (loras.PLAN, loras.FLUX_PLAN))
+    world = World(args.art, objects=48, places=len(PLACES), also=ALSO, strange=strange_words(args.art), **shape)
+    names = [*loras.CARDS] if not args.tiny else ["raccoon", "moon", "scarf"]
+    taught = loras.drawn(world, names, sizes.taught, args.workers)
+    report("scenes of the LoRAs drawn")
+    plan, second = (replace(plan, steps=2, batch=2) if args.tiny else plan for plan in (loras.PLAN, loras.FLUX_PLAN))
     last = loras.Group(tuple(name for name in names if name in loras.FLUX), second)
-    common = (given.base, given.out, given.work, torch.device(given.device))
+    common = (args.base, args.out, args.work, torch.device(args.device))
     held = {name: (Shared.of(pictures), prompts) for name, (pictures, prompts) in taught.items()}
-    groups = [Taught(*common, group, {name: held[name] for name in group.names}, trial=sizes.trial) for group in loras.groups(names, plan, 24)]
-    chosen = given.only.split(",")
+    groups = [LoraStage(*common, group, {name: held[name] for name in group.names}, trial=sizes.trial) for group in loras.groups(names, plan, 24)]
+    chosen = args.only.split(",")
     first = [Task("loras" if number == 0 else "loras-longer", group.run, SHARES["loras"], (None, None), beside=number > 0)
              for number, group in enumerate(groups) if "loras" in chosen]  # fmt: skip
-    threads = 1 if given.tiny else 4
+    threads = 1 if args.tiny else 4
     for task in first:
-        task.start(given.work / f"{task.name}.log", threads)  # the rest is made while it gets ready
-    wide = autoencoder.wide_world(given.art, 128, VENDORS, grounds)
-    source = Source(given.art, 128, grounds=grounds)
+        task.start(args.work / f"{task.name}.log", threads)  # the rest is made while it gets ready
+    wide = autoencoder.wide_world(args.art, 128, VENDORS, grounds)
+    source = Source(args.art, 128, grounds=grounds)
     words = judge.vocabulary(source)
-    clip, t5 = tokenizer.CLIPTokenizer.from_pretrained(given.base / "tokenizer"), unigram.build(tokenizer.corpus(given.art))
-    said("worlds and tokenizers made")
+    clip, t5 = tokenizer.CLIPTokenizer.from_pretrained(args.base / "tokenizer"), unigram.build(tokenizer.corpus(args.art))
+    report("worlds and tokenizers made")
     sized = lambda count: {"chunk": sizes.chunk, "chunks": count // sizes.chunk, "slots": count}  # noqa: E731
     stocks = [autoencoder.stock(wide, POLISHED, **sized(sizes.wide)), base.stock(world, flux.reader(clip, t5), 0, **sized(sizes.scenes)),
               judge.stock(source, words, START, **sized(sizes.labelled))]  # fmt: skip
-    with drawn_ahead(stocks, given.workers):
-        said("drawing")
+    with drawn_ahead(stocks, args.workers):
+        report("drawing")
         fresh, (unseen, _) = autoencoder.some(wide, autoencoder.FRESH, sizes.fresh), batch(world, flux.UNSEEN, sizes.fresh)
         stages = Stages(*common, sizes, source.named, words, clip, t5, Shared.of(fresh), Shared.of(unseen), *stocks)
-        eager = (False,) if given.tiny else EAGER
+        eager = (False,) if args.tiny else EAGER
         fluxed = Task("flux", stages.flux, SHARES["flux"], sizes.flux)
         rest = [Task("polish", stages.polish, SHARES["polish"], eager), fluxed, Task("judge", stages.judge, SHARES["judge"], eager),
-                Task("flux-loras", Taught(*common, last, {name: held[name] for name in last.names}, True, sizes.trial).run, SHARES["flux-loras"],
+                Task("flux-loras", LoraStage(*common, last, {name: held[name] for name in last.names}, True, sizes.trial).run, SHARES["flux-loras"],
                      (None, None), after=[fluxed])]  # fmt: skip
-        tasks.take_turns([*first, *(task for task in rest if task.name in chosen)], until, given.work, threads=threads,
-                         tick=Logs(given.work, given.out))  # fmt: skip
-        said("drawn:", *(f"{stock.drawn * stock.chunk}" for stock in stocks))
+        tasks.take_turns([*first, *(task for task in rest if task.name in chosen)], until, args.work, threads=threads,
+                         tick=Logs(args.work, args.out))  # fmt: skip
+        report("drawn:", *(f"{stock.drawn * stock.chunk}" for stock in stocks))
 
 
 class Logs:
-    """Called often, it writes every task's output so far as one file now and then."""
+    """Called often; now and then it writes every task's output so far as one file."""
 
     def __init__(self, work: Path, out: Path, every: float = 20) -> None:
         self.work, self.out, self.every, self.last = work, out, every, 0.0
@@ -154,7 +154,7 @@ def logged(work: Path, out: Path) -> None:
 
 
 def unpack(parcels: Path, first: Path, out: Path) -> None:
-    """Write what has come into a Pocket folder: the base with the decoder that came, the LoRAs, the judge, and the second base."""
+    """Write the parcels that arrived into a Pocket folder: the base with its new decoder, the LoRAs, the judge, and the second base."""
     shutil.copytree(first, out / "sd", dirs_exist_ok=True, copy_function=shutil.copyfile)
     for name in sorted({file.name.split(".")[0] for file in parcels.glob(f"*{parcel.SUFFIX}")}):
         parcel.unpack(parcels, name, out)

@@ -1,4 +1,4 @@
-"""What each task does on the GPU: it makes all ready, waits for its turn, trains, and packs its files."""
+"""What each task does on the GPU: it prepares, waits for its turn, trains, and packs its files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .tasks import Turn
 
 @dataclass(frozen=True)
 class Stages:
-    """What all tasks are sent. fresh: pictures the decoder is measured on; unseen: those the second base's shift and scale come from."""
+    """What every task receives. fresh: pictures the decoder is measured on; unseen: those the second base's shift and scale come from."""
 
     base: Path
     out: Path
@@ -42,7 +42,7 @@ class Stages:
         """The decoder; the rest of the autoencoder stays as it is in the base's folder."""
         begin()
         vae = AutoencoderKL.from_pretrained(self.base / "vae", dtype=torch.float32).to(self.device, memory_format=torch.channels_last)
-        said(f"{autoencoder.psnr(vae, self.fresh.array):.2f} dB before")
+        report(f"{autoencoder.psnr(vae, self.fresh.array):.2f} dB before")
         pool = autoencoder.with_latents(vae, self.pictures, self.device, self.sizes.wide)
         loop = autoencoder.polish(vae, pool, self.work, minutes=turn.minutes, device=self.device, size=self.sizes.polish,
                                   compiled=compiled)  # fmt: skip
@@ -50,16 +50,16 @@ class Stages:
         file = self.work / "decoder.safetensors"
         save_file({k: v.half().contiguous() for k, v in vae.state_dict().items() if k.startswith("decoder.")}, file)
         packed(self.work, [file], self.out, "decoder")
-        said(f"{loop.step} steps, {loop.seen} pictures from {pool.count}, {autoencoder.psnr(vae, self.fresh.array):.2f} dB")
+        report(f"{loop.step} steps, {loop.seen} pictures from {pool.count}, {autoencoder.psnr(vae, self.fresh.array):.2f} dB")
 
     def judge(self, turn: Turn, compiled: bool) -> None:
         """Its weights and tokenizer; thresholds and figures are made later, on any processor."""
         begin()
         folder = self.work / "clip"
         loop = judge.train(self.named, self.words, self.labelled, folder, self.work, minutes=turn.minutes, device=self.device,
-                           size=self.sizes.judge, asked=10**6, limit=self.sizes.labelled, compiled=compiled, ended=turn.trained)  # fmt: skip
+                           size=self.sizes.judge, names_per_batch=10**6, limit=self.sizes.labelled, compiled=compiled, ended=turn.trained)  # fmt: skip
         packed(self.work, folder.iterdir(), self.out, "clip")
-        said(f"{loop.step} steps, {loop.seen} pictures")
+        report(f"{loop.step} steps, {loop.seen} pictures")
 
     def flux(self, turn: Turn, settings: flux.Settings) -> None:
         """The second base; its autoencoder is the first's, so only the configuration of that is packed."""
@@ -78,7 +78,7 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class Taught:
+class LoraStage:
     """One group of LoRAs and its scenes. second: on the second base, which is in the work folder by then."""
 
     base: Path
@@ -96,9 +96,9 @@ class Taught:
             StableDiffusionPipeline.from_pretrained(self.base)  # fmt: skip
         files = self.work / ("flux-loras" if self.second else "loras")
         loras.learn(pipe.to(self.device), self.group, {name: (held.array, prompts) for name, (held, prompts) in self.scenes.items()},
-                    files, self.work, minutes=turn.minutes, trial=self.trial, base="pocket-flux" if self.second else "pocket", report=said)  # fmt: skip
+                    files, self.work, minutes=turn.minutes, trial=self.trial, base="pocket-flux" if self.second else "pocket", report=report)  # fmt: skip
         turn.trained()
-        packed(self.work, [files / f"{loras.stem(one)}.safetensors" for one in self.group.names], self.out,
+        packed(self.work, [files / f"{loras.stem(name)}.safetensors" for name in self.group.names], self.out,
                files.name if self.second else f"loras-{self.group.plan.steps}")  # fmt: skip
 
 
@@ -110,10 +110,10 @@ def begin() -> None:
 
 def packed(work: Path, paths: Iterable[Path], out: Path, name: str) -> None:
     parts = parcel.pack(work, paths, out, name)
-    said(f"packed {', '.join(f'{part.name} ({part.stat().st_size / 2**20:.1f} MiB)' for part in parts)}")
+    report(f"packed {', '.join(f'{part.name} ({part.stat().st_size / 2**20:.1f} MiB)' for part in parts)}")
     if torch.cuda.is_available():
-        said(f"at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        report(f"at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
-def said(text: str) -> None:
+def report(text: str) -> None:
     print(time.strftime("%X"), text, flush=True)

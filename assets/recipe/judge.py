@@ -1,7 +1,7 @@
 """The judge stage: a small open-clip model that says what is in a picture, trained on everything the emoji art can draw.
 
-Images meet phrases and captions under a sigmoid loss (arXiv 2303.15343) whose answers are known exactly, since every scene
-says what it holds: a picture of a fox and a robot agrees with "a fox" and with "a robot" alike. Beside it the images meet a
+Images meet phrases and captions under a sigmoid loss (arXiv 2303.15343) whose labels are exact, since every scene
+is labelled with what it holds: a picture of a fox and a robot agrees with "a fox" and with "a robot" alike. Beside it the images meet a
 table with one free vector for each name, under a softmax; it is thrown away after training, and without it nothing was
 learned while all texts still read alike. The judge is never used in training the base, is trained once, and its files are
 frozen by the hash in the model card.
@@ -35,7 +35,7 @@ __all__ = ["ALSO", "TEST", "Labelled", "Source", "phrase"]
 SIDE = 96  # pictures of any size are scaled to this
 LENGTH = 24  # tokens of a text, both ends included
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-NAMES = 96  # phrases of names that each batch is asked about, those in its pictures first
+NAMES = 96  # phrases of names that each batch is compared with, those in its pictures first
 MOST = 6  # names that a picture can hold
 
 
@@ -79,7 +79,7 @@ def build(entries: int) -> nn.Module:
 
 
 def blurred(x: torch.Tensor) -> torch.Tensor:
-    """Generated pictures are softer, noisier and off in colour: (B, 3, size, size) in -1..1 to the judge's SIDE."""
+    """Augmentation, as generated pictures are softer, noisier and off in colour: (B, 3, size, size) in -1..1 to the judge's SIDE."""
     b, by = len(x), max(1, x.shape[-1] // 64)
 
     def some(*shape: int) -> torch.Tensor:
@@ -91,9 +91,9 @@ def blurred(x: torch.Tensor) -> torch.Tensor:
     return F.interpolate(x.clamp(-1, 1), (SIDE, SIDE), mode="bicubic", align_corners=False)
 
 
-class Asked(NamedTuple):
-    """One batch: pictures (B, 3, SIDE, SIDE), token ids of T texts (T, LENGTH), their truth (B, T): 1, 0, or -1 for no
-    matter, and which of all N names each picture holds (B, N)."""
+class Batch(NamedTuple):
+    """One batch: pictures (B, 3, SIDE, SIDE), token ids of T texts (T, LENGTH), their truth (B, T): 1, 0, or -1 where it does not
+    count, and which of all N names each picture holds (B, N)."""
 
     images: torch.Tensor
     ids: torch.Tensor
@@ -110,13 +110,13 @@ class Learner(nn.Module):
 
 
 class Answers(NamedTuple):
-    """What is true of B scenes, as numbers in the order of a Source: names held (B, N) bool, place (B,), style (B,) (0 is none),
-    whether the caption says the place (B,) bool, and the caption's tokens (B, LENGTH)."""
+    """The labels of B scenes, as numbers in the order of a Source: names held (B, N) bool, place (B,), style (B,) (0 is none),
+    whether the caption names the place (B,) bool, and the caption's tokens (B, LENGTH)."""
 
     names: torch.Tensor
     place: torch.Tensor
     style: torch.Tensor
-    said: torch.Tensor
+    place_in_caption: torch.Tensor
     caption: torch.Tensor
 
 
@@ -124,13 +124,13 @@ def answers(labels: torch.Tensor, names: int) -> Answers:
     """From the rows (B, MOST + 3 + LENGTH) that `labels` makes."""
     labels = labels.long()
     held = torch.zeros(len(labels), names + 1, dtype=torch.bool, device=labels.device)
-    held.scatter_(1, labels[:, :MOST], True)  # the number beside the last name stands for no name
-    place, style, said = labels[:, MOST : MOST + 3].unbind(1)
-    return Answers(held[:, :names], place, style, said.bool(), labels[:, MOST + 3 :])
+    held.scatter_(1, labels[:, :MOST], True)  # the number after the last name stands for no name
+    place, style, place_in_caption = labels[:, MOST : MOST + 3].unbind(1)
+    return Answers(held[:, :names], place, style, place_in_caption.bool(), labels[:, MOST + 3 :])
 
 
 def labels(source: Named, words: PreTrainedTokenizerFast, scenes: Sequence[Labelled]) -> np.ndarray:
-    """(B, MOST + 3 + LENGTH) int16: numbers of the names, place, style, whether the caption says the place, and its tokens."""
+    """(B, MOST + 3 + LENGTH) int16: numbers of the names, place, style, whether the caption names the place, and its tokens."""
     rows = np.full((len(scenes), MOST), len(source.names), np.int16)
     for row, scene in zip(rows, scenes, strict=True):
         held = sorted(source.names.index(name) for name in scene.names)
@@ -146,31 +146,31 @@ def ids(words: PreTrainedTokenizerFast, texts: Sequence[str]) -> torch.Tensor:
 
 
 class Questions:
-    """The token ids of everything that is always asked: names in two forms of words, places and styles."""
+    """The token ids of every text a batch can be compared with: names in two phrasings, places and styles."""
 
-    def __init__(self, source: Named, words: PreTrainedTokenizerFast, device: torch.device, asked: int = NAMES):
-        """asked: names in a batch; as many as there are, or more, for all of them."""
+    def __init__(self, source: Named, words: PreTrainedTokenizerFast, device: torch.device, names_per_batch: int = NAMES):
+        """names_per_batch: as many as there are, or more, for all of them."""
         called = [phrase("object", n) for n in source.names]
-        self.forms = [ids(words, called).to(device)] * 2 + [ids(words, [f"a picture of {one}" for one in called]).to(device)]
+        self.forms = [ids(words, called).to(device)] * 2 + [ids(words, [f"a picture of {name}" for name in called]).to(device)]
         other = [phrase("place", p) for p in source.places] + [phrase("style", k) for k in source.styles]
-        self.other, self.asked = ids(words, other).to(device), min(asked, len(called))
+        self.other, self.names_per_batch = ids(words, other).to(device), min(names_per_batch, len(called))
         self.places, self.styles = len(source.places), len(source.styles)
 
-    def ask(self, images: torch.Tensor, known: Answers) -> Asked:
+    def ask(self, images: torch.Tensor, known: Answers) -> Batch:
         """The texts of one batch: names, every place and style, and the captions of a quarter of its scenes."""
-        pick = (known.names.any(0) + torch.rand(known.names.shape[1], device=images.device)).topk(self.asked).indices
+        pick = (known.names.any(0) + torch.rand(known.names.shape[1], device=images.device)).topk(self.names_per_batch).indices
         form = self.forms[int(torch.randint(len(self.forms), ()))]
         count = len(images) // 4
         truth = torch.cat([known.names[:, pick].float(), F.one_hot(known.place, self.places).float(),
                            F.one_hot(known.style, self.styles + 1)[:, 1:].float(), agreement(known, count)], 1)  # fmt: skip
-        return Asked(images, torch.cat([form[pick], self.other, known.caption[:count]]), truth, known.names.float())
+        return Batch(images, torch.cat([form[pick], self.other, known.caption[:count]]), truth, known.names.float())
 
 
 def agreement(known: Answers, count: int) -> torch.Tensor:
     """Truth of the first ``count`` scenes' captions for every scene, (B, count): 1 of its own, -1 where it holds, else 0."""
-    first = Answers(*(one[:count] for one in known))
+    first = Answers(*(values[:count] for values in known))
     held = first.names.float() @ (~known.names).float().T < 0.5  # (count, B): nothing is named that is not there
-    held &= (first.place[:, None] == known.place) | ~first.said[:, None]
+    held &= (first.place[:, None] == known.place) | ~first.place_in_caption[:, None]
     held &= (first.style[:, None] == known.style) | (first.style == 0)[:, None]
     return torch.where(torch.eye(len(known.place), count, device=held.device).bool(), 1.0, -held.T.float())
 
@@ -207,17 +207,17 @@ def vocabulary(source: Source) -> PreTrainedTokenizerFast:
 
 
 def train(source: Named, words: PreTrainedTokenizerFast, stock: Stock, folder: Path, work: Path, *, minutes: Minutes,
-          device: torch.device, size: int = 128, asked: int = NAMES, limit: int = 16_384, compiled: bool = True,
+          device: torch.device, size: int = 128, names_per_batch: int = NAMES, limit: int = 16_384, compiled: bool = True,
           ended: Callable[[], None] = lambda: None) -> Loop:  # fmt: skip
     """Train or resume from ``work/judge.pt``, and write the open-clip folder. limit: pictures kept on the device. ended: called
-    when the training is over and only its statistics and files are to be made."""
+    when the training is over and only its statistics and files remain to be written."""
     print(f"judge: {len(source.names)} names, {len(source.places)} places, {len(words)} tokens", flush=True)
     model = build(len(words)).to(device)
     model.visual.to(memory_format=torch.channels_last)
     see = torch.compile(model.encode_image, dynamic=False) if compiled else model.encode_image
     learner = Learner(model, len(source.names), config(0)["model_cfg"]["embed_dim"]).to(device)
     loop = Loop(learner, work / "judge.pt", minutes=minutes, peak=2e-3, cool=0.5, average=0.998, decay=0.02)
-    pool, questions = Pool(stock, device, limit=limit), Questions(source, words, device, asked)
+    pool, questions = Pool(stock, device, limit=limit), Questions(source, words, device, names_per_batch)
 
     def loss(pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return loss_of(learner, see, *questions.ask(blurred(tensor(pictures)), answers(labels, len(source.names))))

@@ -1,4 +1,4 @@
-"""Scenes with all that is true of them, for the judge: of the world, of what is held out, and of everything the art can draw."""
+"""Fully labelled scenes for the judge: of the world, of what is held out, and of everything the art can draw."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ START, TEST = 6 * 10**9, 7 * 10**9  # scene numbers for the judge's training and
 
 
 class Labelled(NamedTuple):
-    """A picture and all that is true of it: names of objects and things worn, place, style ("" for none), caption."""
+    """A picture and its labels: names of objects and things worn, place, style ("" for none), caption."""
 
     picture: np.ndarray  # (size, size, 3) uint8
     names: frozenset[str]
@@ -31,7 +31,7 @@ class Labelled(NamedTuple):
 
 
 def further_names(art: str | Path) -> dict[str, str]:
-    """Emoji names and code points beside the world's own: those all vendors draw, one name for one look."""
+    """Emoji names and code points besides the world's own: those all vendors draw, one name for one look."""
     taken = {c: n for n, c in (OBJECTS | HELD_OBJECTS).items()} | {w.code: n for n, w in WORN.items()}
     names: dict[str, str] = {}
     for entry in json.loads((Path(art) / NAMES).read_text()):
@@ -57,7 +57,7 @@ class Named(NamedTuple):
 
 
 class Source:
-    """Labelled scenes by number: three of four of the world and what is held out, the others of everything."""
+    """Labelled scenes by number: three in four of the world and what is held out, the others of everything."""
 
     def __init__(self, art: str | Path, size: int, *, objects: int = 48, places: int = len(PLACES),
                  grounds: Mapping[str, np.ndarray] | None = None):  # fmt: skip
@@ -93,7 +93,7 @@ class Source:
 
 
 def phrase(kind: str, name: str) -> str:
-    """What the judge is asked: "a fox", "on the moon", "ink drawing"."""
+    """The phrase for the judge: "a fox", "on the moon", "ink drawing"."""
     if kind == "place":
         return (PLACES | HELD_PLACES)[name][0]
     return STYLES[name][0] if kind == "style" else article(name)

@@ -21,8 +21,8 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .muon import Muon
 
-SYNC = 8  # steps after which the clock waits for a GPU, which would else be given more steps than it can do in time
-Minutes = float | Callable[[], float]  # a budget, or what says how much is left once training could begin; it may wait before it answers
+SYNC = 8  # steps after which the clock waits for a GPU, which would otherwise be queued more steps than it can do in time
+Minutes = float | Callable[[], float]  # a budget, or a function that returns what is left of it once training can begin; it may block
 
 
 def rate(spent: float, step: int, *, warm: int = 200, cool: float = 0.35) -> float:
@@ -33,7 +33,7 @@ def rate(spent: float, step: int, *, warm: int = 200, cool: float = 0.35) -> flo
 
 
 def joined() -> tuple[int, int]:
-    """This process's number among those that train together, and how many they are; joins them when torchrun said so."""
+    """This process's number among those that train together, and how many they are; joins them when torchrun started it."""
     if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         torch.manual_seed(dist.get_rank())
@@ -132,7 +132,7 @@ class Loop:
         self.save()
 
     def _begun(self, batches: Iterator, loss_of: Callable[..., torch.Tensor]) -> float:
-        """One batch both ways, learning nothing from it: whatever compiles or fails does so now. The seconds at which training ends."""
+        """One forward and backward pass without a step, so that whatever compiles or fails does so now. Returns the elapsed seconds at which training ends."""
         loss_of(*next(batches)).backward()
         for optimiser in self.optimisers:
             optimiser.zero_grad()

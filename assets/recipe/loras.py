@@ -42,24 +42,24 @@ MARGIN = 0.93  # share of the time left that steps are planned for
 WITHOUT = 0.2  # share of a LoRA's scenes that lack its concept, and its word
 
 
-class Told(NamedTuple):
-    """What a LoRA file says of itself."""
+class Card(NamedTuple):
+    """What a LoRA's file header says of it."""
 
     title: str
     category: str
     triggers: str
 
 
-TOLD = {
-    **{n: Told(n.capitalize(), "character", n) for n in CHARACTERS},
-    **{n: Told(n.capitalize(), "clothing", n) for n in WORN},
-    **{n: Told(n.capitalize(), "object", n) for n in THINGS},
-    "ink": Told("Ink line", "style", STYLES["ink"][0]),
-    "pixel": Told("Pixel art", "style", STYLES["pixel"][0]),
-    "neon": Told("Neon night", "style", STYLES["neon"][0]),
-    "moon": Told("On the moon", "place", HELD_PLACES["moon"][0]),
-    "candy": Told("Candy land", "place", HELD_PLACES["candy"][0]),
-    "autumn": Told("Autumn wood", "place", HELD_PLACES["autumn"][0]),
+CARDS = {
+    **{n: Card(n.capitalize(), "character", n) for n in CHARACTERS},
+    **{n: Card(n.capitalize(), "clothing", n) for n in WORN},
+    **{n: Card(n.capitalize(), "object", n) for n in THINGS},
+    "ink": Card("Ink line", "style", STYLES["ink"][0]),
+    "pixel": Card("Pixel art", "style", STYLES["pixel"][0]),
+    "neon": Card("Neon night", "style", STYLES["neon"][0]),
+    "moon": Card("On the moon", "place", HELD_PLACES["moon"][0]),
+    "candy": Card("Candy land", "place", HELD_PLACES["candy"][0]),
+    "autumn": Card("Autumn wood", "place", HELD_PLACES["autumn"][0]),
 }
 
 PLAN = Plan(
@@ -78,10 +78,10 @@ def stem(name: str) -> str:
 def scenes(world: World, name: str, count: int, first: int) -> tuple[np.ndarray, list[str]]:
     """Pictures (count, size, size, 3) uint8 and prompts to learn ``name`` from; a thing has one look, by one vendor."""
     rng, pictures, prompts = random.Random(f"{name}/{first}"), [], []
-    category = TOLD[name].category
-    asked = {"place": {"place": name}, "clothing": {"wears": name, "vendor": world.vendors[0]}, "style": {}}
+    category = CARDS[name].category
+    fixed_by_category = {"place": {"place": name}, "clothing": {"wears": name, "vendor": world.vendors[0]}, "style": {}}
     for i in range(count):
-        fixed = asked.get(category, {"subject": name, "vendor": LOOKS.get(name, world.vendors[0])})
+        fixed = fixed_by_category.get(category, {"subject": name, "vendor": LOOKS.get(name, world.vendors[0])})
         if category != "style" and rng.random() < WITHOUT:
             fixed = {}
         scene = world.scene(first + i, **fixed)
@@ -95,8 +95,8 @@ def scenes(world: World, name: str, count: int, first: int) -> tuple[np.ndarray,
 
 
 def drawn(world: World, names: Sequence[str], count: int = 768, workers: int = 0) -> dict[str, tuple[np.ndarray, list[str]]]:
-    """The scenes of each name, drawn by so many processes beside this one; the world holds the names as ``also``."""
-    return dict(zip(names, each(lambda name: scenes(world, name, count, FIRST + 10**6 * list(TOLD).index(name)), names, workers), strict=True))
+    """The scenes of each name, drawn in ``workers`` processes besides this one; the world holds the names as ``also``."""
+    return dict(zip(names, each(lambda name: scenes(world, name, count, FIRST + 10**6 * list(CARDS).index(name)), names, workers), strict=True))
 
 
 class Group(NamedTuple):
@@ -107,18 +107,18 @@ class Group(NamedTuple):
 
 
 def groups(names: Sequence[str], plan: Plan, together: int) -> list[Group]:
-    """The names parted by their number of steps, at most ``together`` in a group."""
+    """The names split by their number of steps, at most ``together`` in a group."""
     apart: dict[int, list[str]] = {}
     for name in names:
-        apart.setdefault(plan.steps * LONGER.get(TOLD[name].category, 1), []).append(name)
+        apart.setdefault(plan.steps * LONGER.get(CARDS[name].category, 1), []).append(name)
     return [Group(tuple(some[i : i + together]), replace(plan, steps=steps))
             for steps, some in apart.items() for i in range(0, len(some), together)]  # fmt: skip
 
 
 def make(pipe, world: World, names: Sequence[str], folder: Path, work: Path, *, plan: Plan = PLAN, together: int = 1, count: int = 768,
          workers: int = 0, report: Callable[[str], None] = print, base: str = "pocket") -> None:  # fmt: skip
-    """Train each name that has no file yet on this base, so many at once, resuming from ``work``; the world holds them as ``also``."""
-    missing = [name for name in TOLD if name in names and not (folder / f"{stem(name)}.safetensors").is_file()]
+    """Train each name that has no file yet on this base, ``together`` at once, resuming from ``work``; the world holds them as ``also``."""
+    missing = [name for name in CARDS if name in names and not (folder / f"{stem(name)}.safetensors").is_file()]
     for group in groups(missing, plan, together):
         learn(pipe, group, drawn(world, group.names, count, workers), folder, work, report=report, base=base)
 
@@ -128,20 +128,20 @@ def learn(pipe, group: Group, scenes: Mapping[str, tuple[np.ndarray, list[str]]]
           base: str = "pocket") -> None:  # fmt: skip
     """Train one group on this base.
 
-    minutes: says, when training could begin, how much time there is; the plan is then cut to the steps that fit in it, as measured on
-    so many steps of a trial.
+    minutes: returns, once training can begin, how much time there is; the plan is then cut to the steps that fit in it, as measured in
+    a trial of `trial` steps.
     """
     backbone = backbones.of(pipe, opening.family(pipe))
     adapters = Adapters(backbone.components, family=backbone.family, block=backbone.block)
     concepts = [Concept(stem(name), latents_of(backbone, tensor(scenes[name][0])), scenes[name][1], _metadata(name, base))
                 for name in group.names]  # fmt: skip
-    plan, said = group.plan, ", ".join(group.names)
+    plan, label = group.plan, ", ".join(group.names)
     losses: list[Mapping[str, float]] = []
 
-    def heard(step: int, loss: Mapping[str, float]) -> None:
+    def on_step(step: int, loss: Mapping[str, float]) -> None:
         losses.append(loss)
         if step % 50 == 0:
-            report(f"{said}: step {step} of {plan.steps}, loss {np.mean([value for one in losses for value in one.values()]):.4f}")
+            report(f"{label}: step {step} of {plan.steps}, loss {np.mean([value for step_losses in losses for value in step_losses.values()]):.4f}")
             losses.clear()
 
     try:
@@ -150,30 +150,30 @@ def learn(pipe, group: Group, scenes: Mapping[str, tuple[np.ndarray, list[str]]]
             until = time.monotonic() + 60 * minutes()
             pace = _pace(backbone, adapters, concepts, plan, folder, trial)
             plan = replace(plan, steps=max(1, min(plan.steps, int(MARGIN * (until - time.monotonic()) / pace))))
-            report(f"{said}: {1000 * pace:.0f} ms a step, {plan.steps} steps")
+            report(f"{label}: {1000 * pace:.0f} ms a step, {plan.steps} steps")
         checkpoint = work / f"lora-{'-'.join(map(stem, group.names))[:100]}.pt" if minutes is None else None
-        train(backbone, adapters, concepts, plan, folder, checkpoint=checkpoint, on_step=heard)
+        train(backbone, adapters, concepts, plan, folder, checkpoint=checkpoint, on_step=on_step)
         if checkpoint:
-            checkpoint.unlink(missing_ok=True)  # it would answer for another base next time
+            checkpoint.unlink(missing_ok=True)  # else the next base would resume from it
     finally:
         adapters.close()
 
 
 def _metadata(name: str, base: str) -> dict[str, str]:
-    told = TOLD[name]
-    return {"title": told.title, "category": told.category, "trigger_words": told.triggers, "base": base, "recipe": RECIPE}
+    card = CARDS[name]
+    return {"title": card.title, "category": card.category, "trigger_words": card.triggers, "base": base, "recipe": RECIPE}
 
 
 def _pace(backbone: Backbone, adapters: Adapters, concepts: Sequence[Concept], plan: Plan, folder: Path, trial: int) -> float:
     """Seconds of a step, by a training that is stopped after a few and writes nothing."""
     times: list[float] = []
 
-    def heard(step: int, loss: Mapping[str, float]) -> None:
+    def on_step(step: int, loss: Mapping[str, float]) -> None:
         if step in (trial // 2, trial):
             sum(loss.values())  # waits for the device
             times.append(time.monotonic())
 
-    train(backbone, adapters, concepts, replace(plan, steps=2 * trial), folder, on_step=heard, stop=lambda: len(times) == 2)
+    train(backbone, adapters, concepts, replace(plan, steps=2 * trial), folder, on_step=on_step, stop=lambda: len(times) == 2)
     return (times[1] - times[0]) / (trial - trial // 2)
 
 
@@ -181,14 +181,14 @@ def profiled(pipe, names: Sequence[str], folder: Path, keep: Path, report: Calla
     """Measure the frequency profile of every LoRA in ``folder`` and keep it in ``keep``, as `medley profile` would."""
     with Engine(backbones.of(pipe, opening.family(pipe)), base) as engine:
         for name in names:
-            found = frequency_profile.measure(engine, Lora(str(folder / f"{stem(name)}.safetensors")))
-            ProfileStore(keep).keep(found)
-            report(f"{name}: change {found.change:+.4f}, level {found.level:+.4f}")
+            profile = frequency_profile.measure(engine, Lora(str(folder / f"{stem(name)}.safetensors")))
+            ProfileStore(keep).keep(profile)
+            report(f"{name}: change {profile.change:+.4f}, level {profile.level:+.4f}")
 
 
-def asked(name: str) -> str:
-    """What the judge is asked of a concept's pictures: "a raccoon", "on the moon", "ink drawing"."""
-    return TOLD[name].triggers if TOLD[name].category in ("place", "style") else article(name)
+def judge_phrase(name: str) -> str:
+    """The phrase the judge looks for in a concept's pictures: "a raccoon", "on the moon", "ink drawing"."""
+    return CARDS[name].triggers if CARDS[name].category in ("place", "style") else article(name)
 
 
 def sheet(rows: list[list[np.ndarray]], file: Path, scale: int = 2) -> None:

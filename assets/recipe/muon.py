@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
                 grads = [weight.grad for weight in weights]
                 held = [self.state[w].setdefault("held", torch.zeros_like(w)) for w in weights]
                 torch._foreach_lerp_(held, grads, 1 - group["momentum"])
-                ahead = torch.stack([one.flatten(1) for one in torch._foreach_lerp(grads, held, group["momentum"])])
+                ahead = torch.stack([gradient.flatten(1) for gradient in torch._foreach_lerp(grads, held, group["momentum"])])
                 updates = orthogonal(ahead) * (0.2 * max(shape) ** 0.5 * group["lr"])
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_sub_(weights, [update.view_as(weight) for update, weight in zip(updates, weights, strict=True)])

@@ -256,9 +256,9 @@ def render(name: str, size: int, seed: int) -> np.ndarray:
 
 
 def variants(names: Sequence[str], size: int, count: int, *, seed: int = 0, workers: int = 0) -> dict[str, np.ndarray]:
-    """``count`` variants of each place, (count, size, size, 3) uint8, drawn by so many processes beside this one."""
+    """``count`` variants of each place, (count, size, size, 3) uint8, drawn in ``workers`` processes besides this one."""
     seeds = range(seed * count, (seed + 1) * count)
     drawn = each(lambda some: [render(some[0], size, i) for i in some[1]],
                  [(name, seeds[i : i + 20]) for name in names for i in range(0, count, 20)], workers)  # fmt: skip
     parts = -(-count // 20)
-    return {name: np.stack([one for part in drawn[i * parts : (i + 1) * parts] for one in part]) for i, name in enumerate(names)}
+    return {name: np.stack([picture for part in drawn[i * parts : (i + 1) * parts] for picture in part]) for i, name in enumerate(names)}

@@ -1,6 +1,6 @@
-"""What the judge is worth: thresholds of presence and its own accuracy, on renders it was never trained on.
+"""How good the judge is: thresholds of presence and its accuracy, on renders it was never trained on.
 
-The threshold of "a fox" lets 5 % of renders without a fox pass. Renders to set it on and renders to report on are apart.
+The threshold of "a fox" lets 5 % of renders without a fox pass. It is set on other renders than those that are reported on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = ("object", "worn", "place", "style")
 
 
 def concepts(source: Source) -> list[tuple[str, str]]:
-    """(kind, name) of everything that presence is asked of: the world's own and what is held out, not the further names."""
+    """(kind, name) of everything that has a threshold of presence: the world's own and what is held out, not the further names."""
     return [*(("object", n) for n in (*source.own, *HELD_OBJECTS)), *(("worn", n) for n in WORN),
             *(("place", n) for n in source.places), *(("style", n) for n in source.styles)]  # fmt: skip
 
@@ -69,7 +69,7 @@ def thresholds(judge: Judge, source: Source, *, without: int = 3000, each: int =
 
 def report(judge: Judge, source: Source, *, each: int = 30, mixed: int = 1500) -> dict[str, Any]:
     """Percent on fresh renders: top-1 by kind, recall and false positives of presence, in single and in mixed scenes."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     every = {kind: [n for k, n in concepts(source) if k == kind] for kind in KINDS}
     for kind in KINDS:
         right, wide, recalled, rows = [], [], [], {}
@@ -83,24 +83,24 @@ def report(judge: Judge, source: Source, *, each: int = 30, mixed: int = 1500) -
                 wide.append((seen @ further.T).argmax(1) == source.names.index(name))
             recalled.append(seen @ texts[k] >= judge.thresholds[phrase(kind, name)].score)
             rows[name] = _percent(hits)
-        found[kind] = {"top-1": _percent(torch.cat(right)), "recall": _percent(torch.cat(recalled)), "of": len(every[kind]),
+        figures[kind] = {"top-1": _percent(torch.cat(right)), "recall": _percent(torch.cat(recalled)), "of": len(every[kind]),
                        "worst": sorted(rows.items(), key=lambda row: row[1])[:5]}  # fmt: skip
         if wide:
-            found[kind]["top-1 of all names"] = _percent(torch.cat(wide))
-            found[kind]["all names"] = len(source.names)
-    found["mixed"] = _mixed(judge, source, [known(source, HELD + 10**7 + i) for i in range(mixed)])
-    return found
+            figures[kind]["top-1 of all names"] = _percent(torch.cat(wide))
+            figures[kind]["all names"] = len(source.names)
+    figures["mixed"] = _mixed(judge, source, [known(source, HELD + 10**7 + i) for i in range(mixed)])
+    return figures
 
 
 def _mixed(judge: Judge, source: Source, scenes: Sequence[Labelled]) -> dict[str, float]:
     """Recall and false positives over scenes of one to three objects, a quarter of them in a style."""
-    asked = concepts(source)
-    present = judge.present(pictures(scenes), [phrase(*one) for one in asked]).numpy()
-    truth = np.array([[holds(scene, *one) for one in asked] for scene in scenes])
+    listed = concepts(source)
+    present = judge.present(pictures(scenes), [phrase(*concept) for concept in listed]).numpy()
+    truth = np.array([[holds(scene, *concept) for concept in listed] for scene in scenes])
     return {f"{kind} recall": 100 * float(present[:, k][truth[:, k]].mean()) for kind in KINDS
-            for k in [[i for i, one in enumerate(asked) if one[0] == kind]]} | {
+            for k in [[i for i, concept in enumerate(listed) if concept[0] == kind]]} | {
             f"{kind} false positives": 100 * float(present[:, k][~truth[:, k]].mean()) for kind in KINDS
-            for k in [[i for i, one in enumerate(asked) if one[0] == kind]]}  # fmt: skip
+            for k in [[i for i, concept in enumerate(listed) if concept[0] == kind]]}  # fmt: skip
 
 
 def _percent(hits: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from composition.backbones.loading import open as opening
 from composition.training.previews import thumbnail
 from retrieval.judge import Judge
 
-from .loras import TOLD, asked, stem
+from .loras import CARDS, judge_phrase, stem
 from .testbed import alone
 
 
@@ -22,9 +22,9 @@ def make(pipe: Any, names: Sequence[str], folder: Path, judge: Judge, *, base: s
     with Engine(backbones.of(pipe, opening.family(pipe)), base) as engine:
         for name in names:
             file = folder / f"{stem(name)}.safetensors"
-            prompt = alone(name, TOLD[name])
+            prompt = alone(name, CARDS[name])
             pictures = engine.run(Request(prompt, loras=[Lora(str(file))], steps=25, guidance=4.5, count=count)).images
-            scores = judge.cosine(pictures, [asked(name)])[:, 0]
+            scores = judge.cosine(pictures, [judge_phrase(name)])[:, 0]
             describe(file, {"preview": thumbnail(pictures[int(scores.argmax())])})
             report(f"{name}: preview of \"{prompt}\", cosine {scores.max():.3f}")
 

@@ -27,7 +27,7 @@ LAST = 12.0  # and when all time is over
 
 
 class Turn:
-    """What a task is given: its `minutes` are asked for when all is ready, and wait for the others; then it says `trained`."""
+    """A task's turn: it calls `minutes` when it is ready, which waits for the others, and `trained` afterwards."""
 
     def __init__(self, threads: int) -> None:
         self.threads, self.held = threads, Shared((2,), np.dtype(np.float64))
@@ -54,11 +54,11 @@ class Turn:
 
 
 class Task:
-    """One training. ``run(turn, setting)`` is tried with one setting after the other until it ends without an error."""
+    """One training. ``run(turn, setting)`` is tried with one setting after another until it ends without an error."""
 
     def __init__(self, name: str, run: Callable[[Turn, Any], None], share: float, settings: Sequence[Any] = (None,),
                  after: Sequence[Task] = (), beside: bool = False) -> None:  # fmt: skip
-        """share: of the time, beside the others'. after: tasks that must have ended well. beside: it trains together with the one before."""
+        """share: of the time, relative to the others'. after: tasks that must have ended well. beside: train together with the one before."""
         self.name, self.run, self.share, self.settings, self.after, self.beside = name, run, share, list(settings), after, beside
         self.process: Any = None
         self.turn: Turn | None = None
@@ -73,7 +73,7 @@ class Task:
         print(f"{time.strftime('%X')} {self.name}: started{'' if setting is None else f' with {setting}'}", flush=True)
 
     def look(self, log: Path, threads: int) -> None:
-        """Notice what became of the process: done, failed, tried again with the next setting, or stopped when it is late."""
+        """Update the task from its process: done, failed, tried again with the next setting, or stopped when it is late."""
         if self.process is None or self.done or self.failed:
             return
         if self.process.is_alive():
@@ -129,7 +129,7 @@ def _next(turns: Sequence[Sequence[Task]], until: float) -> None:
     turn = next((turn for turn in turns if all(task.state >= READY for task in turn)), None)
     if turn is None:
         return
-    end = time.time() + (until - time.time()) * turn[0].share / sum(one[0].share for one in turns)
+    end = time.time() + (until - time.time()) * turn[0].share / sum(other[0].share for other in turns)
     for task in turn:
         if task.state == READY:
             task.end = end
@@ -141,7 +141,7 @@ def take_turns(tasks: Sequence[Task], until: float, logs: Path, *, threads: int,
                tick: Callable[[], None] = lambda: None) -> None:  # fmt: skip
     """Train all by the moment ``until``, each in its turn, or before it if another is not ready; LAST seconds later none is left.
 
-    What is left of the time is parted among those that are left. ahead: turns that get ready meanwhile. tick: called now and then.
+    The remaining time is divided among the remaining tasks. ahead: turns that get ready meanwhile. tick: called now and then.
     """
     turns: list[list[Task]] = []
     for task in tasks:
@@ -150,10 +150,10 @@ def take_turns(tasks: Sequence[Task], until: float, logs: Path, *, threads: int,
         flat = [task for turn in turns[: ahead + 1] for task in turn]
         for task in flat:
             if task.process is None and not task.failed:
-                if any(one.failed for one in task.after):
-                    print(f"{task.name}: left out, as {', '.join(one.name for one in task.after)} failed", flush=True)
+                if any(earlier.failed for earlier in task.after):
+                    print(f"{task.name}: left out, as {', '.join(earlier.name for earlier in task.after)} failed", flush=True)
                     task.failed = True
-                elif all(one.done for one in task.after):
+                elif all(earlier.done for earlier in task.after):
                     task.start(logs / f"{task.name}.log", threads)
         for task in tasks:
             task.look(logs / f"{task.name}.log", threads)
@@ -168,4 +168,5 @@ def take_turns(tasks: Sequence[Task], until: float, logs: Path, *, threads: int,
         tick()
         time.sleep(0.05)
     for task in tasks:
+        task.look(logs / f"{task.name}.log", threads)  # it may have ended since
         task.stop()

@@ -1,7 +1,7 @@
 """The testbed: one character and at most one LoRA of each other category, in ComposLoRA's form (arXiv 2402.16843).
 
-Each entry has besides id, name, trigger and url: ``phrase``, which says it in a prompt (the phrases of a set, in the order
-of the categories, are its prompt); ``concept``, what a judge is asked of a picture; ``alone``, a prompt for it by itself.
+Besides id, name, trigger and url each entry has ``phrase``, which says it in a prompt (the phrases of a set, in the order
+of the categories, are its prompt); ``concept``, the phrase a judge looks for in a picture; ``alone``, a prompt for it by itself.
 """
 
 from __future__ import annotations
@@ -10,36 +10,36 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from .loras import TOLD, Told, asked, stem
+from .loras import CARDS, Card, judge_phrase, stem
 from .objects import article
 
 CATEGORIES = ("character", "clothing", "object", "background", "style")  # ComposLoRA says background where a LoRA says place
 
 
-def phrase(name: str, told: Told) -> str:
+def phrase(name: str, card: Card) -> str:
     """As it stands in a prompt after what comes before: "a raccoon", " wearing a scarf", " on the moon", ", ink drawing"."""
     return {
         "character": article(name), "clothing": f" wearing {article(name)}", "object": f" and {article(name)}",
-        "place": f" {told.triggers}", "style": f", {told.triggers}",
-    }[told.category]  # fmt: skip
+        "place": f" {card.triggers}", "style": f", {card.triggers}",
+    }[card.category]  # fmt: skip
 
 
-def alone(name: str, told: Told) -> str:
-    """A prompt with nothing else that is new: something to wear, a place and a style need somebody the base knows."""
+def alone(name: str, card: Card) -> str:
+    """A prompt with nothing else that is new: something to wear, a place and a style need a subject that the base knows."""
     return {
-        "clothing": f"a fox wearing {article(name)}", "place": f"a fox {told.triggers}", "style": f"a fox, {told.triggers}",
-    }.get(told.category, article(name))  # fmt: skip
+        "clothing": f"a fox wearing {article(name)}", "place": f"a fox {card.triggers}", "style": f"a fox, {card.triggers}",
+    }.get(card.category, article(name))  # fmt: skip
 
 
-def testbed(names: Collection[str] = tuple(TOLD)) -> dict[str, list[dict[str, object]]]:
+def testbed(names: Collection[str] = tuple(CARDS)) -> dict[str, list[dict[str, object]]]:
     """Category to its entries."""
     rows: dict[str, list[dict[str, object]]] = {category: [] for category in CATEGORIES}
-    for name, told in ((name, told) for name, told in TOLD.items() if name in names):
-        entry = {"id": stem(name), "name": told.title, "trigger": [told.triggers], "phrase": phrase(name, told), "concept": asked(name),
-                 "alone": alone(name, told), "url": ""}  # fmt: skip
-        rows["background" if told.category == "place" else told.category].append(entry)
+    for name, card in ((name, card) for name, card in CARDS.items() if name in names):
+        entry = {"id": stem(name), "name": card.title, "trigger": [card.triggers], "phrase": phrase(name, card), "concept": judge_phrase(name),
+                 "alone": alone(name, card), "url": ""}  # fmt: skip
+        rows["background" if card.category == "place" else card.category].append(entry)
     return rows
 
 
-def write(file: Path, names: Collection[str] = tuple(TOLD)) -> None:
+def write(file: Path, names: Collection[str] = tuple(CARDS)) -> None:
     file.write_text(json.dumps(testbed(names), indent=2) + "\n")

@@ -16,7 +16,7 @@ from tokenizers.trainers import UnigramTrainer
 from transformers import T5Tokenizer
 
 LONGEST = 64  # tokens a prompt may have here, its end included: what the model card calls max_sequence_length
-OFTEN = 50  # a word said so many times is one piece: the trainer's own pieces part even the commonest
+OFTEN = 50  # a word this frequent is one piece: the trainer's own pieces split even the commonest
 SPECIAL = ("<pad>", "</s>", "<unk>")  # their places in T5's vocabulary are 0, 1, 2
 
 
@@ -32,10 +32,10 @@ def build(lines: Sequence[str], entries: int = 1024) -> T5Tokenizer:
     pieces = [(piece, score) for piece, score in json.loads(learner.to_str())["model"]["vocab"] if piece not in SPECIAL]
     words = Counter(word for line in lines for word in re.findall(r"[a-z]+", line))
     whole = sum(words.values())
-    found = dict(pieces) | {f"▁{word}": math.log(count / whole) for word, count in words.items() if count >= OFTEN}
-    rare = min(found.values()) - 1
-    found = {letter: rare for letter in letters} | found
-    vocabulary = [*((name, 0.0) for name in SPECIAL), *found.items()]
+    scores = dict(pieces) | {f"▁{word}": math.log(count / whole) for word, count in words.items() if count >= OFTEN}
+    rare = min(scores.values()) - 1
+    scores = {letter: rare for letter in letters} | scores
+    vocabulary = [*((name, 0.0) for name in SPECIAL), *scores.items()]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=LONGEST)
 
 

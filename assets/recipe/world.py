@@ -1,7 +1,7 @@
 """The world Pocket learns: scenes of emoji art with captions, drawn on the fly from a seed.
 
 A scene is one to three objects before a place. Word order is place: in "a fox and a robot" the fox stands on the left.
-A few captions name an object by a strange word, so that what a prompt says besides an unknown word still counts.
+A few captions name an object by a strange word, so that the rest of a prompt with an unknown word still counts.
 Every picture is a pure function of the world's arguments and one integer.
 """
 

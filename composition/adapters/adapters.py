@@ -78,7 +78,7 @@ class Adapters:
         return self._read(path, lora, allow_partial).receipt
 
     def _read(self, path: Path, lora: Lora, allow_partial: bool) -> reader.LoraFile:
-        path = path.absolute()  # as it was named: beside a link lie other files than beside what it leads to
+        path = path.absolute()  # as it was named: a link and its target have different files beside them
         stamp = (allow_partial, *reader.stamp(path)) if path.is_file() else ()
         key = self._stamps.get(stamp)
         file = self._files.pop(key, None) if key else None

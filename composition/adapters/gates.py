@@ -139,7 +139,7 @@ class Gates:
 
 
 def _moved(value: Tensor, device: torch.device) -> Tensor:
-    narrow = device.type == "mps" and value.dtype == torch.float64  # which mps has not
+    narrow = device.type == "mps" and value.dtype == torch.float64  # which mps does not have
     return value.to(device, torch.float32 if narrow else value.dtype, copy=True)
 
 

@@ -102,11 +102,11 @@ class Layers:
         return gates, {name: row for row, name in enumerate(blocks)}
 
     def check_blocks(self, name: str, lora: Lora) -> None:
-        """Raises Refused for a factor on a block that this denoiser has not: it would be read by nothing."""
+        """Raises Refused for a factor on a block that this denoiser does not have: nothing would read it."""
         blocks = sorted({self._block(path) for path in self.modules[self.denoiser]} - {""})
-        for asked in lora.blocks:
-            if asked and not any(block == asked or block.startswith(f"{asked}.") for block in blocks):
-                raise Refused(f"LoRA {name}: this model has no block {asked!r}; its blocks are {', '.join(blocks)}")
+        for wanted in lora.blocks:
+            if wanted and not any(block == wanted or block.startswith(f"{wanted}.") for block in blocks):
+                raise Refused(f"LoRA {name}: this model has no block {wanted!r}; its blocks are {', '.join(blocks)}")
 
     # attaching -----------------------------------------------------------------------------------------------------
 

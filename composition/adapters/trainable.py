@@ -18,7 +18,7 @@ from composition.loras.kinds.lora import Factors
 
 
 class Shape(NamedTuple):
-    """What a layer's adapter reads and makes."""
+    """Input and output of a layer's adapter."""
 
     reads: tuple[int, ...]  # in, *kernel
     out: int
@@ -42,7 +42,7 @@ class Trainable:
         self, names: Sequence[str], rank: int, layers: Mapping[str, Mapping[str, Shape]], device: torch.device
     ) -> None:
         self.names, self.rank, self.layers = tuple(names), rank, layers
-        shapes = [shape for found in layers.values() for shape in found.values()]
+        shapes = [shape for by_path in layers.values() for shape in by_path.values()]
         count = len(self.names)
         self._views = [view for reads, out in shapes for view in ((count, rank, *reads), (count, out, rank))]
         self._sizes = [torch.Size(view).numel() // count for view in self._views]
@@ -52,7 +52,7 @@ class Trainable:
     def read(self, slot: int, like: Tensor) -> tuple[Float[Tensor, "K r in *kernel"], Float[Tensor, "K out r"]]:
         """The factors of layer `slot` in the order of `layers`, in the device and dtype of `like`.
 
-        The whole leaf is converted at once and then parted, and this is kept until `changed`.
+        The whole leaf is converted at once and then split; the result is cached until `changed`.
         """
         key = (like.dtype, like.device, torch.is_grad_enabled())
         if key not in self._ready:
@@ -62,13 +62,13 @@ class Trainable:
         return down, up
 
     def changed(self) -> None:
-        """Say that the leaf has other values now."""
+        """Announce that the leaf's values have changed."""
         self._ready.clear()
 
     def factors(self, k: int) -> dict[str, dict[str, Factors]]:
-        """Adapter k's factors by component and layer: views of the leaf that may be written (and then say `changed`)."""
+        """Adapter k's factors by component and layer: views of the leaf; call `changed` after writing to them."""
         parts = iter([part.view(view[1:]) for part, view in zip(self.leaf.detach()[k].split(self._sizes), self._views, strict=True)])
-        return {component: {path: Factors(next(parts), next(parts)) for path in found} for component, found in self.layers.items()}
+        return {component: {path: Factors(next(parts), next(parts)) for path in by_path} for component, by_path in self.layers.items()}
 
 
 class TrainableStack(Stack):

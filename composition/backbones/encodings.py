@@ -10,7 +10,7 @@ FEWEST = 8  # entries that stay whatever their size: the values of the prompt th
 
 
 class Encodings(dict[Any, Tensor]):
-    """By key, on the device they were made on. Above the limit those that nobody asked for longest are let go."""
+    """By key, on the device they were made on. Above the limit the least recently used are dropped."""
 
     def __init__(self, limit: int = LIMIT) -> None:
         super().__init__()

@@ -113,7 +113,7 @@ class UNetBackbone(PipelineBackbone):
         """SDXL's micro-conditioning: original size, crop corner, target size, as (height, width) in pixels."""
         factor = self.pipeline.vae_scale_factor
         height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
-        # Filled there: a list of numbers would be copied from here, and whoever copies waits for all that the device has to do.
+        # Filled there: a list of numbers would be copied from here, and such a copy waits for all pending work of the device.
         return torch.cat([latents.new_full((rows, 1), side) for side in (height, width, 0, 0, height, width)], 1)
 
     def axis(self, layer: str) -> Axis:

@@ -64,7 +64,7 @@ def _whole(vae: Any) -> Iterator[Any]:
 
 
 def fitting(size: tuple[int, int], unit: int) -> str:
-    """What to say of a size that is no multiple of `unit` pixels, "" when it is."""
+    """Why a size that is not a multiple of `unit` pixels cannot be used, "" when it can."""
     if not (size[0] % unit or size[1] % unit):
         return ""
     near = tuple(max(unit, round(side / unit) * unit) for side in size)

@@ -2,7 +2,7 @@
 
 A map says where a concept's words are looked at, or how much its LoRA changes there what the base alone predicts.
 Shapes: maps (B, T, h, w), T tokens of one concept; strengths and masks (B, K, h, w), K concepts, masks 0 to 1, without the base, which
-owns what nobody claims.
+owns what no LoRA claims.
 """
 
 from collections.abc import Sequence
@@ -94,7 +94,7 @@ def blurred(maps: Float[Tensor, "B K h w"], sigma: float) -> Float[Tensor, "B K 
 def shares(masks: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K1 h w"]:
     """The base's share first, then each concept's: they sum to 1 everywhere.
 
-    The base has what nobody claims (1 - the sum, at least 0); where several claim, each has an equal part of its claim.
+    The base has what no LoRA claims (1 - the sum, at least 0); where several claim, each has an equal part of its claim.
     """
     base = (1 - masks.sum(1, keepdim=True)).clamp(min=0)
     whole = torch.cat([base, masks], 1)

@@ -1,6 +1,6 @@
-"""What kind of base a LoRA file was made for, from its keys and shapes; metadata is a hint that is not needed.
+"""The kind of base a LoRA file was trained for, from its keys and shapes alone; metadata is not needed.
 
-The sign that tells most is the width of the text a cross-attention reads: 768 SD 1.x, 1024 SD 2.x, 2048 SDXL.
+The clearest sign is the width of the text that cross-attention reads: 768 SD 1.x, 1024 SD 2.x, 2048 SDXL.
 """
 
 import re
@@ -13,7 +13,7 @@ from composition.loras import layers as layer_map
 from composition.loras.keys import Module
 
 WIDTHS = {768: "sd", 1024: "sd2", 2048: "sdxl"}
-JOINT = ("flux", "sd3")  # transformers, whose text has no width of its own to tell them by
+JOINT = ("flux", "sd3")  # transformers, which the width of their text does not tell apart
 WORDS = {"sd": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "sd3": "SD 3", "flux": "FLUX"}
 
 _TEXT = re.compile(r"attn2[._]to_[kv]$")
@@ -51,21 +51,21 @@ def detect(modules: Sequence[Module], tensors: Mapping[str, Tensor]) -> Origin:
     return Origin(WIDTHS.get(width, "unknown"), width, False)
 
 
-def foreign(found: Origin, components: Mapping[str, nn.Module], family: str) -> str:
-    """Why the file is no LoRA for this base, in plain words, or ""."""
+def foreign(origin: Origin, components: Mapping[str, nn.Module], family: str) -> str:
+    """Why the file is not a LoRA for this base, in plain words, or ""."""
     width = text_width(components)
     if family in JOINT:
-        differs = found.family not in (family, "unknown") or bool(found.width)
-    elif found.family in JOINT or (found.second and family != "sdxl"):
+        differs = origin.family not in (family, "unknown") or bool(origin.width)
+    elif origin.family in JOINT or (origin.second and family != "sdxl"):
         differs = True
-    elif found.width and width:
-        differs = found.width != width
+    elif origin.width and width:
+        differs = origin.width != width
     else:
-        differs = found.family == "sdxl" and family != "sdxl"
+        differs = origin.family == "sdxl" and family != "sdxl"
     if not differs:
         return ""
-    made = WORDS.get(found.family, "another model") + (f" (text width {found.width})" if found.width else "")
-    return f"made for {made}; this base is {base(components, family)}"
+    model = WORDS.get(origin.family, "another model") + (f" (text width {origin.width})" if origin.width else "")
+    return f"made for {model}; this base is {base(components, family)}"
 
 
 def base(components: Mapping[str, nn.Module], family: str) -> str:
@@ -87,5 +87,5 @@ def _reads_text(module: Module) -> bool:
 
 
 def _inputs(module: Module, tensors: Mapping[str, Tensor]) -> int:
-    found = tensors.get(module.keys.get("down", ""))
-    return found.shape[1] if found is not None and found.ndim >= 2 else 0
+    down = tensors.get(module.keys.get("down", ""))
+    return down.shape[1] if down is not None and down.ndim >= 2 else 0

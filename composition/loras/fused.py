@@ -24,8 +24,8 @@ class Part(NamedTuple):
 
     def rows(self, up: Tensor) -> Tensor:
         """This layer's share of an up factor (out, ...)."""
-        found = up[self.start : self.stop]
-        return found.roll(found.shape[0] // 2, 0) if self.turned else found
+        share = up[self.start : self.stop]
+        return share.roll(share.shape[0] // 2, 0) if self.turned else share
 
 
 # Layer of the authors' block: layers of diffusers' block, one below the other.
@@ -80,20 +80,20 @@ def words() -> Iterator[str]:
 
 
 def names(transformer: nn.Module) -> dict[str, tuple[Part, ...]]:
-    """Name of the authors' code, dotted, to the layers it stands for. {} for a model that is no transformer of these kinds."""
+    """Name of the authors' code, dotted, to the layers it stands for. {} for a model that is not a transformer of these kinds."""
     layers = {path: module for path, module in transformer.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    found: dict[str, tuple[Part, ...]] = {}
+    parts: dict[str, tuple[Part, ...]] = {}
     for name, paths in _candidates(transformer):
         if all(path in layers for path in paths):
             ends = [0]
             for path in paths:
                 layer = layers[path]  # as declared: a quantized weight has another shape
                 ends.append(ends[-1] + (layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels))
-            found[name] = tuple(Part(path, a, b) for path, a, b in zip(paths, ends, ends[1:], strict=False))
+            parts[name] = tuple(Part(path, a, b) for path, a, b in zip(paths, ends, ends[1:], strict=False))
     turned = {"final_layer.adaLN_modulation.1": "norm_out.linear"}
     if joint := len(getattr(transformer, "transformer_blocks", ())) if "pos_embed.proj" in layers else 0:
         turned[f"joint_blocks.{joint - 1}.context_block.adaLN_modulation.1"] = f"transformer_blocks.{joint - 1}.norm1_context.linear"
-    return found | {name: (Part(path, turned=True),) for name, path in turned.items() if found and path in layers}
+    return parts | {name: (Part(path, turned=True),) for name, path in turned.items() if parts and path in layers}
 
 
 def _candidates(transformer: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:

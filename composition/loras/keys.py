@@ -1,4 +1,4 @@
-"""What a key of a LoRA file says: which part of which layer, in the dialects people write.
+"""Keys of LoRA files: which part of which layer a key means, in every spelling in use.
 
     diffusers         unet.<path>.lora_A.weight, .lora_A.<adapter>.weight, .lora.down.weight,
                       .lora_linear_layer.down.weight, any of them below base_model.model.
@@ -50,7 +50,7 @@ class Module:
     """All keys of one module. keys: role to raw key. blocked: why none of them can be applied, or "".
 
     module is the name without its prefix and without the words of the layout: dotted, with underscores for kohya's,
-    or "#12" in first-generation files. component is "" when the name does not tell it.
+    or "#12" in first-generation files. component is "" when the name does not say.
     """
 
     component: str
@@ -110,18 +110,18 @@ _SIDES = {"1": "img_attn", "2": "txt_attn"}
 
 
 def understand(key: str) -> Key:
-    """What one raw key says. A key that says nothing known has role "beside" and its reason."""
+    """One raw key, parsed. An unknown key has role "beside" and its reason."""
     if numbered := _NUMBERED.match(key):
         return Key(numbered[1], f"#{int(numbered[2])}", numbered[3], "first-generation")
     if _TOKENS.match(key):
         return Key("", key, "beside", "", TOKEN)
-    if found := _XLABS.match(key):
-        kind, block, what, side, role = found.groups()
+    if match := _XLABS.match(key):
+        kind, block, what, side, role = match.groups()
         inner = f"{_SIDES[side]}.{what}" if side else {"qkv": "qkv", "proj": "linear2"}[what]
         return Key("transformer", f"{kind}_blocks.{block}.{inner}", role, "xlabs")
     for pattern, role, reason in _ROLES:
-        if found := pattern.search(key):
-            component, module, layout = _locate(key[: found.start()])
+        if match := pattern.search(key):
+            component, module, layout = _locate(key[: match.start()])
             return Key(component, module, role, layout, reason)
     return Key("", key, "beside", "", UNKNOWN)
 
@@ -165,9 +165,9 @@ def modules(keys: Iterable[str]) -> tuple[list[Module], dict[str, list[str]]]:
             blocking.setdefault(place, {})[raw] = TWICE
         else:
             roles[place][key.role] = raw
-    made = []
+    grouped = []
     for place, layout in layouts.items():
         blocked = blocking.get(place, {})
         reason = next(iter(blocked.values()), "")
-        made.append(Module(*place, layout, roles.get(place, {}), reason, tuple(blocked)))
-    return made, ignored
+        grouped.append(Module(*place, layout, roles.get(place, {}), reason, tuple(blocked)))
+    return grouped, ignored

@@ -65,7 +65,7 @@ def flat(name: str) -> str:
 def parts(component: str, module: nn.Module) -> dict[str, tuple[Part, ...]]:
     """Flat name to the layers it stands for: one as a rule, several where the original code of a transformer has them in one."""
     authored = fused.names(module) if component == "transformer" else {}
-    return {flat(name): found for name, found in authored.items()} | {name: (Part(path),) for name, path in names(component, module).items()}
+    return {flat(name): parts for name, parts in authored.items()} | {name: (Part(path),) for name, path in names(component, module).items()}
 
 
 def names(component: str, module: nn.Module) -> dict[str, str]:
@@ -75,11 +75,11 @@ def names(component: str, module: nn.Module) -> dict[str, str]:
         short = {path.removeprefix("text_model."): path for path in paths}
         return {flat(prefix + name): path for prefix in ("", "text_model.") for name, path in short.items()}
     blocks = dict(_original_blocks(module))
-    found = {flat(path): path for path in paths}
+    by_name = {flat(path): path for path in paths}
     for path in paths:
         if original := _original(path, blocks):
-            found.setdefault(flat(original), path)
-    return found
+            by_name.setdefault(flat(original), path)
+    return by_name
 
 
 def words(module: nn.Module) -> frozenset[tuple[str, ...]]:
@@ -93,7 +93,7 @@ def words(module: nn.Module) -> frozenset[tuple[str, ...]]:
 
 def spelled(name: str, known: Collection[tuple[str, ...]], there: Collection[str]) -> bool:
     """True when a module's name could be a layer's, of a deeper or wider base: it is made of known words and numbers, dotted or with
-    underscores, and is no name of a layer that is `there` (flat names) with more before or behind it. "#12" is a layer's too.
+    underscores, and not the name of a layer that is `there` (flat names) with more before or after it. "#12" is a layer's too.
     """
     if name.startswith("#"):
         return True
@@ -155,22 +155,22 @@ def _original_blocks(unet: nn.Module) -> Iterator[tuple[str, str]]:
     yield from _SINGLE.items()
     index = 0
     for level, block in enumerate(getattr(unet, "down_blocks", ())):
-        for part, found in _pairs(block):
+        for part, lists in _pairs(block):
             index += 1
-            for at, path in enumerate(found):
+            for at, path in enumerate(lists):
                 yield f"down_blocks.{level}.{path}.{part}", f"input_blocks.{index}.{at}"
         if getattr(block, "downsamplers", None):
             index += 1
             yield f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{index}.0.op"
     index = 0
     for level, block in enumerate(getattr(unet, "up_blocks", ())):
-        found = ()
-        for part, found in _pairs(block):
-            for at, path in enumerate(found):
+        lists = ()
+        for part, lists in _pairs(block):
+            for at, path in enumerate(lists):
                 yield f"up_blocks.{level}.{path}.{part}", f"output_blocks.{index}.{at}"
             index += 1
         if getattr(block, "upsamplers", None):
-            yield f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{index - 1}.{len(found)}.conv"
+            yield f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{index - 1}.{len(lists)}.conv"
     middle = getattr(unet, "mid_block", None)
     residuals, attentions = len(getattr(middle, "resnets", ())), len(getattr(middle, "attentions", ()))
     order = [("resnets", 0)]

@@ -52,8 +52,8 @@ def trouble(error: Exception) -> str:
     """Why a file of a listing cannot be read, in one line."""
     if isinstance(error, Refused):
         return str(error)
-    said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-    return f"cannot be read: {' '.join(str(said).split())[:200]}"
+    reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return f"cannot be read: {' '.join(str(reason).split())[:200]}"
 
 
 def find(source: str, model: str, folders: Sequence[Path] = ()) -> Path:
@@ -83,7 +83,7 @@ def _candidates(spellings: Collection[str], known: Sequence[tuple[Path, Path]], 
             whole = [path for place, path in known if _parts(_bare(path.relative_to(place).as_posix())) == wanted]
             yield _distinct(whole if len(wanted) > 1 else [])
             yield _distinct([path for _, path in known if _parts(_bare(path.as_posix()))[-len(wanted) :] == wanted])
-            yield _distinct([path for place in places if (path := _ended(place.joinpath(*wanted)))])  # a folder found by another way
+            yield _distinct([path for place in places if (path := _ended(place.joinpath(*wanted)))])  # a folder reached by another path
     for spelling in spellings:
         yield _distinct([path] if (path := _ended(Path(_bare(spelling)))) else [])
     for spelling in spellings:
@@ -141,19 +141,19 @@ def _places(model: str, folders: Sequence[Path]) -> list[Path]:
 def _files(model: str, folders: Sequence[Path]) -> list[tuple[Path, Path]]:
     """(the folder that was named, the file in it) for every LoRA file, in the order of `files`."""
     places = _places(model, folders)
-    found: dict[Path, list[Path]] = {place: [] for place in places}
+    by_folder: dict[Path, list[Path]] = {place: [] for place in places}
     links: list[tuple[Path, Path]] = []  # to folders: followed last, so that a folder is searched by its own path where it has one
     seen: set[tuple[int, int]] = set()
     for place in places:
-        links += [(place, link) for link in _walk(place, seen, found[place])]
+        links += [(place, link) for link in _walk(place, seen, by_folder[place])]
     while links:
         place, link = links.pop(0)
-        links += [(place, further) for further in _walk(link, seen, found[place])]
-    return [(place, path) for place, paths in found.items() for path in sorted(paths)]
+        links += [(place, further) for further in _walk(link, seen, by_folder[place])]
+    return [(place, path) for place, paths in by_folder.items() for path in sorted(paths)]
 
 
-def _walk(folder: Path, seen: set[tuple[int, int]], found: list[Path]) -> list[Path]:
-    """Add the LoRA files of a folder and of those below it to `found`; returns the links to folders, which are not followed."""
+def _walk(folder: Path, seen: set[tuple[int, int]], paths: list[Path]) -> list[Path]:
+    """Add the LoRA files of a folder and of those below it to `paths`; returns the links to folders, which are not followed."""
     waiting, links = [folder], []
     while waiting:
         here = waiting.pop()
@@ -174,7 +174,7 @@ def _walk(folder: Path, seen: set[tuple[int, int]], found: list[Path]) -> list[P
                 if entry.name.lower().endswith(ENDING) and not _has_files(path):
                     found.append(path)
             elif entry.name.lower().endswith(ENDING):
-                found.append(path)
+                paths.append(path)
     return links
 
 

@@ -1,6 +1,6 @@
-"""What the header of a LoRA file says beside its tensors: title, category, trigger words, the trainer's name for it.
+"""What the header of a LoRA file says besides its tensors: title, category, trigger words, the trainer's name for it.
 
-All of it was typed by somebody: it is shown and searched, never executed, and no key or shape is believed from it.
+All of it is untrusted text: it is shown and searched, never executed, and never taken for a key or a shape.
 """
 
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ def title(metadata: Mapping[str, str]) -> str:
 
 def category(metadata: Mapping[str, str]) -> str:
     """One of `Category`, or "" for anything else."""
-    said = metadata.get("category", "").strip().lower()
-    return said if said in get_args(Category) else ""
+    value = metadata.get("category", "").strip().lower()
+    return value if value in get_args(Category) else ""
 
 
 def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:

@@ -64,21 +64,21 @@ def read(
     """
     path = Path(path)
     raw = load_safely(path)
-    found, ignored = modules(raw.tensors)
-    found = [_settled(module, components) for module in found]
+    updates, ignored = modules(raw.tensors)
+    updates = [_settled(module, components) for module in updates]
     stated = scale.statements(path, raw.metadata)
-    made_for = lora_family.detect(found, raw.tensors)
-    foreign = lora_family.foreign(made_for, components, family)
-    names = {part: _names(part, module, found) for part, module in components.items()}
+    origin = lora_family.detect(updates, raw.tensors)
+    foreign = lora_family.foreign(origin, components, family)
+    names = {part: _names(part, module, updates) for part, module in components.items()}
     layers = {part: layer_map.layers(module) for part, module in components.items()}
     factors: dict[str, dict[str, Factors]] = {}
     applied: Counter[str] = Counter()
-    places = [names.get(module.component, {}).get(layer_map.flat(module.module), ()) for module in found]
-    claims = Counter((module.component, part.path) for module, parts in zip(found, places, strict=True) for part in parts)
+    places = [names.get(module.component, {}).get(layer_map.flat(module.module), ()) for module in updates]
+    claims = Counter((module.component, part.path) for module, parts in zip(updates, places, strict=True) for part in parts)
     known = {part: (layer_map.words(module), names[part].keys()) for part, module in components.items()} if not all(places) else {}
     sources: list[tuple[scale.Alpha, ...]] = []
     sizes: list[suspicious.Sizes] = []
-    for module, parts in zip(found, places, strict=True):
+    for module, parts in zip(updates, places, strict=True):
         reason = _obstacle(module, raw.tensors, components, parts, known)
         if not reason and any(claims[module.component, part.path] > 1 for part in parts):
             reason = TWICE  # nothing says which of them is meant
@@ -88,16 +88,16 @@ def read(
         sources.append(scale.alphas(module, raw.tensors, stated, path.name))
         down, up = (raw.tensors[module.keys[role]] for role in ("down", "up"))
         try:
-            made = fitted(down, up, sources[-1][0].value, layers[module.component], parts)
+            layer_factors = fitted(down, up, sources[-1][0].value, layers[module.component], parts)
         except ValueError as error:
             raise Refused(f"{path.name}: {foreign or f'{module.component}.{parts[0].path}: {error}'}") from None
-        factors.setdefault(module.component, {}).update(made)
+        factors.setdefault(module.component, {}).update(layer_factors)
         sizes.append(_sizes(module, raw, sources[-1][0].value))
         applied[module.component] += len(module.all)
     if ignored and foreign:
         raise Refused(f"{path.name}: {foreign}")
-    if made_for.family == "unknown" and factors:
-        made_for = made_for._replace(family=family)
+    if origin.family == "unknown" and factors:
+        origin = origin._replace(family=family)
     factors = {  # in the base's own order, whatever the file's
         part: {where: factors[part][where] for where in layers[part] if where in factors[part]}
         for part in components
@@ -105,7 +105,7 @@ def read(
     }
     flat = {f"{part}.{where}": layer for part, inside in factors.items() for where, layer in inside.items()}
     receipt = _receipt(
-        path, name, raw, found, made_for.family,
+        path, name, raw, updates, origin.family,
         components={part: {"tensors": applied[part], "modules": len(inside)} for part, inside in factors.items()},
         ignored=ignored,
         no_effect=tuple(where for where, layer in flat.items() if not layer.live),
@@ -125,9 +125,9 @@ def inspect(path: Path) -> Receipt:
     """
     path = Path(path)
     raw = load_safely(path)
-    found, _ = modules(raw.tensors)
+    updates, _ = modules(raw.tensors)
     stated = scale.statements(path, raw.metadata)
-    pairs = [module for module in found if _pair(module, raw.tensors)]
+    pairs = [module for module in updates if _pair(module, raw.tensors)]
     sources = [scale.alphas(module, raw.tensors, stated, path.name) for module in pairs]
     no_effect = []
     for module, (alpha, *_) in zip(pairs, sources, strict=True):
@@ -135,7 +135,7 @@ def inspect(path: Path) -> Receipt:
             no_effect.append(f"{module.component}.{module.module}")
     sizes = [_sizes(module, raw, rows[0].value) for module, rows in zip(pairs, sources, strict=True)]
     alphas = Counter(rows[0].value for rows in sources)
-    return _alone(path, raw, found, pairs, no_effect=tuple(no_effect), alphas=alphas, sources=sources, sizes=sizes)
+    return _alone(path, raw, updates, pairs, no_effect=tuple(no_effect), alphas=alphas, sources=sources, sizes=sizes)
 
 
 def describe(path: Path) -> Receipt:
@@ -146,8 +146,8 @@ def describe(path: Path) -> Receipt:
     """
     path = Path(path)
     raw = load_header(path)
-    found, _ = modules(raw.tensors)
-    return _alone(path, raw, found, [module for module in found if _pair(module, raw.tensors)])
+    updates, _ = modules(raw.tensors)
+    return _alone(path, raw, updates, [module for module in updates if _pair(module, raw.tensors)])
 
 
 def stamp(path: Path) -> tuple[object, ...]:
@@ -161,10 +161,10 @@ def shown(path: Path | str) -> str:
     return str(path).encode("utf-8", "replace").decode()
 
 
-def _alone(path: Path, raw: SafeFile, found: Sequence[Module], pairs: Sequence[Module], **more: Any) -> Receipt:
+def _alone(path: Path, raw: SafeFile, updates: Sequence[Module], pairs: Sequence[Module], **more: Any) -> Receipt:
     """The receipt of a file for which no base was given."""
     return _receipt(
-        path, "", raw, found, lora_family.detect(found, raw.tensors).family, components={}, ignored={NO_BASE: sorted(raw.tensors)},
+        path, "", raw, updates, lora_family.detect(updates, raw.tensors).family, components={}, ignored={NO_BASE: sorted(raw.tensors)},
         ranks=Counter(raw.tensors[module.keys["down"]].shape[0] for module in pairs), **more)
 
 
@@ -174,8 +174,8 @@ def _settled(module: Module, components: Mapping[str, nn.Module]) -> Module:
     return replace(module, component="text_encoder_2") if third else module
 
 
-def _names(component: str, module: nn.Module, found: Sequence[Module]) -> dict[str, tuple[Part, ...]]:
-    count = sum(part.component == component and part.layout == "first-generation" for part in found)
+def _names(component: str, module: nn.Module, updates: Sequence[Module]) -> dict[str, tuple[Part, ...]]:
+    count = sum(part.component == component and part.layout == "first-generation" for part in updates)
     numbered = layer_map.numbered(component, module, count) if count else {}
     return layer_map.parts(component, module) | {number: (Part(path),) for number, path in numbered.items()}
 
@@ -213,7 +213,7 @@ def _obstacle(
 
 
 def _receipt(
-    path: Path, name: str, raw: SafeFile, found: Sequence[Module], family: str, *,
+    path: Path, name: str, raw: SafeFile, updates: Sequence[Module], family: str, *,
     components: Mapping[str, Mapping[str, int]], ignored: Mapping[str, Sequence[str]],
     ranks: Mapping[int, int], no_effect: tuple[str, ...] = (), alphas: Mapping[float, int] | None = None,
     sources: Sequence[Sequence[scale.Alpha]] = (), sizes: Sequence[suspicious.Sizes] = (),
@@ -223,7 +223,7 @@ def _receipt(
     left_out = sum(len(keys) for keys in ignored.values())
     if applied + left_out != len(raw.tensors):
         raise AssertionError(f"{path.name}: {applied} applied + {left_out} ignored != {len(raw.tensors)} tensors")
-    layouts = Counter(module.layout for module in found).most_common()
+    layouts = Counter(module.layout for module in updates).most_common()
     remarks = (*scale.remarks(sources), *suspicious.remarks(sizes))
     if any(rows[0].source == scale.NOBODY for rows in sources) and (passed := scale.passed_over(path)):
         remarks = (*remarks, passed)

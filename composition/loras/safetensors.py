@@ -1,9 +1,9 @@
 """Safe reading of .safetensors files: the header alone, or all of the file in one pass.
 
-No code of a file can run, a file that is broken or no safetensors file is refused in plain words, and nothing read aliases the
-file, so that nothing changes when it is replaced meanwhile. Everything is checked here: lengths, counts, duplicate names, kinds of
-number, offsets (no hole, no overlap, no byte left over), and the values, since NaN and infinity are legal in the format. A header
-that other writers make a little differently is read all the same: spaces around it, "__metadata__": null, metadata that is not text,
+No code in a file can run; a file that is broken, or not a safetensors file, is refused in plain words; and nothing read aliases the
+file, so that replacing it meanwhile changes nothing. Everything is checked here: lengths, counts, duplicate names, kinds of
+number, offsets (no hole, no overlap, no byte left over), and the values, since NaN and infinity are legal in the format. Headers
+that other writers make a little differently are read all the same: spaces around it, "__metadata__": null, metadata that is not text,
 tensors in any order, tensors without an element.
 """
 
@@ -41,7 +41,7 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
 }
 
-# What people have in place of the file they meant, by its first bytes.
+# What people often have instead of the file they meant, by its first bytes.
 _IMPOSTORS = (
     (b"PK", "a zip or pickle file: loading it could run code"),
     (b"\x80", "a pickle file: loading it could run code"),
@@ -151,41 +151,41 @@ def _header(path: Path, file: FileIO) -> _Header:
         raise Refused(f"{path.name} is damaged (it ends inside its header): download it again")
     raw = (raw + _read(file, 8 + length - len(raw)))[: 8 + length]
     try:
-        said = untrusted.parse(raw[8:], odd_letters=True)
-        metadata = _metadata(said.pop("__metadata__", None))
-        if 0 < len(said) <= MAX_TENSORS:
-            entries = _entries(said, size - 8 - length)
+        table = untrusted.parse(raw[8:], odd_letters=True)
+        metadata = _metadata(table.pop("__metadata__", None))
+        if 0 < len(table) <= MAX_TENSORS:
+            entries = _entries(table, size - 8 - length)
     except _Kind as error:
         raise Refused(f"{path.name} holds a kind of number that cannot be read ({error})") from None
     except (ValueError, AttributeError) as error:  # untrusted.Unreadable is a ValueError
         raise Refused(f"{path.name} is damaged (its header: {str(error)[:200]}): download it again") from None
-    if not 0 < len(said) <= MAX_TENSORS:
-        raise Refused(f"{path.name} holds {len(said)} tensors; 1 to {MAX_TENSORS} are read")
+    if not 0 < len(table) <= MAX_TENSORS:
+        raise Refused(f"{path.name} holds {len(table)} tensors; 1 to {MAX_TENSORS} are read")
     return _Header(raw, entries, metadata)
 
 
 class _Kind(Exception):
-    """A kind of number that the format has and torch has not."""
+    """A kind of number that the format has and torch does not."""
 
 
-def _metadata(said: object) -> dict[str, str]:
-    """The words of a header as text: what other writers leave as numbers, lists or null too. Raises ValueError."""
-    if said is None:
+def _metadata(metadata: object) -> dict[str, str]:
+    """A header's metadata as text, also where other writers left numbers, lists or null. Raises ValueError."""
+    if metadata is None:
         return {}
-    if not isinstance(said, dict):
-        raise ValueError("its __metadata__ is no JSON object")
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items() if value is not None}
+    if not isinstance(metadata, dict):
+        raise ValueError("its __metadata__ is not a JSON object")
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items() if value is not None}
     return {_text(key): _text(value) for key, value in texts.items()}
 
 
 def _text(value: str) -> str:
-    """The same without halves of letters, which JSON can hold and no other text."""
+    """The same without lone surrogates, which JSON can hold and UTF-8 cannot."""
     return value.encode("utf-8", "replace").decode()
 
 
-def _entries(said: Mapping[str, Any], size: int) -> dict[str, _Entry]:
+def _entries(table: Mapping[str, Any], size: int) -> dict[str, _Entry]:
     """The tensors of a header in the order of their bytes, which fill `size` without hole or overlap. Raises ValueError, _Kind."""
-    entries = {name: _entry(name, value) for name, value in said.items()}
+    entries = {name: _entry(name, value) for name, value in table.items()}
     entries = dict(sorted(entries.items(), key=lambda pair: pair[1][2:]))
     end = 0
     for name, entry in entries.items():
@@ -201,14 +201,14 @@ def _entry(name: str, value: Any) -> _Entry:
     if len(name) > MAX_NAME:
         raise ValueError(f"a tensor's name has {len(name):,} letters; at most {MAX_NAME:,} are read")
     if _text(name) != name or not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= set(value):
-        raise ValueError(f"{_quoted(name)} is no tensor")
+        raise ValueError(f"{_quoted(name)} is not a tensor")
     kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(kind, str) or kind not in _DTYPES:
         raise _Kind(_quoted(kind))
     if not _counts(shape) or len(shape) > MAX_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
         raise ValueError(f"the shape or the place of {_quoted(name)} cannot be read")
     if max(shape, default=0) >= 2**63 or offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[kind].itemsize:
-        raise ValueError(f"{_quoted(name)} has not as many bytes as its shape says")
+        raise ValueError(f"{_quoted(name)} does not have as many bytes as its shape says")
     return _Entry(kind, tuple(shape), *offsets)
 
 

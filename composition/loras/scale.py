@@ -57,7 +57,7 @@ class _Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Statement:
-    """One that states alphas: settings in PEFT's words, by the component they are of ("" for all).
+    """A source that states alphas: settings in PEFT's terms, by component ("" for all).
 
     trouble: why it cannot be read. plain: its values are numbers as text, of a header. conv: alpha of convolutions over more than
     one pixel, where it differs (LyCORIS).
@@ -78,16 +78,16 @@ class Statement:
         prefix = next((name for name in (component, *alike, "") if name in self.settings), None)
         if prefix is None:
             return None
-        said = self.settings[prefix]
-        value = self._number(self.conv if wide and self.conv is not None else said.get("lora_alpha"), "alpha")
+        settings = self.settings[prefix]
+        value = self._number(self.conv if wide and self.conv is not None else settings.get("lora_alpha"), "alpha")
         value = self._number(self._pattern(prefix, "alpha_pattern", module), "alpha", value)
         if value is None:
             return None
-        stated = self._number(self._pattern(prefix, "rank_pattern", module), "rank", self._number(said.get("r"), "rank"))
+        stated = self._number(self._pattern(prefix, "rank_pattern", module), "rank", self._number(settings.get("r"), "rank"))
         if stated is not None and stated != rank:
             raise _Unreadable(f"its {self.source} says rank {stated:g} for {module[:100]!r}, whose factors have rank {rank}: it was written "
-                              "for another file, so the strength is unknown; put the right one there or take it away")
-        return value * (math.sqrt(rank) if _shown(said.get("use_rslora")).lower() == "true" else 1.0)
+                              "for another file, so the strength is unknown; put the right file there or remove it")
+        return value * (math.sqrt(rank) if _shown(settings.get("use_rslora")).lower() == "true" else 1.0)
 
     def _number(self, value: Any, what: str, otherwise: float | None = None) -> float | None:
         if value is None or self.plain and value.strip().lower() in _ABSENT:
@@ -116,8 +116,8 @@ class Statement:
     @cached_property
     def _tables(self) -> dict[tuple[str, str], dict[str, tuple[int, Any]] | str]:
         """(component, kind of pattern) to the patterns by the name they fit, with their order; or why they cannot be read."""
-        return {(prefix, name): self._table(name, said[name]) for prefix, said in self.settings.items()
-                for name in ("alpha_pattern", "rank_pattern") if said.get(name)}  # fmt: skip
+        return {(prefix, name): self._table(name, settings[name]) for prefix, settings in self.settings.items()
+                for name in ("alpha_pattern", "rank_pattern") if settings.get(name)}  # fmt: skip
 
     def _table(self, name: str, patterns: Any) -> dict[str, tuple[int, Any]] | str:
         if not isinstance(patterns, dict):
@@ -135,11 +135,11 @@ class Statement:
 
 def statements(path: Path, metadata: Mapping[str, str]) -> tuple[Statement, ...]:
     """All that state alphas of a file outside its tensors, the one that counts first."""
-    made = [_json(f"{key} in the header", 1, metadata[key]) for key in _JSON
+    stated = [_json(f"{key} in the header", 1, metadata[key]) for key in _JSON
             if key in metadata and (key == ADAPTER or metadata[key].lstrip().startswith("{"))]
     if config := beside(path):
-        made.append(_config(config))
-    return (*made, *_numbers(metadata))
+        stated.append(_config(config))
+    return (*stated, *_numbers(metadata))
 
 
 def beside(path: Path) -> Path | None:
@@ -151,7 +151,7 @@ def beside(path: Path) -> Path | None:
 
 
 def passed_over(path: Path) -> str:
-    """What to say of an adapter_config.json that lies beside several files, none of which it is sure to belong to."""
+    """A remark on an adapter_config.json beside several files, when it is not certain which one it belongs to; "" without."""
     configs = list(_configs(path))
     if not configs or any(belongs or _model(config.parent) for config, belongs in configs):
         return ""
@@ -165,37 +165,37 @@ def alphas(module: Module, tensors: Mapping[str, Tensor], stated: Sequence[State
     """
     down = tensors[module.keys["down"]]
     rank, wide = down.shape[0] if down.ndim else 1, down.ndim == 4 and down.shape[2:] != (1, 1)
-    found: list[Alpha] = []
+    candidates: list[Alpha] = []
     if "alpha" in module.keys:
         value = tensors[module.keys["alpha"]]
         if value.numel() != 1 or value.is_complex():
             raise Refused(f"{file}: {module.keys['alpha']!r} is not one number but of shape {tuple(value.shape)}")
-        found.append(Alpha(float(value.item()), TENSORS, 0))
+        candidates.append(Alpha(float(value.item()), TENSORS, 0))
     for statement in stated:
         try:
             value = statement.alpha(module.component, module.module, rank, wide)
         except _Unreadable as error:
-            if not found:
+            if not candidates:
                 raise Refused(f"{file}: {error}") from None
             continue
         if value is not None:
-            found.append(Alpha(value, statement.source, statement.order))
-    return tuple(found) or (Alpha(float(rank), NOBODY, 4),)
+            candidates.append(Alpha(value, statement.source, statement.order))
+    return tuple(candidates) or (Alpha(float(rank), NOBODY, 4),)
 
 
-def remarks(found: Sequence[Sequence[Alpha]]) -> tuple[str, ...]:
+def remarks(by_module: Sequence[Sequence[Alpha]]) -> tuple[str, ...]:
     """What a user should know of where the alphas of a file's modules came from: sources outside the tensors, and disagreement."""
-    said: list[str] = []
-    counting = Counter((rows[0].source, rows[0].value) for rows in found if rows[0].order in (2, 3))
-    said += [f"alpha {value:g} from {source} ({_modules(count)})" for (source, value), count in counting.most_common(3)]
-    lone = sum(rows[0].source == NOBODY for rows in found)
-    if 0 < lone < len(found):
-        said.append(f"alpha of {_modules(lone)} is stated nowhere and taken as the rank")
-    differing = Counter((rows[0], other) for rows in found for other in rows[1:] if not _alike(rows[0].value, other.value))
+    sentences: list[str] = []
+    counting = Counter((rows[0].source, rows[0].value) for rows in by_module if rows[0].order in (2, 3))
+    sentences += [f"alpha {value:g} from {source} ({_modules(count)})" for (source, value), count in counting.most_common(3)]
+    lone = sum(rows[0].source == NOBODY for rows in by_module)
+    if 0 < lone < len(by_module):
+        sentences.append(f"alpha of {_modules(lone)} is stated nowhere and taken as the rank")
+    differing = Counter((rows[0], other) for rows in by_module for other in rows[1:] if not _alike(rows[0].value, other.value))
     for (first, other), count in differing.most_common(3):
-        said.append(f"alpha {first.value:g} from {first.source}, not {other.value:g} from {other.source} ({_modules(count)}): "
+        sentences.append(f"alpha {first.value:g} from {first.source}, not {other.value:g} from {other.source} ({_modules(count)}): "
                     + _law(first.order, other.order))
-    return tuple(said)
+    return tuple(sentences)
 
 
 def _law(first: int, other: int) -> str:
@@ -217,15 +217,15 @@ def _modules(count: int) -> str:
 
 def _json(source: str, order: int, text: str | bytes) -> Statement:
     try:
-        said = untrusted.parse(text, odd_letters=True)
+        document = untrusted.parse(text, odd_letters=True)
     except untrusted.Unreadable as error:
         return Statement(source, order, {}, trouble=f"its {source} {error}, so its alphas are unknown")
-    if not isinstance(said, dict):
+    if not isinstance(document, dict):
         return Statement(source, order, {}, trouble=f"its {source} is not a JSON object, so its alphas are unknown")
-    if str(said.get("peft_type") or "LORA").upper().rpartition(".")[2] != "LORA":
+    if str(document.get("peft_type") or "LORA").upper().rpartition(".")[2] != "LORA":
         return Statement(source, order, {})  # of another kind of adapter
     settings: dict[str, dict[str, Any]] = {}
-    for key, value in said.items():
+    for key, value in document.items():
         prefix, _, name = key.rpartition(".")
         settings.setdefault(prefix, {})[name] = value
     return Statement(source, order, settings)
@@ -258,7 +258,7 @@ def _numbers(metadata: Mapping[str, str]) -> Iterator[Statement]:
             if settings.get("", {}).get("lora_alpha", "").strip() not in ("", "0", "0.0"):
                 yield Statement(f"{name} in the header", 3, {"": settings[""]}, plain=True, conv=_conv_alpha(metadata))
         elif settings:
-            both = {prefix: said | shared.get(prefix, {}) for prefix, said in settings.items()}
+            both = {prefix: values | shared.get(prefix, {}) for prefix, values in settings.items()}
             yield Statement(f"{name} in the header", 3, both, plain=True)
 
 

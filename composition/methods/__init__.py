@@ -40,17 +40,17 @@ class Method:
     steady: bool = False
     regional: bool = False
 
-    def read(self, given: Mapping[str, Any]) -> Any:
+    def read(self, values: Mapping[str, Any]) -> Any:
         """The options dataclass from plain values. Raises Refused for an unknown name, a wrong type or range."""
         known = {item.name: item for item in fields(self.options)}
-        for name in given:
+        for name in values:
             if name not in known:
                 near = get_close_matches(name, known, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise Refused(f"method {self.name!r} has no option {name!r}; it has "
                               f"{', '.join(sorted(known)) or 'none'}{hint}")
         hints, read = get_type_hints(self.options), {}
-        for name, value in given.items():
+        for name, value in values.items():
             try:
                 read[name] = TypeAdapter(hints[name]).validate_python(value)
             except ValidationError as error:

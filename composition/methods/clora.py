@@ -112,7 +112,7 @@ class _Course:
     def _updated(
         self, step: Step, passes: Sequence[Pass], concepts: Sequence[int]
     ) -> tuple[Step, Float[Tensor, "N R B C H W"], Float[Tensor, "N B L h w"] | None]:
-        """The step after its updates, and the last predictions and maps; no maps where nobody needs them."""
+        """The step after its updates, and the last predictions and maps; no maps where none are needed."""
         options, rows = self.options, "all" if self.options.reference else "positive"
         kinds = self._kinds(concepts)
         guided = options.update and len(concepts) > 1 and step.stage == 0 and step.index < self.until * step.count

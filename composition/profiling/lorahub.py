@@ -1,8 +1,8 @@
-"""LoraHub for pictures: weights of the LoRAs found by search, for a score that is handed in (arXiv 2307.13269, the image version).
+"""LoraHub for pictures: search for the weights of the LoRAs that maximise a score (arXiv 2307.13269, the image version).
 
 The weights multiply the request's own and act on each LoRA's whole update, W + sum x_i w_i B_i A_i, so that ranks may differ (the
-original averages factors, with cross terms). Search begins at x = 1, plain Merge. Whoever searches with the score that is then
-reported measures how well he searched, not how good the picture is: report another score, or other seeds.
+original averages factors, with cross terms). Search begins at x = 1, plain Merge. Reporting the score that was
+searched with measures the search and not the pictures: report another score, or other seeds.
 """
 
 import threading
@@ -20,8 +20,8 @@ PENALTY = 0.05  # on the mean of the weights, as in the original
 
 
 @dataclass(frozen=True)
-class Found:
-    """request: with the best weights found. score: its mean score. trials: (factors, mean score) of every trial, in order."""
+class SearchResult:
+    """request: with the best weights. score: its mean score. trials: (factors, mean score) of every trial, in order."""
 
     request: Request
     score: float
@@ -31,7 +31,7 @@ class Found:
 def search(
     engine: Engine, request: Request, score: Callable[[Sequence[Image.Image]], float], *, budget: int = 40, seeds: int = 2,
     steps: int = 20, on_trial: Callable[[int, float], None] | None = None, cancel: threading.Event | None = None,
-) -> Found:  # fmt: skip
+) -> SearchResult:  # fmt: skip
     """The factors in 0..1.5 with the highest score less 0.05 of their mean, after at most `budget` trials.
 
     score: of the pictures of one trial, the larger the better and about 1 at best (CLIPScore / 100); called with `seeds` pictures of
@@ -39,7 +39,7 @@ def search(
     Refused without LoRAs, and what Engine.run raises.
     """
     if not request.loras:
-        raise Refused("LoraHub searches weights of LoRAs; this request has none")
+        raise Refused("LoraHub searches the weights of LoRAs; this request has no LoRA: name at least one")
     if budget < 1 or seeds < 1:
         raise Refused(f"LoraHub needs a budget and seeds of at least 1; given {budget} and {seeds}")
     from scipy.optimize import minimize
@@ -50,8 +50,8 @@ def search(
         factors = tuple(min(BOUNDS[1], max(BOUNDS[0], float(x))) for x in vector)
         if len(trials) >= budget:  # the solver's own count may run a little over
             return float("inf")
-        asked = replace(weighted(request, factors), method="merge", options={}, steps=steps, count=seeds)
-        value = float(score(engine.run(asked, cancel=cancel).images))
+        trial_request = replace(weighted(request, factors), method="merge", options={}, steps=steps, count=seeds)
+        value = float(score(engine.run(trial_request, cancel=cancel).images))
         trials.append((factors, value))
         if on_trial:
             on_trial(len(trials), value)
@@ -62,7 +62,7 @@ def search(
         minimize(cost, [1.0] * count, method="COBYQA", bounds=[BOUNDS] * count,
                  options={"maxfev": budget - 1, "initial_tr_radius": 0.4, "final_tr_radius": 0.02})
     best, value = max(trials, key=lambda trial: trial[1] - PENALTY * sum(trial[0]) / count)
-    return Found(weighted(request, best), value, tuple(trials))
+    return SearchResult(weighted(request, best), value, tuple(trials))
 
 
 def weighted(request: Request, factors: Sequence[float]) -> Request:

@@ -25,7 +25,7 @@ from composition.request import DISTILLED_NOTE, SAMPLER_NOTE, SCHEMA_VERSION, Re
 from composition.version import __version__
 
 MANIFEST = "metadata.jsonl"
-UNRECORDED = ("order", TAGGED)  # what was said while the request was settled: the settled request is recorded itself
+UNRECORDED = ("order", TAGGED)  # notes on how the request was settled: the settled request itself is recorded
 _PACKAGES = ("diffusers", "torch", "transformers")
 
 
@@ -34,11 +34,11 @@ _PACKAGES = ("diffusers", "torch", "transformers")
 
 def versions() -> dict[str, str]:
     """The versions that a picture depends on."""
-    found = {"medley": __version__}
+    packages = {"medley": __version__}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            packages[package] = version(package)
+    return packages
 
 
 def save(result: Result, folder: Path, stem: str = "", index: int = 0, *, keep_paths: bool = False) -> Path:
@@ -146,12 +146,12 @@ def _ours(text: str, path: Path) -> Record:
     try:
         document = untrusted.parse(text)
         request = document["request"]
-        receipts, notes, made = (document.get(key, {}) for key in ("receipts", "notes", "versions"))
-        if not all(isinstance(part, dict) for part in (request, receipts, notes, made, *receipts.values())):
+        receipts, notes, packages = (document.get(key, {}) for key in ("receipts", "notes", "versions"))
+        if not all(isinstance(part, dict) for part in (request, receipts, notes, packages, *receipts.values())):
             raise TypeError
     except untrusted.Unreadable as error:
         raise Refused(f"{path} has a medley record that is damaged: its text {error}") from None
     except (KeyError, TypeError, AttributeError):
         raise Refused(f"{path} has a medley record that is damaged") from None
     read_back = Request.read(json.dumps(request))
-    return Record(read_back, receipts=receipts, notes=notes, versions=made, model=read_back.model)
+    return Record(read_back, receipts=receipts, notes=notes, versions=packages, model=read_back.model)

@@ -1,4 +1,4 @@
-"""The rows of a training step, with as many operations on the device whatever the number of concepts."""
+"""The rows of a training step, with the same number of operations on the device however many concepts there are."""
 
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,18 +18,18 @@ from composition.training.plan import Concept, Plan
 
 
 class Batch(NamedTuple):
-    """One step's rows, adapter after adapter. goal: what the denoiser should answer, less what the base says in `asked`."""
+    """One step's rows, adapter after adapter. goal: what the denoiser should predict, 0 in `base_rows`."""
 
     noisy: Float[Tensor, "rows C H W"]
     t: Num[Tensor, "rows"]
     goal: Float[Tensor, "rows C H W"]
     cond: Conditioning  # (1, rows, ...)
     count: int  # adapters
-    asked: "Asked | None"
+    base_rows: "BaseRows | None"
 
 
-class Asked(NamedTuple):
-    """Rows whose goal is what the base without adapters says of them."""
+class BaseRows(NamedTuple):
+    """Rows whose goal is the prediction of the base without adapters."""
 
     rows: Int[Tensor, "n"]
     cond: Conditioning  # (1, n, ...)
@@ -42,15 +42,15 @@ class Rows(NamedTuple):
     t: Num[Tensor, "rows"]
     goal: Float[Tensor, "rows C H W"]
     prompts: Int[Tensor, "rows"]
-    asked: Int[Tensor, "n"]
-    asked_prompts: Int[Tensor, "n"]
+    base_rows: Int[Tensor, "n"]
+    base_prompts: Int[Tensor, "n"]
 
 
 class Batches:
     """Draws the rows of a step.
 
     Most rows are a picture with its prompt. Some (Plan.keep) have a prompt without the concept, and the base's own
-    answer for a goal. Prompts are encoded before the first step; those of text encoders in training, in every step.
+    prediction as their goal. Prompts are encoded before the first step; those of text encoders in training, in every step.
     ahead: prepare the next step's rows in a thread of their own while the device computes (None: where there is one).
     """
 
@@ -62,7 +62,7 @@ class Batches:
         self.noise = noise.of(backbone.scheduler)
         self.dtype = None if plan.half else backbone.dtype  # autocast takes single precision as it is
         self.text = "text" in plan.targets
-        self.latents = torch.cat([one.latents.cpu() for one in concepts])
+        self.latents = torch.cat([concept.latents.cpu() for concept in concepts])
         self.fresh, self.drawn = Fresh(concepts, plan), draws(concepts, plan, self.noise)
         numbers = self.drawn.prompts
         used = (numbers[self.drawn.kept] if self.text else numbers).unique()
@@ -92,14 +92,14 @@ class Batches:
         t, kept, prompts = self.drawn.times[step], self.drawn.kept[step], self.drawn.prompts[step]
         fresh = self.fresh.draw(step, latents.shape[1:], latents.dtype).to(latents.dtype)
         noisy, goal = self.noise.mix(latents, fresh, t)
-        asked = kept.nonzero()[:, 0]
+        base_rows = kept.nonzero()[:, 0]
         rows = Rows(noisy.to(self.dtype or noisy.dtype), t, goal.masked_fill(kept.view(-1, 1, 1, 1), 0.0),
-                    self.place[prompts], asked, self.place[prompts[asked]])  # fmt: skip
+                    self.place[prompts], base_rows, self.place[prompts[base_rows]])  # fmt: skip
         return Rows(*(value.pin_memory() for value in rows)) if self.backbone.device.type == "cuda" else rows
 
     def _on_device(self, rows: Rows, step: int) -> Batch:
-        noisy, t, goal, asked = (v.to(self.backbone.device, non_blocking=True) for v in (rows.noisy, rows.t, rows.goal, rows.asked))
-        base = Asked(asked, self.encodings.rows(rows.asked_prompts)) if len(rows.asked) else None
+        noisy, t, goal, base_rows = (v.to(self.backbone.device, non_blocking=True) for v in (rows.noisy, rows.t, rows.goal, rows.base_rows))
+        base = BaseRows(base_rows, self.encodings.rows(rows.base_prompts)) if len(rows.base_rows) else None
         cond = self._read(step) if self.text else self.encodings.rows(rows.prompts)
         return Batch(noisy, t, goal, cond, self.count, base)
 

@@ -1,4 +1,4 @@
-"""What each picture of a folder is said to show: captions beside the pictures, or plain sentences with the trigger."""
+"""Captions of a folder's pictures: those beside the pictures, or plain sentences with the trigger."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,25 +42,25 @@ def beside(folder: Path, pictures: Sequence[Path]) -> dict[str, str]:
             raise Refused(f"{folder}: {stems[path.stem]} and {path.name} share the caption {path.stem}.txt; rename one")
         stems[path.stem] = path.name
     if table.is_file():
-        found = _table(table)
+        captions = _table(table)
     else:
         for path in texts:
             if path.stem not in stems:
                 raise Refused(f"{path} is a caption without a picture: add {path.stem}.png or remove the caption")
-        found = {stems[path.stem]: _line(_text(path)) for path in texts}
+        captions = {stems[path.stem]: _line(_text(path)) for path in texts}
     names = {path.name for path in pictures}
-    for name in found:
+    for name in captions:
         if name not in names:
             raise Refused(f"{table} has a caption for {name!r:.200}, and there is no such picture in {folder}")
-    missing = sorted(names - set(found))
-    if found and missing:
+    missing = sorted(names - set(captions))
+    if captions and missing:
         wanted = f"a line in {TABLE}" if table.is_file() else f"{Path(missing[0]).stem}.txt"
-        raise Refused(f"{folder / missing[0]} is a picture without a caption, while {len(found)} others have one: "
+        raise Refused(f"{folder / missing[0]} is a picture without a caption, while {len(captions)} others have one: "
                       f"add {wanted}, or take all captions away")
-    for name, caption in found.items():
+    for name, caption in captions.items():
         if not caption:
             raise Refused(f"the caption of {folder / name} is empty: say what is in the picture, or take all captions away")
-    return found
+    return captions
 
 
 def with_trigger(caption: str, trigger: str, category: str) -> str:
@@ -71,7 +71,7 @@ def with_trigger(caption: str, trigger: str, category: str) -> str:
 
 
 def plain(trigger: str, category: str) -> tuple[str, ...]:
-    """Prompts for a picture nobody described."""
+    """Prompts for a picture without a caption."""
     if category in LAST:
         return trigger, f"a picture, {trigger}"
     called = trigger if trigger.lower().startswith(("a ", "an ", "the ")) else f"{article(trigger)} {trigger}"
@@ -79,7 +79,7 @@ def plain(trigger: str, category: str) -> tuple[str, ...]:
 
 
 def others() -> tuple[str, ...]:
-    """Prompts that have nothing to do with a concept, a good part of them empty: guidance leans on that one."""
+    """Prompts that have nothing to do with a concept, a third of them empty: guidance relies on the empty prompt."""
     scenes = [f"{subject} {place}" for subject in _SUBJECTS for place in _PLACES]
     return (*scenes, *_SUBJECTS, *[""] * (len(scenes) // 2))
 
@@ -105,8 +105,8 @@ def added(captions: Mapping[str, str], trigger: str, category: str) -> str:
 
 
 def _table(file: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for number, line in enumerate(_text(file).splitlines(), 1):
+    captions: dict[str, str] = {}
+    for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -116,12 +116,12 @@ def _table(file: Path) -> dict[str, str]:
             name = text = None
         if not isinstance(name, str) or not isinstance(text, str):
             raise Refused(f'{file}, line {number}: expected {{"file_name": "1.png", "text": "what it shows"}}')
-        if name in found:
-            raise Refused(f"{file}, line {number}: {name!r} has a caption already")
-        found[name] = _line(text)
-    if not found:
+        if name in captions:
+            raise Refused(f"{file}, line {number}: {name!r:.200} has a caption already")
+        captions[name] = _line(text)
+    if not captions:
         raise Refused(f"{file} is empty: give each picture a line, or remove it")
-    return found
+    return captions
 
 
 def _text(file: Path) -> str:

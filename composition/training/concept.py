@@ -22,7 +22,7 @@ from composition.hooks.attention import frozen
 from composition.loras.writer import write
 from composition.request import Refused
 from composition.training.attention import plain_attention
-from composition.training.batches import Asked, Batch, Batches
+from composition.training.batches import BaseRows, Batch, Batches
 from composition.training.compiled import Compiled
 from composition.training.losses import Losses
 from composition.training.plan import TARGETS, Concept, Plan
@@ -46,12 +46,12 @@ def train(
     """Train one adapter per concept and write `folder/<name>.safetensors`; returns the files by name.
 
     checkpoint: saved every `save_every` steps and at a stop, and continued from when it exists. on_step: (step, loss of
-    each concept), after every step; looking at a loss waits for the device, so look now and then. stop: asked after each
-    step; when it says True training ends there, and only the checkpoint is written. checkpointing: compute activations a
+    each concept), after every step; reading a loss waits for the device, so read it now and then. stop: called after each
+    step; when it returns True training ends there, and only the checkpoint is written. checkpointing: compute activations a
     second time rather than keep them (gradient checkpointing; less memory). compiled: compile the denoiser for the
     rows of a step (minutes at first, fewer and larger operations afterwards). describe: more of the header of a
-    concept's file, asked for when its adapter is trained and still in place. Raises RuntimeError when a loss is no
-    number, within some steps and before anything is written.
+    concept's file, called when its adapter is trained and still in place. Raises RuntimeError when a loss is not
+    finite, within a few steps and before anything is written.
     """
     names = [concept.name for concept in concepts]
     if len(set(names)) != len(names):
@@ -79,8 +79,8 @@ def train(
         files = {}
         for k, concept in enumerate(concepts):
             files[concept.name] = folder / f"{concept.name}.safetensors"
-            told = {**concept.metadata, **(describe(concept.name) if describe else {})}
-            write(files[concept.name], trained.factors(k), plan.rank, plan.alpha, told)
+            metadata = {**concept.metadata, **(describe(concept.name) if describe else {})}
+            write(files[concept.name], trained.factors(k), plan.rank, plan.alpha, metadata)
         return files
 
 
@@ -142,8 +142,8 @@ class Learning:
         positions = batch.noisy.shape[-2] * batch.noisy.shape[-1]
         with plain_attention(device, positions), self.lent():  # the backward pass too: it may compute activations again
             with torch.autocast(device.type, torch.bfloat16, enabled=self.plan.half):
-                if batch.asked is not None:
-                    goal = goal + _base(self.backbone, self.adapters, batch, batch.asked)
+                if batch.base_rows is not None:
+                    goal = goal + _base(self.backbone, self.adapters, batch, batch.base_rows)
                 with self.adapters.in_turn(self.plan.batch), self.compiled():
                     guess = self.backbone.denoise(batch.noisy, batch.t, batch.cond)[0]
             each = F.mse_loss(guess.to(goal), goal, reduction="none").unflatten(0, (batch.count, -1))
@@ -153,8 +153,8 @@ class Learning:
 
 
 @torch.no_grad()
-def _base(backbone: Backbone, adapters: Adapters, batch: Batch, asked: Asked) -> Float[Tensor, "rows C H W"]:
-    """What the base without adapters says of the rows in question; 0 elsewhere."""
+def _base(backbone: Backbone, adapters: Adapters, batch: Batch, base_rows: BaseRows) -> Float[Tensor, "rows C H W"]:
+    """The base's predictions without adapters for `base_rows`; 0 elsewhere."""
     adapters.use({})
-    said = backbone.denoise(batch.noisy[asked.rows], batch.t[asked.rows], asked.cond)[0].to(batch.goal)
-    return torch.zeros_like(batch.goal).index_add_(0, asked.rows, said)
+    prediction = backbone.denoise(batch.noisy[base_rows.rows], batch.t[base_rows.rows], base_rows.cond)[0].to(batch.goal)
+    return torch.zeros_like(batch.goal).index_add_(0, base_rows.rows, prediction)

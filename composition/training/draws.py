@@ -20,7 +20,7 @@ class Draws(NamedTuple):
 
     pictures: Int[Tensor, "steps rows"]  # of all concepts' pictures, one after the other
     times: Num[Tensor, "steps rows"]
-    kept: Bool[Tensor, "steps rows"]  # the prompt lacks the concept, and the base's own answer is the goal
+    kept: Bool[Tensor, "steps rows"]  # the prompt lacks the concept, and the base's own prediction is the goal
     prompts: Int[Tensor, "steps rows"]  # of `words`
     words: list[str]
 
@@ -30,22 +30,22 @@ def draws(concepts: Sequence[Concept], plan: Plan, noise: Noise) -> Draws:
     parts: list[tuple[Tensor, ...]] = []
     numbers: dict[str, int] = {}
     first = 0
-    for one in concepts:
-        generator = torch.Generator().manual_seed(_seed(plan, one, "rows", 63))
+    for concept in concepts:
+        generator = torch.Generator().manual_seed(_seed(plan, concept, "rows", 63))
         shape = (plan.steps, plan.batch)
-        pick = torch.randint(len(one.prompts), shape, generator=generator)
+        pick = torch.randint(len(concept.prompts), shape, generator=generator)
         times = noise.times(plan.steps * plan.batch, plan.noise, generator).view(shape)
-        other = torch.randint(max(1, len(one.others)), shape, generator=generator)
+        other = torch.randint(max(1, len(concept.others)), shape, generator=generator)
         empty = torch.rand(shape, generator=generator) < plan.empty
         # Shares come out even over any few steps.
         place = (torch.arange(plan.steps * plan.batch, dtype=torch.float64) * GOLDEN % 1.0).view(shape)
-        kept = (place < plan.keep) & bool(one.others)
+        kept = (place < plan.keep) & bool(concept.others)
         own, others = (torch.tensor([numbers.setdefault(prompt, len(numbers)) for prompt in prompts])
-                       for prompts in (one.prompts, one.others or ("",)))  # fmt: skip
+                       for prompts in (concept.prompts, concept.others or ("",)))  # fmt: skip
         nothing = torch.tensor(numbers.setdefault("", len(numbers)))
         prompts = torch.where(kept, others[other], torch.where(empty, nothing, own[pick]))
         parts.append((pick + first, times, kept, prompts))
-        first += len(one.prompts)
+        first += len(concept.prompts)
     pictures, times, kept, prompts = (torch.cat(same, 1) for same in zip(*parts, strict=True))
     return Draws(pictures, times, kept, prompts, list(numbers))
 
@@ -54,7 +54,7 @@ class Fresh:
     """The noise of every step, drawn on the processor: a generator per concept that can begin at any step."""
 
     def __init__(self, concepts: Sequence[Concept], plan: Plan) -> None:
-        self.keys = [_seed(plan, one, "noise", 128) for one in concepts]
+        self.keys = [_seed(plan, concept, "noise", 128) for concept in concepts]
         self.batch = plan.batch
 
     def draw(self, step: int, shape: Sequence[int], dtype: torch.dtype) -> Float[Tensor, "rows *shape"]:

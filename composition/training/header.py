@@ -1,6 +1,6 @@
-"""The header of a trained LoRA file: what the library shows of it, and what the modelspec standard asks.
+"""The header of a trained LoRA file: what the library shows of it, and what the modelspec standard asks for.
 
-github.com/Stability-AI/ModelSpec, version 1.0.1. Neither a path of the user's machine nor a clock is in it: the same
+github.com/Stability-AI/ModelSpec, version 1.0.1. It holds no path of the user's machine and no time: the same
 training gives the same bytes.
 """
 
@@ -20,7 +20,7 @@ def header(
 ) -> dict[str, str]:
     """Names and values of the header. base: the model as the user named it; size: (width, height) in pixels."""
     kind = backbone.scheduler.config.prediction_type
-    told = {
+    fields = {
         "title": title, "category": category, "trigger_words": trigger, "base": plain_name(base),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture(backbone, base)}/lora",
@@ -32,7 +32,7 @@ def header(
         "steps": str(plan.steps), "rank": str(plan.rank), "rate": f"{plan.rate:g}", "pictures": str(pictures),
         "software": software,
     }  # fmt: skip
-    return {name: value for name, value in told.items() if value}
+    return {name: value for name, value in fields.items() if value}
 
 
 def architecture(backbone: Backbone, base: str) -> str:

@@ -1,4 +1,4 @@
-"""A folder of pictures, read for training: checked at the door, then seen in many slightly different ways.
+"""A folder of pictures for training: checked when it is read, then seen in many slightly different views.
 
 Five pictures are few. Each is seen as several views (another crop, mirrored, another plain colour behind what is cut
 out), drawn from (seed, concept, number of the view) alone.
@@ -36,7 +36,7 @@ class Folder:
     files: tuple[Path, ...]
     captions: Mapping[int, str]
     origin: str
-    said: str = ""
+    remark: str = ""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -47,16 +47,16 @@ def read(path: Path, trigger: str, category: str) -> Folder:
     if not path.is_dir():
         raise Refused(f"{path} is not a folder: name the folder that the pictures lie in" if path.exists() else
                       f"there is no folder {path}")
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
-    if not found:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
+    if not files:
         raise Refused(f"there are no pictures in {path} (looked for {', '.join(ENDINGS)}, not in folders inside it)")
-    told = captions.beside(path, found)
+    texts = captions.beside(path, files)
     digest = hashlib.sha256(repr((trigger, category)).encode())
-    for file in found:
+    for file in files:
         _open(file)
-        digest.update(repr((file.name, told.get(file.name))).encode() + hashlib.sha256(file.read_bytes()).digest())
-    full = {i: captions.with_trigger(told[f.name], trigger, category) for i, f in enumerate(found)} if told else {}
-    return Folder(tuple(found), full, digest.hexdigest(), captions.added(told, trigger, category))
+        digest.update(repr((file.name, texts.get(file.name))).encode() + hashlib.sha256(file.read_bytes()).digest())
+    full = {i: captions.with_trigger(texts[f.name], trigger, category) for i, f in enumerate(files)} if texts else {}
+    return Folder(tuple(files), full, digest.hexdigest(), captions.added(texts, trigger, category))
 
 
 def _open(file: Path) -> Image.Image:

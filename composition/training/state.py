@@ -27,7 +27,7 @@ class State:
 
     def __init__(self, trained: Trainable, concepts: Sequence[Concept], plan: Plan) -> None:
         self.trained, self.plan, self.step = trained, plan, 0
-        self.names, self.origins = [one.name for one in concepts], [one.origin for one in concepts]
+        self.names, self.origins = [concept.name for concept in concepts], [concept.origin for concept in concepts]
         for k, name in enumerate(self.names):
             generator = torch.Generator().manual_seed(random.Random(f"{plan.seed}/{name}").getrandbits(63))
             for layers in trained.factors(k).values():
@@ -56,13 +56,13 @@ class State:
             self.check()
 
     def check(self) -> None:
-        """Look at the losses since the last look. Raises RuntimeError when one is no number; nothing is saved of such a run."""
+        """Look at the losses since the last look. Raises RuntimeError when one is not finite; nothing of such a run is saved."""
         if not self._losses:
             return
         fine = torch.isfinite(torch.stack(self._losses)).all(dim=1).tolist()
         first = self.step - len(fine)
         if not all(fine):
-            raise RuntimeError(f"the loss is no number at step {first + fine.index(False)}: try a lower rate than {self.plan.rate}")
+            raise RuntimeError(f"the loss is not finite at step {first + fine.index(False)}: try a lower rate than {self.plan.rate}")
         self._losses = []
 
     def save(self, file: Path) -> None:
@@ -101,5 +101,5 @@ def _read(file: Path) -> dict[str, Any]:
     if isinstance(held, dict) and "parts" in held:  # factors layer by layer, as before they were one leaf
         raise Refused(f"{file} was written by an earlier version of Medley: go on with that one, or delete it to begin again")
     if not isinstance(held, dict) or not {"plan", "names", "origins", "leaf", "optimiser", "step"} <= set(held):
-        raise Refused(f"{file} is no checkpoint of a training, or a damaged one: delete it to begin again")
+        raise Refused(f"{file} is not a training checkpoint, or is damaged: delete it to begin again")
     return held

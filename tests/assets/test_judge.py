@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from assets.recipe.loras import FLUX, TOLD, asked, stem
+from assets.recipe.loras import CARDS, FLUX, judge_phrase, stem
 from assets.recipe.measure import paint
 from assets.recipe.objects import OBJECTS, article
 from assets.recipe.places import PLACES
@@ -72,7 +72,7 @@ def test_its_scores_are_open_clips_own(judge, pictures):
 
 def test_it_has_a_threshold_for_everything_that_pocket_is_asked():
     table = json.loads((CLIP / "presence.json").read_text())
-    used = [article(n) for n in list(OBJECTS)[:48]] + [phrase for phrase, _ in PLACES.values()] + [asked(n) for n in TOLD]
+    used = [article(n) for n in list(OBJECTS)[:48]] + [phrase for phrase, _ in PLACES.values()] + [judge_phrase(n) for n in CARDS]
     assert not [phrase for phrase in used if phrase not in table]
     assert all(false <= 0.05 for _, _, false in table.values())
 
@@ -87,7 +87,7 @@ def test_it_tells_pockets_pictures_apart(judge, pictures):
     assert (scores.roll(1, 0).argmax(1) == own).float().mean() <= 1 / 3  # and not with a neighbour's
 
 
-@pytest.mark.parametrize(("testbed", "loras", "names"), [("testbed", "loras", TOLD), ("testbed-flux", "flux-loras", FLUX)])
+@pytest.mark.parametrize(("testbed", "loras", "names"), [("testbed", "loras", CARDS), ("testbed-flux", "flux-loras", FLUX)])
 def test_a_testbed_names_loras_that_are_there(testbed, loras, names):
     rows = json.loads((POCKET / f"{testbed}.json").read_text())
     there = {file.stem for file in (POCKET / loras).glob("*.safetensors")}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from jaxtyping import config
 
 from tests import toys
 
@@ -32,3 +33,13 @@ def engines():
     from composition import Engine, backbones
 
     return {family: Engine(backbones.of(make(dtype=torch.float64), family.removesuffix("-dev")), "toy") for family, make in FAMILIES.items()}
+
+
+@pytest.fixture
+def shapes_unchecked():
+    """Without the check of shapes, which takes half the time of a toy's run and is no part of what is compiled."""
+    config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", False)

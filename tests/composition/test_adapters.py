@@ -243,13 +243,10 @@ def test_checkpointing_recomputes_with_the_gates_of_the_forward(pipe, held):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @torch.no_grad()
-def test_a_lora_turned_on_after_compile_is_seen(pipe, held, sources, request):
+def test_a_lora_turned_on_after_compile_is_seen(pipe, held, sources, shapes_unchecked):
     """torch skips hook guards, so the hook is there before any compile; gates and stacks are read at run time."""
-    from jaxtyping import config
-
-    config.update("jaxtyping_disable", True)  # the check of shapes is no part of what is compiled
-    request.addfinalizer(lambda: config.update("jaxtyping_disable", False))
     block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
     compiled = torch.compile(block, backend="eager")
     rng = torch.Generator().manual_seed(5)

@@ -25,16 +25,41 @@ ONE_ROW = ("merge", "composite", "cmlora", "clora-fast", "regions")  # asked aga
 CASES = [(family, name) for family in FAMILIES for name in methods.all() if family != "flux-dev" or name in ONE_ROW]
 
 
+@pytest.fixture(autouse=True)
+def shapes_checked_once(request):
+    """Shapes are checked by one law alone, `seeds`, which goes through every method and family."""
+    if "seeds" not in request.node.name:
+        request.getfixturevalue("shapes_unchecked")
+
+
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
 def case(request, engines, lora_files):
-    family, name = request.param
+    return asked(*request.param, engines, lora_files)
+
+
+def asked(family, name, engines, lora_files):
+    """What a law asks for: the engine, the method, three LoRAs."""
     return engines[family], name, laws.loras_of(lora_files[family])
 
 
-@pytest.mark.parametrize("law", [laws.none_is_plain, laws.seeds, laws.batch, laws.loop_or_batch, laws.weight_counts, laws.weight_zero,
-                                 laws.off_at_a_step, laws.returned, laws.no_leak])
-def test_law(case, law):
-    law(*case)
+LAWS = (laws.none_is_plain, laws.seeds, laws.batch, laws.loop_or_batch, laws.weight_counts, laws.weight_zero, laws.off_at_a_step, laws.returned,
+        laws.no_leak)  # fmt: skip
+WHOLE = ("sd", "flux")  # families on which every law is checked of every method; of the others every pair of two of the three
+EVERY = 3
+
+
+def combinations():
+    """Every law with every method, every law with every family, every method with every family; all three together on two families."""
+    for family, name in CASES:
+        for number, law in enumerate(LAWS):
+            turn = list(FAMILIES).index(family) + list(methods.all()).index(name) + number
+            if family in WHOLE or law is laws.seeds or turn % EVERY == 0:
+                yield pytest.param(family, name, law, id=f"{family}-{name}-{law.__name__}")
+
+
+@pytest.mark.parametrize(("family", "name", "law"), combinations())
+def test_law(family, name, law, engines, lora_files):
+    law(*asked(family, name, engines, lora_files))
 
 
 def test_one_is_merge(case):
@@ -92,15 +117,12 @@ def test_half_precision(method, family, dtype, engines, half_engines, lora_files
     laws.half_precision(half_engines[family, dtype], engines[family], method, loras, bound)
 
 
-@pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.slow), "flux"])
-def test_compiled_is_eager(family, engines, lora_files, request):
-    from jaxtyping import config
-
-    config.update("jaxtyping_disable", True)  # the check of shapes is no part of what is compiled
-    request.addfinalizer(lambda: config.update("jaxtyping_disable", False))
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "chosen"), [("sd", ["composite"]), ("flux", ["merge", "composite"])], ids=["sd", "flux"])
+def test_compiled_is_eager(family, chosen, engines, lora_files):
     compiled = Engine(backbones.of(FAMILIES[family](dtype=torch.float64), family), "toy", fold=False)
     compiled.backbone.denoiser.compile(backend="eager")
-    for method in ("merge", "composite"):
+    for method in chosen:
         laws.compiled_is_eager(compiled, engines[family], method, laws.loras_of(lora_files[family]))
 
 

@@ -36,7 +36,7 @@ def test_every_kind_of_picture_and_plain_prompts(folder):
     assert pixels.shape == (10, 3, 32, 32)
     assert float(pixels.min()) >= -1 and float(pixels.max()) <= 1
     assert set(prompts) <= {"a zog", "a picture of a zog"}
-    assert found.captions == {} and found.said == ""
+    assert found.captions == {} and found.remark == ""
 
 
 def test_a_picture_is_turned_upright(tmp_path):
@@ -91,7 +91,7 @@ def test_captions_beside_the_pictures(folder, category, wanted):
     found = read(folder, category=category)
     assert found.captions[0] == "A ZOG asleep"
     assert found.captions[1].lower().replace(".", "") == wanted
-    assert "4 of 5 captions" in found.said and ("end of" if category in captions.LAST else "front of") in found.said
+    assert "4 of 5 captions" in found.remark and ("end of" if category in captions.LAST else "front of") in found.remark
     assert set(views(found, 9)[1]) == set(found.captions.values())
 
 
@@ -99,7 +99,15 @@ def test_captions_in_a_table(folder):
     rows = [{"file_name": path.name, "text": f"a zog {path.stem}", "more": 1} for path in folder.iterdir() if path.suffix != ".md"]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     found = read(folder)
-    assert found.captions[3] == "a zog 3" and found.said == ""
+    assert found.captions[3] == "a zog 3" and found.remark == ""
+
+
+def test_a_line_of_a_table_ends_at_a_line_feed_alone(tmp_path):
+    for name in ("a\u2028b.png", "c.png"):
+        Image.new("RGB", (60, 50), RED).save(tmp_path / name)
+    rows = [{"file_name": "a\u2028b.png", "text": "a zog\u2029asleep"}, {"file_name": "c.png", "text": "a\x85zog"}]
+    (tmp_path / "metadata.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert read(tmp_path).captions == {0: "a zog asleep", 1: "a zog"}
 
 
 def test_origin_tells_pictures_captions_and_words_apart(folder):

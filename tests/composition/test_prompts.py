@@ -71,12 +71,12 @@ def test_missing_trigger_words_are_put_in():
 
 
 @pytest.mark.parametrize("prompt, lora, triggers, said", [
-    ("a fox", Lora("owl"), ("owl",), "none of its trigger words.*owl"),
+    ("a fox", Lora("owl"), ("owl",), "none of LoRA owl's trigger words.*owl"),
     ("a fox", Lora("owl"), (), "no trigger words"),
-    ("a fox", Lora("owl", binds="an owl"), (), "which the prompt does not say"),
-    ("a fox", Lora("owl", binds=""), (), "which the prompt does not say"),
+    ("a fox", Lora("owl", binds="an owl"), (), "which the prompt does not contain"),
+    ("a fox", Lora("owl", binds=""), (), "which the prompt does not contain"),
     ("an owl and an owl", Lora("owl"), ("owl",), "2 times"),
-    ("owls", Lora("owl"), ("owl",), "none of its trigger words"),
+    ("owls", Lora("owl"), ("owl",), "none of LoRA owl's trigger words"),
 ])  # fmt: skip
 def test_refused(prompt, lora, triggers, said):
     with pytest.raises(Refused, match=said):

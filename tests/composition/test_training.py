@@ -121,15 +121,15 @@ def test_kept_rows_have_the_base_for_a_goal(double):
     with adapters.training(["fox"], 2, choose(backbone.components, plan.targets)) as factors:
         factors.leaf.data.normal_()  # an adapter that says something, to be left out of the goals
         batch = Batches(backbone, adapters, [one], plan).draw(5)
-        added = _base(backbone, adapters, batch, batch.asked)
+        added = _base(backbone, adapters, batch, batch.base_rows)
     adapters.close()
-    kept = batch.asked.rows.tolist()
+    kept = batch.base_rows.rows.tolist()
     assert len(set(kept)) == len(kept) and len(kept) in (3, 4)
     for row in range(12):
         wanted = torch.zeros(4, 16, 16, dtype=torch.float64)
         if row in kept:
             index = kept.index(row)
-            cond = Conditioning({"text": batch.asked.cond.values["text"][:, index : index + 1]})
+            cond = Conditioning({"text": batch.base_rows.cond.values["text"][:, index : index + 1]})
             with torch.no_grad():
                 wanted = backbone.denoise(batch.noisy[row : row + 1], batch.t[row], cond)[0, 0]
         torch.testing.assert_close(added[row], wanted, rtol=1e-9, atol=1e-12)

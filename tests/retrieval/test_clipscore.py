@@ -97,6 +97,7 @@ def pictures(count=4, wide=40, high=40):
 TEXTS = ["a fox on the moon", "an owl, ink drawing", "a robot wearing a scarf", "a snail"]
 
 
+@pytest.mark.slow
 def test_it_agrees_with_torchmetrics(folders, judge):
     metric = pytest.importorskip("torchmetrics.multimodal.clip_score").CLIPScore
     ours = clip_score(torch.stack([judge.cosine([picture], [text])[0, 0] for picture, text in zip(pictures(), TEXTS, strict=True)]))

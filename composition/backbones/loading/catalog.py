@@ -1,4 +1,4 @@
-"""Models that are asked for by a short name,."""
+"""Models with a short name."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -2,7 +2,7 @@
 
 A checkpoint file holds weights only, and every Stable Diffusion reads its prompt through the same vocabulary: 256 byte
 letters, each also as the end of a word, and 48,894 merges in order of rank. The merges alone rebuild it. They lie in
-any installed open_clip, and in the hub cache of whoever has used CLIP or Stable Diffusion; the network is asked last.
+any installed open_clip, and in the hub cache of anyone who has used CLIP or Stable Diffusion; the network comes last.
 """
 
 import gzip
@@ -33,7 +33,7 @@ REPOSITORIES = (
 def tokenizer(pad: str = END) -> CLIPTokenizer:
     """CLIP's tokenizer, 49,408 tokens, prompts of 77. pad: END for CLIP itself, "!" for OpenCLIP's text encoders.
 
-    Raises Refused, saying what to install, when its vocabulary is nowhere to be had.
+    Raises Refused, saying what to install, when its vocabulary cannot be obtained.
     """
     return build(_merges(), pad)
 
@@ -51,22 +51,22 @@ def build(merges: Sequence[tuple[str, str]], pad: str = END) -> CLIPTokenizer:
 @cache
 def _merges() -> tuple[tuple[str, str], ...]:
     for path in _candidates():
-        found = read(path)
-        if found:
-            return found
+        merges = read(path)
+        if merges:
+            return merges
     repository, name = REPOSITORIES[0]
     try:
-        found = read(Path(hf_hub_download(repository, name)))
+        merges = read(Path(hf_hub_download(repository, name)))
     except Exception:  # offline, refused, a proxy's page: whichever it was, the answer to the user is the same
-        found = None
-    if found:
-        return found
+        merges = None
+    if merges:
+        return merges
     raise Refused("a checkpoint file holds no vocabulary for its prompts, and CLIP's is not on this machine: "
                   "pip install open-clip-torch (it has the vocabulary), or give a model's diffusers folder")
 
 
 def _candidates() -> Iterator[Path]:
-    """Files on this machine that may hold the merges; packages are looked for, not imported."""
+    """Files on this machine that may hold the merges; packages are located, not imported."""
     for package in PACKAGES:
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -78,7 +78,7 @@ def _candidates() -> Iterator[Path]:
 
 
 def read(path: Path) -> tuple[tuple[str, str], ...] | None:
-    """The merges in a file of either kind (packed with more than CLIP uses, or merges.txt), None if it has not all."""
+    """The merges in a file of either kind (packed with more than CLIP uses, or merges.txt), None when it does not hold all of them."""
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")

@@ -43,7 +43,7 @@ def facts(repository: str) -> Facts:
     link = str(getattr(card, "license_link", None) or "")
     if link and "://" not in link:
         link = f"https://huggingface.co/{repository}/blob/main/{link}"
-    parts = {one.rfilename: one.size or 0 for one in info.siblings or []}
+    parts = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     half = variant(parts)
     fetched = sum(size for name, size in parts.items() if "/" in name and (
         name.endswith(".safetensors") and (half is None) == (".fp16." not in name) or name.endswith((".json", ".txt", ".model"))))

@@ -27,7 +27,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 GIB = 2**30
-ROOM = 2 * GIB  # what a picture needs beside the weights: activations, LoRA factors, decoding; 1024 px in half
+ROOM = 2 * GIB  # what a picture needs besides the weights: activations, LoRA factors, decoding; 1024 px in half
 LARGEST = 0.8  # share of a pipeline's weights that its denoiser has: 0.81 in SD1.5, 0.74 in SDXL
 
 

@@ -37,12 +37,12 @@ def check(kind: str | None, device: torch.device) -> None:
     if kind is None:
         return
     if kind not in KINDS:
-        raise Refused(f"there is no quantisation {kind!r}: it is one of " + ", ".join(f"{name} ({one.about})" for name, one in KINDS.items()))
-    found = KINDS[kind]
-    if find_spec(found.package) is None:
-        raise Refused(f"quantisation {kind} needs {found.package}: pip install {found.package}")
-    if found.needs and device.type != found.needs:
-        others = " or ".join(name for name, one in KINDS.items() if not one.needs)
+        raise Refused(f"there is no quantisation {kind!r}: it is one of " + ", ".join(f"{name} ({other.about})" for name, other in KINDS.items()))
+    scheme = KINDS[kind]
+    if find_spec(scheme.package) is None:
+        raise Refused(f"quantisation {kind} needs {scheme.package}: pip install {scheme.package}")
+    if scheme.needs and device.type != scheme.needs:
+        others = " or ".join(name for name, other in KINDS.items() if not other.needs)
         raise Refused(f"quantisation {kind} needs a CUDA device, this one is {device}: use {others}")
 
 
@@ -51,7 +51,7 @@ def config(kind: str, parts: Mapping[str, str], dtype: torch.dtype) -> Any:
     import diffusers
     import transformers
 
-    def made(library: Any) -> Any:
+    def configured(library: Any) -> Any:
         if kind == "nf4":
             return library.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         if kind == "8bit":
@@ -62,7 +62,7 @@ def config(kind: str, parts: Mapping[str, str], dtype: torch.dtype) -> Any:
 
     libraries = {"diffusers": diffusers, "transformers": transformers}
     return diffusers.PipelineQuantizationConfig(quant_mapping={
-        name: made(libraries[library]) for name, library in parts.items() if library in libraries})
+        name: configured(libraries[library]) for name, library in parts.items() if library in libraries})
 
 
 def denoiser(file: Path, cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -73,7 +73,7 @@ def denoiser(file: Path, cls: Any, folder: Path, dtype: torch.dtype) -> nn.Modul
     import diffusers
 
     if not file.is_file() or file.suffix.lower() not in (".gguf", ".safetensors"):
-        raise Refused(f"{file} is no .gguf or .safetensors file of a denoiser")
+        raise Refused(f"{file} is not a .gguf or .safetensors file of a denoiser")
     extra = {}
     if file.suffix.lower() == ".gguf":
         if find_spec("gguf") is None:

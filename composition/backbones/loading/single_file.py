@@ -63,7 +63,7 @@ def kind(shapes: Header, name: str = "the file") -> Kind:
                 raise Refused(f"{name} is {what}")
         if any(key.startswith((VAE, "encoder.down.", "decoder.up.")) for key in shapes):
             raise Refused(f"{name} is a VAE, not a whole model")
-        raise Refused(f"{name} is no checkpoint of a kind known here: it opens {OPENS}, in one .safetensors file")
+        raise Refused(f"{name} is not a checkpoint of a known kind: Medley opens {OPENS}, in one .safetensors file")
     for parts, what in _NOT_A_MODEL:
         if any(key.startswith(UNET) and part in key for key in shapes for part in parts):
             raise Refused(f"{name} is {what}")
@@ -77,13 +77,13 @@ def kind(shapes: Header, name: str = "the file") -> Kind:
         what = {9: "an inpainting", 8: "an image-editing (pix2pix)", 5: "a depth-guided"}.get(reads, "an unusual")
         raise Refused(f"{name} is {what} model ({reads} input channels in place of {writes}): give the plain "
                       "text-to-image version")
-    found: Kind | None = ("sdxl" if has[OPEN_CLIP["sdxl"]] and has[CLIP["sdxl"]] else
+    which: Kind | None = ("sdxl" if has[OPEN_CLIP["sdxl"]] and has[CLIP["sdxl"]] else
                           "sd2" if has[OPEN_CLIP["sd2"]] else "sd15" if has[CLIP["sd15"]] else None)
-    if found is None:
+    if which is None:
         raise Refused(f"{name} holds a UNet without its text encoder: give the full checkpoint")
     if not has[VAE]:
         raise Refused(f"{name} holds no VAE ({VAE}...): give the version of this checkpoint with its VAE baked in")
-    return found
+    return which
 
 
 def load(
@@ -138,15 +138,15 @@ def load(
 
 
 def prediction(which: Kind, shapes: Header, metadata: Mapping[str, str], unet: nn.Module) -> dict[str, Any]:
-    """What the UNet predicts, as scheduler settings: by the file's own word, else what its kind does.
+    """What the UNet predicts, as scheduler settings: as the file states it, else what its kind does.
 
-    SD2.x has both, with the same names and shapes, so there the UNet itself is asked.
+    SD2.x has both, with the same names and shapes, so there the UNet itself is run to see.
     """
-    said = metadata.get("modelspec.prediction_type", "").lower()
-    if "v_pred" in shapes or said in ("v", "v_prediction", "v-prediction"):
+    stated = metadata.get("modelspec.prediction_type", "").lower()
+    if "v_pred" in shapes or stated in ("v", "v_prediction", "v-prediction"):
         free_of_signal = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in shapes else {}
         return {"prediction_type": "v_prediction", **free_of_signal}
-    if which != "sd2" or said in ("epsilon", "eps"):
+    if which != "sd2" or stated in ("epsilon", "eps"):
         return {"prediction_type": "epsilon"}
     return {"prediction_type": "epsilon" if predicts_noise(unet) else "v_prediction"}
 
@@ -209,21 +209,21 @@ _OPEN_CLIP_LAYERS = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_pro
 
 def _from_open_clip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """OpenCLIP's text model under transformers' names: q, k and v apart, the projection as a linear layer's weight."""
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for key, weight in tensors.items():
         name = key.removeprefix(prefix)
         if name == key:
             continue
         if name in _OPEN_CLIP_NAMES:
-            found[_OPEN_CLIP_NAMES[name]] = weight
+            weights[_OPEN_CLIP_NAMES[name]] = weight
         elif name == "text_projection":
-            found["text_projection.weight"] = weight.T.contiguous()
+            weights["text_projection.weight"] = weight.T.contiguous()
         elif name.startswith("transformer.resblocks."):
             layer, _, tail = name.removeprefix("transformer.resblocks.").partition(".")
             if tail.startswith("attn.in_proj_"):
                 for part, piece in zip("qkv", weight.chunk(3), strict=True):
-                    found[f"encoder.layers.{layer}.self_attn.{part}_proj.{tail[13:]}"] = piece.contiguous()
+                    weights[f"encoder.layers.{layer}.self_attn.{part}_proj.{tail[13:]}"] = piece.contiguous()
             else:
                 inner, _, end = tail.rpartition(".")
-                found[f"encoder.layers.{layer}.{_OPEN_CLIP_LAYERS.get(inner, inner)}.{end}"] = weight
-    return found
+                weights[f"encoder.layers.{layer}.{_OPEN_CLIP_LAYERS.get(inner, inner)}.{end}"] = weight
+    return weights

@@ -62,8 +62,8 @@ def masks_from_change(
 ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, "B K h w"]]:
     """(masks, strength) of concepts from what their passes change in the base's prediction, which comes first in `values`.
 
-    A place is the concept's whose change stands out most there, if it reaches the threshold's share of that concept's most. Who has a
-    region contends inside it alone, and in one that replaces its mask against nobody. strength: each concept's change from 0 to 1.
+    A place is the concept's whose change stands out most there, if it reaches the threshold's share of that concept's most. A concept with a
+    region contends inside it alone, and without rivals where the region replaces its mask. strength: each concept's change from 0 to 1.
     Both lie on the grid of the localizing layers.
     """
     size = grid(step, run.backbone.prompt_attention()[run.backbone.localizing_layers()[0]])
@@ -92,7 +92,7 @@ def _cleaned(
     claims = _with_regions(claims, names, run, intersect=options.regions == "intersect")
     if options.overlap == "argmax" and not plain:
         own = strength.new_tensor([run.loras[name].region is not None for name in names])[:, None, None]
-        claims = masks.parted(claims, strength + 2 * own)  # a user's own region goes before what the maps say
+        claims = masks.parted(claims, strength + 2 * own)  # a user's own region takes precedence over the maps
     return claims
 
 

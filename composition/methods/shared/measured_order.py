@@ -18,7 +18,7 @@ def pinned(request: Request, options: Collection[str], profiles: Mapping[str, Pr
     asks for the measured order, by that number; "" takes it where every LoRA was profiled, else the order by category, which is
     pinned then. Raises Refused when it is asked for and a LoRA was not profiled.
     """
-    asked = request.options.get("order", "")
+    order = request.options.get("order", "")
     if not concerns(request, options):
         return request, ""
     active = request.active
@@ -30,10 +30,10 @@ def pinned(request: Request, options: Collection[str], profiles: Mapping[str, Pr
         model = "" if request.model == Request("").model else f" --model {request.model}"
         verb = "is" if len(missing) == 1 else "are"
         why = f"{', '.join(missing)} {verb} not profiled on this model (medley profile {' '.join(missing)}{model})"
-        if asked:
-            raise Refused(f"option order={asked}: {why}")
+        if order:
+            raise Refused(f"option order={order}: {why}")
         return replace(request, options={**request.options, "order": CATEGORY}), f"order by category: {why}"
-    by = asked or DEFAULT_MEASURE
+    by = order or DEFAULT_MEASURE
     names, low = ordered(measured, by)
     pins = {"order": ",".join(names), "low": ",".join(low) or "none"}
     sentence = f"order by measured {by} of frequency: {', '.join(names)}; low: {', '.join(low) or 'none'}"
@@ -42,5 +42,5 @@ def pinned(request: Request, options: Collection[str], profiles: Mapping[str, Pr
 
 def concerns(request: Request, options: Collection[str]) -> bool:
     """Whether the method orders by frequency and the request leaves the order to what was measured (not so order "category")."""
-    asked = request.options.get("order", "")
-    return {"order", "low"} <= set(options) and asked in ("", *MEASURES) and not request.options.get("low")
+    order = request.options.get("order", "")
+    return {"order", "low"} <= set(options) and order in ("", *MEASURES) and not request.options.get("low")

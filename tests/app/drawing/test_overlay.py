@@ -48,7 +48,7 @@ def test_masks_are_saved_beside_the_picture(medley, toy, tmp_path):
 def test_words_that_are_not_there_are_refused_before_anything_is_made(medley, toy, tmp_path):
     said = medley("generate", "a hill", "--lora", '{"source": "fox", "binds": "the fox"}', "--model", toy.model, "--lora-dir", toy.loras,
                   "--steps", 2, "--method", "clora")
-    assert said.code == 2 and "bound to 'the fox', which the prompt does not say" in said.err
+    assert said.code == 2 and "bound to 'the fox', which the prompt does not contain" in said.err
     assert not list((tmp_path / "pictures").glob("*.png"))
 
 

@@ -16,6 +16,7 @@ from tests.composition import laws
 from tests.composition.devices import offloading
 from tests.composition.devices.pretended import DEVICE, move, pretended
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 FAMILIES = {"sd": toys.sd, "flux": toys.flux}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 METHODS = tuple(methods.all())

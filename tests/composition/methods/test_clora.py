@@ -298,6 +298,7 @@ def test_a_lora_of_layers_without_a_place_is_named(engines, tmp_path):
     assert "acts everywhere in part" not in engines["sd"].run(asked("merge", bound, steps=2)).notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["clora", "clora-fast"])
 def test_on_pocket_two_animals_have_places_of_their_own(method):
     """Word order is place in Pocket's world: the first stands on the left; the maps must know it, and the masks part."""

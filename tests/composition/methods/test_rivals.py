@@ -136,7 +136,7 @@ def test_lorahub_of_an_engine(case):
 
 
 def test_lorahub_without_loras_is_refused():
-    with pytest.raises(Refused, match="has none"):
+    with pytest.raises(Refused, match="has no LoRA"):
         lorahub.search(Known(), laws.request("merge"), lambda pictures: 0.0)
 
 
