@@ -122,6 +122,7 @@ class Stock:
             for held, array in zip(self.rows, self.draw(self.first + number * self.chunk, self.chunk), strict=True):
                 held.array[slot * self.chunk : (slot + 1) * self.chunk] = array
         except Exception:
+            traceback.print_exc()  # before the others hear of it: they stop this process
             states[FAILED] = 1
             raise
         states[slot] = READY
@@ -177,7 +178,7 @@ def _work(stocks: Sequence[Stock]) -> None:
             if state == BEGUN:
                 time.sleep(0.02)
     except Exception:
-        traceback.print_exc()
+        return  # printed where it was raised
 
 
 def _first(stocks: Sequence[Stock]) -> int:
