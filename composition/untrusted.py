@@ -15,7 +15,7 @@ from typing import Any
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 64
-MAX_TOKENS = 2_000_000  # texts, commas, colons and brackets: a file of nothing else would fill the memory with empty lists
+MAX_TOKENS = 1_000_000  # texts, commas, colons and brackets: a file of nothing else would fill the memory with empty lists
 MAX_DIGITS = 300  # of one number: none longer is a float
 # Texts, signs and long numbers. Possessive, and an unclosed text ends with the whole, so that its time is linear.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{},:]|[0-9]{%d,}' % (MAX_DIGITS + 1), re.DOTALL)
