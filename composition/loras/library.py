@@ -172,7 +172,7 @@ def _walk(folder: Path, seen: set[tuple[int, int]], paths: list[Path]) -> list[P
             if _is_folder(entry):
                 (links if entry.is_symlink() else waiting).append(path)
                 if entry.name.lower().endswith(ENDING) and not _has_files(path):
-                    found.append(path)
+                    paths.append(path)
             elif entry.name.lower().endswith(ENDING):
                 paths.append(path)
     return links
