@@ -54,9 +54,12 @@ def _decoded(
             with Image.open(stream, formats=formats) as opened:
                 if opened.width * opened.height > most:
                     raise Refused(f"{name} has {opened.width}x{opened.height} pixels, over {most:,}: make it smaller")
+                if opened.format == "PNG":  # before it is decoded: a hundred bytes may claim a hundred million pixels
+                    place = stream.tell()
+                    if not png_rows.complete(stream):
+                        raise Refused(f"{name} is cut short, and what is missing would be black: save it anew, or take another")
+                    stream.seek(place)
                 opened.load()
-                if opened.format == "PNG" and not png_rows.complete(stream):
-                    raise Refused(f"{name} is cut short, and what is missing would be black: save it anew, or take another")
                 return ImageOps.exif_transpose(opened), _texts(opened)
         except Refused:
             raise

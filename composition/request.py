@@ -299,7 +299,7 @@ def explain(error: ValidationError) -> str:
         value = item["input"]
         plain = _plain(item)
         shown = f" (given {value!r:.200})" if isinstance(value, str | int | float | bool | None) and "(given" not in plain else ""
-        parts.append(f"{where}: {plain}{shown}")
+        parts.append(f"{where}: {plain:.500}{shown}")
     return "; ".join(parts)
 
 

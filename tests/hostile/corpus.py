@@ -138,6 +138,8 @@ def infotexts() -> Iterator[Case]:
     for key in keys:
         for name, value in values.items():
             yield Case("infotext", f"{key}: {name}", f"{before}{key}: {value}, Steps{line}".encode("utf-8", "replace"))
+    for digits in (20, 300, 4_000, 5_000):
+        yield Case("infotext", f"Size of {digits} digits", f"{before}Size: 64x{'9' * digits}, Steps{line}".encode())
     for name, text in TEXTS.items():
         yield Case("infotext", f"prompt: {name}", f"{text}\nSteps: 5, Seed: 1, CFG scale: 2".encode())
         yield Case("infotext", f"alone: {name}", text.encode(), refused=True)

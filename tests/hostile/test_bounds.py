@@ -9,6 +9,7 @@ from time import process_time
 import pytest
 import torch
 
+from composition import pictures
 from composition.loras import reader, safetensors
 from composition.request import Refused
 from tests.hostile import seeds, worker
@@ -108,3 +109,12 @@ def test_a_header_of_sixteen_megabytes_costs_little(kind, tmp_path):
         reader.inspect(path)
     assert process_time() - begun < 4  # a second and a half at most on a quiet machine
     assert worker._status("VmHWM") - before <= 3 * path.stat().st_size + 200 * MB
+
+
+def test_a_hundred_bytes_that_claim_a_hundred_million_pixels_cost_nothing(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(seeds.png(size=(9_000, 11_000), colour=6))
+    before = worker._reset()
+    with pytest.raises(Refused, match="cut short"):
+        pictures.load(path)
+    assert worker._status("VmHWM") - before <= 20 * MB
