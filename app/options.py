@@ -1,11 +1,10 @@
 """Text of a flag or a field as values: sizes, and a method's options with the types that the method gives them."""
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from composition import Refused
+from composition import Refused, untrusted
 
 
 def size(text: str) -> tuple[int, int]:
@@ -52,7 +51,7 @@ def _typed(method: Any, key: str, value: str) -> Any:
         return getattr(method.read({key: value}), key)
     except Refused as refused:
         try:
-            loaded = json.loads(value)
+            loaded = untrusted.parse(value)
         except ValueError:
             raise refused from None
         return getattr(method.read({key: loaded}), key)

@@ -67,7 +67,7 @@ def _torn(handle: int) -> bool:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode()) if line.strip() else None
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None

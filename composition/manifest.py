@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from composition import untrusted
 from composition.request import Refused, Request
 
 # Fields of a line besides those of a Request: what an evaluation asks of it, and what the manifest of a folder of pictures has.
+MAX_BYTES = 256 * 2**20
 FIELDS = ("file_name", "concepts", "group", "text", "request")
 
 
@@ -26,12 +28,8 @@ def read(manifest: Path, model: str = "pocket") -> list[Line]:
 
     Raises Refused for a file that is not there or has no lines; a bad line is told by its error.
     """
-    if not manifest.is_file():
-        raise Refused(f"{manifest} is not there; give a file with one request a line, as {{\"prompt\": \"a fox\", \"seed\": 1}}")
     lines = []
-    for number, text in enumerate(manifest.read_bytes().split(b"\n"), 1):
-        if not text.strip():
-            continue
+    for number, text in texts(manifest):
         try:
             lines.append(Line(number, request_of(row_of(text), model)))
         except Refused as error:
@@ -41,12 +39,21 @@ def read(manifest: Path, model: str = "pocket") -> list[Line]:
     return lines
 
 
+def texts(manifest: Path) -> list[tuple[int, bytes]]:
+    """Number, from 1, and bytes of every line that is not empty. Raises Refused for what is no file that can be read."""
+    try:
+        lines = untrusted.read(manifest, MAX_BYTES).split(b"\n")
+    except untrusted.Unreadable as error:
+        raise Refused(f"{manifest} {error}; give a file with one request a line, as {{\"prompt\": \"a fox\", \"seed\": 1}}") from None
+    return [(number, text) for number, text in enumerate(lines, 1) if text.strip()]
+
+
 def row_of(line: bytes) -> dict[str, Any]:
     """The object that a line of a manifest is. Raises Refused."""
     try:
-        row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"not readable as JSON: {error}") from None
+        row = untrusted.parse(line)
+    except untrusted.Unreadable as error:
+        raise Refused(str(error).removeprefix("is ")) from None
     if not isinstance(row, dict):
         raise Refused(f"expected an object with the fields of a request, not {type(row).__name__}")
     return row

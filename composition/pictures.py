@@ -7,9 +7,7 @@ PNG as a data URL, so that a request holds it whole and needs no path.
 import base64
 import binascii
 import io
-import os
 import re
-import stat
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache
@@ -19,11 +17,13 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from composition import png_rows, untrusted
 from composition.request import Refused
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # others have decoders that start programs (PostScript) or that few have read
 MAX_PIXELS = 100_000_000  # of one picture; more is a mistake or an attack
 MAX_BYTES = 512 * 2**20
+MAX_QUOTED = 200  # letters of a path in a refusal
 MASK_SIDE = 1024  # pixels of a mask's longer side: eight times the latents of most pictures
 _EXIF, _COMMENT, _DESCRIPTION, _MAKE, _MODEL = 0x8769, 0x9286, 0x010E, 0x010F, 0x0110
 _DATA = re.compile(r"data:image/png(?:;name=[^;,]*)?;base64,")
@@ -31,54 +31,54 @@ _BOX = ("give a box [left, top, right, bottom] in fractions of the picture, as [
         "black and white image")
 
 
-def load(path: Path) -> Image.Image:
-    """The picture in this file, decoded and upright. Raises Refused, naming the file, for what is none or is too large."""
-    return _decoded(path, str(path))[0]
+def load(source: Path | bytes, name: str = "", most: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """The picture in this file, or in these bytes, decoded and upright.
+
+    name: what a refusal calls it (default: the path). most: pixels. Raises Refused for what is none or is too large.
+    """
+    return _decoded(source, name or str(source)[:MAX_QUOTED], most, formats)[0]
 
 
 def load_with_texts(path: Path) -> tuple[Image.Image, Mapping[str, str]]:
     """The picture and the texts in its file: a PNG's by their keywords; a JPEG's or WebP's EXIF comment as "parameters", the
     keyword under which the same tools put it into a PNG. Raises Refused as `load`."""
-    return _decoded(path, str(path))
+    return _decoded(path, str(path)[:MAX_QUOTED])
 
 
-def _decoded(source: Path | bytes, name: str) -> tuple[Image.Image, dict[str, str]]:
+def _decoded(
+    source: Path | bytes, name: str, most: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS,
+) -> tuple[Image.Image, dict[str, str]]:
     with _stream(source, name) as stream, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+        warnings.simplefilter("ignore")  # of too many pixels, for which our own limit is lower, and of what is odd in a file
         try:
-            with Image.open(stream, formats=FORMATS) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise Refused(f"{name} has {opened.width}x{opened.height} pixels, over {MAX_PIXELS:,}: make it smaller")
+            with Image.open(stream, formats=formats) as opened:
+                if opened.width * opened.height > most:
+                    raise Refused(f"{name} has {opened.width}x{opened.height} pixels, over {most:,}: make it smaller")
+                if opened.format == "PNG":  # before it is decoded: a hundred bytes may claim a hundred million pixels
+                    place = stream.tell()
+                    if not png_rows.complete(stream):
+                        raise Refused(f"{name} is cut short, and what is missing would be black: save it anew, or take another")
+                    stream.seek(place)
                 opened.load()
                 return ImageOps.exif_transpose(opened), _texts(opened)
         except Refused:
             raise
         except Image.DecompressionBombError:
-            raise Refused(f"{name} has far more than {MAX_PIXELS:,} pixels: make it smaller") from None
+            raise Refused(f"{name} has far more than {most:,} pixels: make it smaller") from None
         except UnidentifiedImageError:
             raise Refused(f"{name} cannot be read as a picture: it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file") from None
         except Exception as error:  # what decoders raise on damaged files is an open list: struct.error, IndexError, KeyError, ...
             raise Refused(f"{name} cannot be read as a picture ({type(error).__name__}): save it anew, or take another") from None
 
 
-def _stream(source: Path | bytes, name: str) -> io.BytesIO | io.BufferedReader:
+def _stream(source: Path | bytes, name: str) -> io.BytesIO | io.FileIO:
     """The bytes of a regular file. Raises Refused for a pipe or a device, which would never end, and for what is not there."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     try:
-        handle = os.open(source, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except FileNotFoundError:
-        raise Refused(f"{name} is not there") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise Refused(f"{name:.200} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
-    status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-        os.close(handle)
-        if stat.S_ISDIR(status.st_mode):
-            raise Refused(f"{name} is a folder, not a picture")
-        raise Refused(f"{name} is larger than {MAX_BYTES:,} bytes: make it smaller" if stat.S_ISREG(status.st_mode) else
-                      f"{name} is not a file but a pipe or a device")
-    return os.fdopen(handle, "rb")
+        return untrusted.opened(source, MAX_BYTES)
+    except untrusted.Unreadable as error:
+        raise Refused(f"{name} {error}") from None
 
 
 def _texts(opened: Image.Image) -> dict[str, str]:

@@ -14,12 +14,14 @@ from PIL import Image
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
+from composition import untrusted
 from composition.sampler_names import canonical
 
 SCHEMA_VERSION = 1
 MAX_PIXELS = 4096 * 4096
 MAX_LORAS = 64
 MAX_QUOTED = 200  # letters of what was given that an error repeats
+MOST_FAULTS = 8  # that one refusal names
 SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
 DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write
@@ -76,7 +78,7 @@ class Lora:
         if region is None or isinstance(region, str) or numbers and len(region) == 4 and all(0 <= x <= 1 for x in region):
             return region
         raise ValueError(f"a box is [left, top, right, bottom] in fractions of the picture from 0 to 1, as [0, 0, 0.5, 1] for its left half "
-                         f"(given {region!r}); or write the path of a black and white image")
+                         f"(given {region!r:.200}); or write the path of a black and white image")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Lora":
@@ -220,9 +222,12 @@ class Request:
     def read(text: str | bytes) -> "Request":
         """A request from its JSON. Raises Refused naming every field that is wrong."""
         try:
+            untrusted.parse(text)  # within limits
             return _REQUEST.validate_json(text)
         except ValidationError as error:
             raise Refused(f"not a request: {explain(error)}") from None
+        except untrusted.Unreadable as error:
+            raise Refused(f"not a request: the text {error}") from None
 
 
 @dataclass(frozen=True, config=_config)
@@ -309,12 +314,12 @@ def _ends(match: re.Match[str]) -> str:
 def explain(error: ValidationError) -> str:
     """A pydantic error in one line: each wrong field, what was given, what was expected."""
     parts = []
-    for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"]) or "value"
+    for item in error.errors(include_url=False)[:MOST_FAULTS]:
+        where = ".".join(f"{part!s:.80}" for part in item["loc"]) or "value"
         value = item["input"]
         plain = _plain(item)
-        shown = f" (given {value!r})" if isinstance(value, str | int | float | bool | None) and "(given" not in plain else ""
-        parts.append(f"{where}: {plain}{shown}")
+        shown = f" (given {value!r:.200})" if isinstance(value, str | int | float | bool | None) and "(given" not in plain else ""
+        parts.append(f"{where}: {plain:.500}{shown}")
     return shortened("; ".join(parts))
 
 

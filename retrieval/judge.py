@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
+from composition import untrusted
 from composition.request import Refused
 
 THRESHOLDS, CONFUSION = "presence.json", "confusion.json"  # beside a judge's weights
@@ -167,8 +168,18 @@ def threshold(
 
 
 def read_thresholds(file: Path) -> dict[str, Threshold]:
-    """Phrase to threshold, as `write_thresholds` wrote them."""
-    return {phrase: Threshold(*row) for phrase, row in json.loads(file.read_text("utf-8")).items()}
+    """Phrase to threshold, as `write_thresholds` wrote them. Raises Refused for a file that is damaged."""
+    try:
+        rows = untrusted.parse_file(file)
+    except untrusted.Unreadable as error:
+        raise Refused(f"{file} {error}") from None
+    if not isinstance(rows, dict) or not all(_is_row(row) for row in rows.values()):
+        raise Refused(f"{file} is no table of thresholds: expected {{\"a fox\": [score, recall, false positives]}}")
+    return {phrase: Threshold(*row) for phrase, row in rows.items()}
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, list) and len(row) == 3 and all(type(number) in (int, float) for number in row)
 
 
 def write_thresholds(file: Path, table: Mapping[str, Threshold]) -> None:

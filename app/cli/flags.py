@@ -1,6 +1,5 @@
 """The flags of the command line, read into a Request."""
 
-import json
 import re
 import secrets
 from collections.abc import Mapping
@@ -12,13 +11,13 @@ from pydantic import ValidationError
 
 from app.options import options as method_options
 from app.options import size as read_size
-from composition import Lora, Refused, Request
+from composition import Lora, Refused, Request, untrusted
 from composition.prompts import with_triggers as with_triggers
 from composition.request import explain
 
 _ALIASES = {"lora_id": "source", "lora_scale": "weight"}  # as diffusers-cli writes them
 RANDOM = -1  # the seed by which other tools ask for a random one
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?(\d+(?:\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def lora(text: str) -> Lora:
@@ -44,9 +43,9 @@ def _lora(text: str) -> Lora:
 
 def _lora_json(text: str) -> Lora:
     try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise Refused(f"--lora {text:.200}: not JSON ({error})") from None
+        fields = untrusted.parse(text)
+    except untrusted.Unreadable as error:
+        raise Refused(f"--lora {text:.200}: it {error}") from None
     fields = {_ALIASES.get(str(key), str(key)): value for key, value in fields.items()}
     if "source" not in fields:
         raise Refused(f'--lora {text:.200}: "source" is missing, as in {{"source": "owl", "weight": 0.8}}')

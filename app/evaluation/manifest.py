@@ -7,6 +7,7 @@ else is said), `method` (what made a picture that is there), `text` (what CLIPSc
 mean nothing here are left alone beside `file_name`. Lines that `medley generate` wrote need nothing added.
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,13 +34,7 @@ def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "p
                       "or a folder with metadata.jsonl")  # fmt: skip
     collected = CollectedCases()
     seen: dict[tuple[str, str], set[int]] = {}
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise Refused(f"{path}: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in manifest.texts(path):
         try:
             case = _case(manifest.row_of(line), path.parent, inspect, model, number)
         except Exception as error:  # a name that the system refuses, a file that no reader foresaw: one line's trouble
@@ -60,8 +55,8 @@ def _case(row: dict[str, Any], folder: Path, inspect: Callable[[str], Receipt | 
     path = None
     if picture is not None:
         path = _inside(folder, picture)
-        if not path.is_file():
-            raise Refused(f"the picture {picture!r} is missing")
+        if not os.path.isfile(path):
+            raise Refused(f"the picture {picture!r:.200} is missing")
     text = row.get("text", request.prompt if request else None)
     if not isinstance(text, str) or not text.strip():
         raise Refused('a text is needed: the prompt, as "text" beside file_name or as "prompt" of a request')
@@ -87,7 +82,7 @@ def _request(row: dict[str, Any], model: str, *, supplied: bool) -> Request | No
     if supplied:
         return request
     if request.model != model:
-        raise Refused(f"this line is for the model {request.model}, and this evaluation runs on {model}: name one with --model, or leave "
+        raise Refused(f"this line is for the model {request.model:.200}, and this evaluation runs on {model}: name one with --model, or leave "
                       "it out of the line")  # fmt: skip
     return replace(request, count=1)
 
@@ -139,16 +134,16 @@ def _concepts(listed: Any, folder: Path) -> tuple[ExpectedConcept, ...]:
 def _concept(entry: Any, folder: Path) -> ExpectedConcept:
     row = {"phrase": entry} if isinstance(entry, str) else entry
     if not isinstance(row, dict) or not isinstance(row.get("phrase"), str) or not row["phrase"].strip():
-        raise Refused(f"a concept is a phrase or an object with a phrase, not {entry!r}")
+        raise Refused(f"a concept is a phrase or an object with a phrase, not {entry!r:.200}")
     if unknown := set(row) - CONCEPT:
-        raise Refused(f"a concept has {', '.join(sorted(CONCEPT))}, not {', '.join(sorted(unknown))}")
+        raise Refused(f"a concept has {', '.join(sorted(CONCEPT))}, not {', '.join(sorted(unknown)):.200}")
     references = row.get("references", [])
     if not isinstance(references, list) or not all(isinstance(name, str) for name in references):
-        raise Refused(f"references of {row['phrase']!r} is a list of picture files")
-    lost = [name for name in references if not _inside(folder, name).is_file()]
+        raise Refused(f"references of {row['phrase']!r:.200} is a list of picture files")
+    lost = [name for name in references if not os.path.isfile(_inside(folder, name))]
     if lost:
-        raise Refused(f"the reference picture {lost[0]!r} of {row['phrase']!r} is missing")
+        raise Refused(f"the reference picture {lost[0]!r:.200} of {row['phrase']!r:.200} is missing")
     name, category = row.get("name", row["phrase"]), row.get("category", "")
     if not isinstance(name, str) or not isinstance(category, str):
-        raise Refused(f"name and category of {row['phrase']!r} are texts")
+        raise Refused(f"name and category of {row['phrase']!r:.200} are texts")
     return ExpectedConcept(name, row["phrase"], category, references=tuple(folder / name for name in references))

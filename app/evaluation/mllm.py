@@ -22,7 +22,7 @@ from PIL import Image
 
 from app.evaluation import statistics
 from app.evaluation.variants import EQUAL, NONE
-from composition import Refused, pictures
+from composition import Refused, pictures, untrusted
 from composition.log import Log
 
 LOG = "mllm.jsonl"
@@ -75,7 +75,7 @@ class Endpoint:
             try:
                 call = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
                 with urllib.request.urlopen(call, timeout=TIMEOUT) as answer:
-                    return json.load(answer)
+                    return untrusted.parse(answer.read(untrusted.MAX_BYTES + 1))
             except urllib.error.HTTPError as error:
                 if error.code not in (408, 429, 500, 502, 503, 504) or turn == TRIES - 1:
                     raise Refused(f"{self.url} refused ({error.code} {error.reason}): {error.read(200).decode('utf-8', 'replace')}") from None

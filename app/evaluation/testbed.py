@@ -5,7 +5,6 @@ to entries of id, name, trigger (a list) and url. Ours also have `phrase`, `conc
 all triggers joined by commas, as theirs is.
 """
 
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from app.evaluation.cases import Case, ExpectedConcept
-from composition import Lora, Refused, Request, bundled
+from composition import Lora, Refused, Request, bundled, untrusted
 from composition.bundled import BUNDLES
 from composition.request import Category
 
@@ -47,9 +46,9 @@ def read(source: str) -> dict[str, list[Entry]]:
     if not path.is_file():
         raise Refused(f"--testbed {source}: there is no such file; give {' or '.join(BUNDLES)}, or a *_lora_info.json file")
     try:
-        document = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise Refused(f"--testbed {source}: not readable as JSON: {error}") from None
+        document = untrusted.parse_file(path)
+    except untrusted.Unreadable as error:
+        raise Refused(f"--testbed {source}: the file {error}") from None
     if not isinstance(document, dict) or not all(isinstance(rows, list) for rows in document.values()):
         raise Refused(f"--testbed {source}: expected categories with lists of LoRAs, as in ComposLoRA's *_lora_info.json")
     if not document.get("character"):

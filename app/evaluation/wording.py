@@ -3,13 +3,14 @@
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from app.evaluation.cases import Problem
 from app.evaluation.generate import Picture
 from app.evaluation.scoring import FEW, Scorer, formula
 from app.evaluation.variants import EQUAL, NONE, title
-from composition import Request, methods, record
+from composition import Refused, Request, methods, record, untrusted
 from composition.methods.shared.dominance import CATEGORY
 from composition.methods.shared.measured_order import DEFAULT_MEASURE, MEASURES
 from retrieval.judge import CONFUSION
@@ -32,7 +33,7 @@ def judge(scorer: Scorer, texts: Mapping[str, bool], phrases: Collection[str]) -
         presence = (f"Presence is not known: this judge has no thresholds, and fewer than {FEW} pictures without each concept are "
                     "here to set them on.")  # fmt: skip
     table = scorer.judge.folder / CONFUSION if scorer.judge.folder else None
-    confusion = json.loads(table.read_text("utf-8")) if table and table.is_file() else None
+    confusion = _confusion(table) if table and table.is_file() else None
     if confusion and not set(confusion["phrases"]) & set(phrases):
         confusion = None
     recall = {phrase: row.recall for phrase, row in own.items()}
@@ -42,6 +43,21 @@ def judge(scorer: Scorer, texts: Mapping[str, bool], phrases: Collection[str]) -
         "name": scorer.judge.name, "formula": formula(scorer.scale), "scale": scorer.scale, "texts": len(texts),
         "cut": sum(texts.values()), "presence": presence, "recall": recall, "confusion": confusion,
     }  # fmt: skip
+
+
+def _confusion(table: Path) -> dict[str, Any]:
+    """The judge's own mistakes: phrases, and a row of shares for each. Raises Refused for a file that is damaged."""
+    try:
+        confusion = untrusted.parse_file(table)
+        phrases, rows = confusion["phrases"], confusion["rows"]
+        if not (len(phrases) == len(rows) and all(len(row) == len(phrases) for row in rows)
+                and all(isinstance(phrase, str) for phrase in phrases) and all(0 <= share <= 1 for row in rows for share in row)):
+            raise ValueError
+    except untrusted.Unreadable as error:
+        raise Refused(f"{table} {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise Refused(f"{table} is no table of a judge's mistakes: expected phrases, and a row of shares from 0 to 1 for each") from None
+    return confusion
 
 
 def remarks(

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from PIL import Image
 
 from app.terminal import printable
-from composition import prompts
+from composition import pictures, prompts
 from composition.loras import library, metadata
 from composition.loras.reader import shown
 from composition.loras.safetensors import load_header
@@ -90,11 +90,8 @@ def _picture(text: str) -> str:
     if not text or len(text) > MAX_LETTERS:
         return ""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
-            if max(image.size) > MAX_SIDE:
-                return ""
-            small = image.convert("RGB")
-    except Exception:  # what decoders raise on damaged pictures is no closed list
+        small = pictures.load(base64.b64decode(text, validate=True), "a preview", MAX_SIDE**2, ("PNG",)).convert("RGB")
+    except ValueError:  # of base64, or Refused
         return ""
     small.thumbnail((SIDE, SIDE))
     return data_url(small)

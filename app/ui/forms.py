@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import gradio as gr
 from gradio.components import Component
 
-from composition import Refused
+from composition import Refused, untrusted
 from composition.methods import Method
 
 SLIDER_STEPS = 100  # an integer range longer than this is typed, not slid
@@ -71,7 +71,7 @@ def _value(name: str, hint: Any, answer: Any) -> Any:
     if kind is str or _choices(kind) or kind in (bool, int, float) and not isinstance(answer, str):
         return answer
     try:
-        return json.loads(str(answer))
+        return untrusted.parse(str(answer))
     except ValueError as error:
         wanted = "a number" if kind in (int, float) else "JSON"
         raise Refused(f"option {name}: {answer!r} is not {wanted} ({error})") from None

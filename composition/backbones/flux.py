@@ -22,7 +22,7 @@ from composition.request import Refused, Request
 LONGEST, LONGEST_FAST = 512, 256  # T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained on
 LOCALIZING = 14 / 19  # the share of the double blocks before those that localize words best: 14 to 18 of FLUX.1's 19
 
-_NONE = re.compile(r"time_text_embed|norm\d?\w*\.linear$|norm_out")
+_NONE = re.compile(r"time_text_embed|(?<!\w)norm\w*\.linear$|norm_out")
 _TEXT = re.compile(r"context_embedder|ff_context|\.attn\.(?:add_\w_proj|to_add_out)$")
 
 

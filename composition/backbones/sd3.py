@@ -17,7 +17,7 @@ from composition.request import Refused, Request
 
 LONGEST = 256  # T5 tokens, as the stock pipeline gives them
 
-_NONE = re.compile(r"time_text_embed|norm\d?\w*\.linear$|norm_out")
+_NONE = re.compile(r"time_text_embed|(?<!\w)norm\w*\.linear$|norm_out")
 _TEXT = re.compile(r"context_embedder|ff_context|\.attn\.(?:add_\w_proj|to_add_out)$")
 
 

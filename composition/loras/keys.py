@@ -79,7 +79,7 @@ _ROLES = tuple((re.compile(pattern), role, reason) for pattern, role, reason in 
     (r"\.lora_\w+(?:\.[^.]+){0,2}$|\.scalar$", "whole", PART),
     (r"\.weight$", "beside", FULL),
 ))
-_TOKENS = re.compile(r"<.*>$|bundle_emb\.|(?:emb_params|clip_[lg])$")
+_TOKENS = re.compile(r"\A<.*>$|bundle_emb\.|(?:emb_params|clip_[lg])$")
 _NUMBERED = re.compile(r"(unet|text_encoder):(\d{1,5}):(up|down)$")
 _PREFIXES = (
     ("lora_unet_", "unet", "kohya"),

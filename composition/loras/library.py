@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,7 @@ class Listed(NamedTuple):
 def files(model: str, folders: Sequence[Path] = ()) -> list[Path]:
     """Every LoRA file that can be named, bundled ones first, each folder's in the order of their names.
 
-    Links to folders are followed; a folder that several ways lead to is searched once. Raises Refused for a folder with too many.
+    What only has a file's name (a folder, a pipe, a link to nothing) is in it too, so that a listing can say why it is no file. Links to folders are followed; a folder that several ways lead to is searched once. Raises Refused for a folder with too many.
     """
     return [path for _, path in _files(model, folders)]
 
@@ -38,8 +39,9 @@ def listing(model: str, folders: Sequence[Path] = (), *, hashes: bool = False) -
     """Every file with what its header tells, whatever is wrong with any of them. hashes: read the files whole, for all of it."""
     for path in files(model, folders):
         receipt, reason, size = None, "", None
-        try:
+        with suppress(OSError):
             size = path.stat().st_size
+        try:
             receipt = reader.inspect(path) if hashes else reader.describe(path)
         except Exception as error:  # one file, whatever is wrong with it, does not take the others down
             reason = trouble(error)
@@ -118,7 +120,7 @@ def _alias(path: Path, stamp: tuple[int, int]) -> str:
     """The trainer's name in the header of a file in the state that `stamp` stands for; "" where there is none, or no header."""
     try:
         return metadata.alias(load_header(path).metadata)
-    except Refused:
+    except Exception:  # whatever is wrong with a file, it does not take the search for others down
         return ""
 
 
@@ -169,9 +171,19 @@ def _walk(folder: Path, seen: set[tuple[int, int]], paths: list[Path]) -> list[P
             path = here / entry.name
             if _is_folder(entry):
                 (links if entry.is_symlink() else waiting).append(path)
+                if entry.name.lower().endswith(ENDING) and not _has_files(path):
+                    paths.append(path)
             elif entry.name.lower().endswith(ENDING):
                 paths.append(path)
     return links
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a folder named like a file holds one, which is then what its name is for."""
+    try:
+        return any(name.lower().endswith(ENDING) for name in os.listdir(folder))
+    except OSError:
+        return False
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

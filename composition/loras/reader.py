@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from composition.loras import family as lora_family
 from composition.loras import layers as layer_map
-from composition.loras import metadata, scale
+from composition.loras import metadata, scale, suspicious
 from composition.loras.fused import Part
 from composition.loras.keys import TWICE, Module, modules
 from composition.loras.kinds.lora import Factors, fitted
@@ -77,6 +77,7 @@ def read(
     claims = Counter((module.component, part.path) for module, parts in zip(updates, places, strict=True) for part in parts)
     known = {part: (layer_map.words(module), names[part].keys()) for part, module in components.items()} if not all(places) else {}
     sources: list[tuple[scale.Alpha, ...]] = []
+    sizes: list[suspicious.Sizes] = []
     for module, parts in zip(updates, places, strict=True):
         reason = _obstacle(module, raw.tensors, components, parts, known)
         if not reason and any(claims[module.component, part.path] > 1 for part in parts):
@@ -91,6 +92,7 @@ def read(
         except ValueError as error:
             raise Refused(f"{path.name}: {foreign or f'{module.component}.{parts[0].path}: {error}'}") from None
         factors.setdefault(module.component, {}).update(layer_factors)
+        sizes.append(_sizes(module, raw, sources[-1][0].value))
         applied[module.component] += len(module.all)
     if ignored and foreign:
         raise Refused(f"{path.name}: {foreign}")
@@ -109,6 +111,7 @@ def read(
         no_effect=tuple(where for where, layer in flat.items() if not layer.live),
         ranks=Counter(layer.rank for layer in flat.values()),
         alphas=Counter(layer.alpha for layer in flat.values() if layer.alpha is not None), sources=sources,
+        sizes=sizes,
     )
     _covered(receipt, path.name, lora_family.base(components, family), allow_partial)
     return LoraFile(factors, receipt, "".join(repr(statement) for statement in stated if statement.order == scale.BESIDE))
@@ -128,9 +131,11 @@ def inspect(path: Path) -> Receipt:
     sources = [scale.alphas(module, raw.tensors, stated, path.name) for module in pairs]
     no_effect = []
     for module, (alpha, *_) in zip(pairs, sources, strict=True):
-        if not alpha.value or not all(raw.tensors[module.keys[role]].float().any() for role in ("down", "up")):
+        if not alpha.value or not all(raw.largest[module.keys[role]] for role in ("down", "up")):
             no_effect.append(f"{module.component}.{module.module}")
-    return _alone(path, raw, updates, pairs, no_effect=tuple(no_effect), alphas=Counter(rows[0].value for rows in sources), sources=sources)
+    sizes = [_sizes(module, raw, rows[0].value) for module, rows in zip(pairs, sources, strict=True)]
+    alphas = Counter(rows[0].value for rows in sources)
+    return _alone(path, raw, updates, pairs, no_effect=tuple(no_effect), alphas=alphas, sources=sources, sizes=sizes)
 
 
 def describe(path: Path) -> Receipt:
@@ -175,6 +180,11 @@ def _names(component: str, module: nn.Module, updates: Sequence[Module]) -> dict
     return layer_map.parts(component, module) | {number: (Part(path),) for number, path in numbered.items()}
 
 
+def _sizes(module: Module, raw: SafeFile, alpha: float) -> suspicious.Sizes:
+    down, up = module.keys["down"], module.keys["up"]
+    return suspicious.Sizes(module.module, raw.largest[down], raw.largest[up], alpha, raw.tensors[down].shape[0])
+
+
 def _pair(module: Module, tensors: Mapping[str, Tensor]) -> bool:
     """True when it has a down and an up in floating point, with at least two dimensions."""
     pair = [tensors[module.keys[role]] for role in ("down", "up") if role in module.keys]
@@ -206,7 +216,7 @@ def _receipt(
     path: Path, name: str, raw: SafeFile, updates: Sequence[Module], family: str, *,
     components: Mapping[str, Mapping[str, int]], ignored: Mapping[str, Sequence[str]],
     ranks: Mapping[int, int], no_effect: tuple[str, ...] = (), alphas: Mapping[float, int] | None = None,
-    sources: Sequence[Sequence[scale.Alpha]] = (),
+    sources: Sequence[Sequence[scale.Alpha]] = (), sizes: Sequence[suspicious.Sizes] = (),
 ) -> Receipt:
     """The receipt, with the law checked: every tensor of the file is applied or ignored."""
     applied = sum(part["tensors"] for part in components.values())
@@ -214,7 +224,7 @@ def _receipt(
     if applied + left_out != len(raw.tensors):
         raise AssertionError(f"{path.name}: {applied} applied + {left_out} ignored != {len(raw.tensors)} tensors")
     layouts = Counter(module.layout for module in updates).most_common()
-    remarks = scale.remarks(sources)
+    remarks = (*scale.remarks(sources), *suspicious.remarks(sizes))
     if any(rows[0].source == scale.NOBODY for rows in sources) and (passed := scale.passed_over(path)):
         remarks = (*remarks, passed)
     return Receipt(

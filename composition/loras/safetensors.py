@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +21,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from composition import untrusted
 from composition.request import Refused
 
 MAX_BYTES = 4 * 2**30
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 20_000
-MAX_DIMENSIONS = 16
+MAX_DIMENSIONS = 8
+MAX_NAME = 1000  # letters
+MAX_QUOTED = 200  # letters of a name in a refusal
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 ENDING = ".safetensors"
 
 _FIRST = 4096  # bytes read to see what a file is
-_CHUNK = 2**22  # numbers checked at a time
+_CHUNK = 2**20  # numbers looked at at a time, so that looking takes little memory beside the file
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "I64": torch.int64,
@@ -50,7 +53,8 @@ _IMPOSTORS = (
 
 @dataclass(frozen=True, eq=False)
 class SafeFile:
-    """tensors: name to CPU tensor as stored, every value finite. metadata: the header's own words, untrusted.
+    """tensors: name to CPU tensor as stored, every value finite. metadata: the header's own words, untrusted. largest: name to the
+    largest absolute value of a tensor, 0 for one of zeros or without an element.
 
     sha256 is of the whole file, tensor_sha256 of the sorted names, dtypes, shapes and bytes, data_sha256 of all
     bytes after the header. Of a file whose header alone was read,
@@ -62,6 +66,7 @@ class SafeFile:
     sha256: str = ""
     tensor_sha256: str = ""
     data_sha256: str = ""
+    largest: Mapping[str, float] = field(default_factory=dict)
 
 
 class _Entry(NamedTuple):
@@ -91,10 +96,11 @@ def load_safely(path: Path) -> SafeFile:
         whole, data = hashlib.sha256(header.raw), hashlib.sha256()
         file.seek(len(header.raw))
         tensors = {name: _tensor(path, file, entry, (whole, data)) for name, entry in header.entries.items()}
-    for name in sorted(tensors):
-        if not _finite(tensors[name]):
-            raise Refused(f"{path.name}: tensor {name!r} holds NaN or infinity: the file is broken, do not use it")
-    return SafeFile(tensors, header.metadata, whole.hexdigest(), _tensor_hash(header.entries, tensors), data.hexdigest())
+    sizes = {name: largest(tensors[name]) for name in sorted(tensors)}
+    for name, size in sizes.items():
+        if not math.isfinite(size):
+            raise Refused(f"{path.name}: tensor {_quoted(name)} holds NaN or infinity: the file is broken, do not use it")
+    return SafeFile(tensors, header.metadata, whole.hexdigest(), _tensor_hash(header.entries, tensors), data.hexdigest(), sizes)
 
 
 def load_header(path: Path) -> SafeFile:
@@ -112,14 +118,16 @@ def _opened(path: Path) -> Iterator[FileIO]:
     try:
         if path.is_dir():
             raise Refused(f"{path.name} is a folder: name the .safetensors file in it")
-        if not path.exists():
-            raise Refused(f"{path.name} is a link to a file that is not there" if path.is_symlink() else f"there is no file {path.name}")
-        if path.suffix.lower() != ENDING or not path.is_file():
+        if not path.exists() and not path.is_symlink():
+            raise Refused(f"there is no file {path.name}")
+        if path.suffix.lower() != ENDING:
             raise Refused(f"{path.name} is not a .safetensors file, the only kind that is read")
-        with path.open("rb", buffering=0) as file:
+        with untrusted.opened(path, MAX_BYTES) as file:
             yield file
     except Refused:
         raise
+    except untrusted.Unreadable as error:
+        raise Refused(f"{path.name} {error}") from None
     except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch has no memory: RuntimeError
         raise Refused(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or str(error)[:200] or 'no memory for it'}") from None
 
@@ -127,8 +135,6 @@ def _opened(path: Path) -> Iterator[FileIO]:
 def _header(path: Path, file: FileIO) -> _Header:
     """The header of an open file, checked against its size: at most MAX_TENSORS entries, no name twice, every byte in one tensor."""
     size = os.fstat(file.fileno()).st_size
-    if size > MAX_BYTES:
-        raise Refused(f"{path.name} has {size} bytes; at most {MAX_BYTES} are read")
     raw = _read(file, min(size, _FIRST))
     json_follows = raw[8:].lstrip(b" \t\r\n").startswith(b"{")
     for magic, what in _IMPOSTORS:
@@ -145,13 +151,13 @@ def _header(path: Path, file: FileIO) -> _Header:
         raise Refused(f"{path.name} is damaged (it ends inside its header): download it again")
     raw = (raw + _read(file, 8 + length - len(raw)))[: 8 + length]
     try:
-        table = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_unique)
+        table = untrusted.parse(raw[8:], odd_letters=True)
         metadata = _metadata(table.pop("__metadata__", None))
         if 0 < len(table) <= MAX_TENSORS:
             entries = _entries(table, size - 8 - length)
     except _Kind as error:
         raise Refused(f"{path.name} holds a kind of number that cannot be read ({error})") from None
-    except (ValueError, RecursionError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:  # untrusted.Unreadable is a ValueError
         raise Refused(f"{path.name} is damaged (its header: {str(error)[:200]}): download it again") from None
     if not 0 < len(table) <= MAX_TENSORS:
         raise Refused(f"{path.name} holds {len(table)} tensors; 1 to {MAX_TENSORS} are read")
@@ -160,13 +166,6 @@ def _header(path: Path, file: FileIO) -> _Header:
 
 class _Kind(Exception):
     """A kind of number that the format has and torch does not."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a name appears twice")
-    return table
 
 
 def _metadata(metadata: object) -> dict[str, str]:
@@ -191,7 +190,7 @@ def _entries(table: Mapping[str, Any], size: int) -> dict[str, _Entry]:
     end = 0
     for name, entry in entries.items():
         if entry.start != end:
-            raise ValueError(f"the bytes of {name[:80]!r} do not begin where those before it end")
+            raise ValueError(f"the bytes of {_quoted(name)} do not begin where those before it end")
         end = entry.stop
     if end != size:
         raise ValueError(f"its tensors have {end} bytes, the file has {size}")
@@ -199,15 +198,17 @@ def _entries(table: Mapping[str, Any], size: int) -> dict[str, _Entry]:
 
 
 def _entry(name: str, value: Any) -> _Entry:
+    if len(name) > MAX_NAME:
+        raise ValueError(f"a tensor's name has {len(name):,} letters; at most {MAX_NAME:,} are read")
     if _text(name) != name or not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= set(value):
-        raise ValueError(f"{_text(name)[:80]!r} is not a tensor")
+        raise ValueError(f"{_quoted(name)} is not a tensor")
     kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(kind, str) or kind not in _DTYPES:
-        raise _Kind(str(kind)[:80])
+        raise _Kind(_quoted(kind))
     if not _counts(shape) or len(shape) > MAX_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"the shape or the place of {name[:80]!r} cannot be read")
+        raise ValueError(f"the shape or the place of {_quoted(name)} cannot be read")
     if max(shape, default=0) >= 2**63 or offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[kind].itemsize:
-        raise ValueError(f"{name[:80]!r} does not have as many bytes as its shape says")
+        raise ValueError(f"{_quoted(name)} does not have as many bytes as its shape says")
     return _Entry(kind, tuple(shape), *offsets)
 
 
@@ -247,11 +248,24 @@ def _read(file: FileIO, count: int) -> bytes:
     return b"".join(parts)
 
 
-def _finite(tensor: Tensor) -> bool:
-    if not tensor.dtype.is_floating_point:
-        return True
-    parts = tensor.reshape(-1).split(_CHUNK)
-    return all(bool(torch.isfinite(part.float() if part.itemsize == 1 else part).all()) for part in parts)
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value, NaN where there is one; 0 of what has no element. Needs a few megabytes, whatever its size."""
+    flat = tensor.detach().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    peak = 0.0
+    for part in flat.split(_CHUNK):
+        if part.numel():
+            low, high = part.to(torch.float64 if part.itemsize == 8 else torch.float32).aminmax()  # both NaN where one is
+            peak = max(abs(low.item()), abs(high.item()), peak) if high == high else math.nan
+        if not math.isfinite(peak):
+            break
+    return peak
+
+
+def _quoted(name: object) -> str:
+    """What a refusal repeats of a name: its beginning, with nothing in it that could move a cursor."""
+    return f"{_text(str(name))[:MAX_QUOTED]!r}"
 
 
 def _tensor_hash(entries: Mapping[str, _Entry], tensors: Mapping[str, Tensor]) -> str:

@@ -13,7 +13,6 @@ Where nobody does, alpha is the rank. Where the one that counts cannot be read, 
 file is refused: its strength would be a guess.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from composition import untrusted
 from composition.loras.keys import Module
 from composition.loras.safetensors import ENDING
 from composition.request import Refused
@@ -35,6 +35,7 @@ BESIDE = 2  # the order of what it states
 ADAPTER = "lora_adapter_metadata"  # in the header, as diffusers writes it
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_PATTERN_LETTERS = 500
+MAX_NUMBER_LETTERS = 400  # of a number in a header
 
 _JSON = (ADAPTER, "adapter_config", "peft_config", "lora_config")  # header keys that hold JSON settings
 _NUMBERS = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")
@@ -86,16 +87,16 @@ class Statement:
         if stated is not None and stated != rank:
             raise _Unreadable(f"its {self.source} says rank {stated:g} for {module[:100]!r}, whose factors have rank {rank}: it was written "
                               "for another file, so the strength is unknown; put the right file there or remove it")
-        return value * (math.sqrt(rank) if str(settings.get("use_rslora")).lower() == "true" else 1.0)
+        return value * (math.sqrt(rank) if _shown(settings.get("use_rslora")).lower() == "true" else 1.0)
 
     def _number(self, value: Any, what: str, otherwise: float | None = None) -> float | None:
-        if value is None or self.plain and str(value).strip().lower() in _ABSENT:
+        if value is None or self.plain and value.strip().lower() in _ABSENT:
             return otherwise
         number = value
         if self.plain:
             number = float(value) if _is_number(value) else None
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise _Unreadable(f"{what} {str(value)[:80]!r} in its {self.source} is not a number, so its strength is unknown")
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):  # none of JSON is over 300 digits
+            raise _Unreadable(f"{what} {_shown(value)!r} in its {self.source} is not a number, so its strength is unknown")
         return float(number)
 
     def _pattern(self, prefix: str, name: str, module: str) -> Any:
@@ -106,7 +107,9 @@ class Statement:
         if not table:
             return None
         joint = "." if "." in module else "_"  # kohya's names have underscores for dots
-        parts = module.split(joint)
+        parts = module[-MAX_PATTERN_LETTERS:].split(joint)  # no pattern is longer, whatever the name is
+        if len(module) > MAX_PATTERN_LETTERS:
+            parts = parts[1:]
         ends = ["^" + module, *(joint.join(parts[index:]) for index in range(len(parts)))]
         return min((table[end] for end in ends if end in table), default=(0, None), key=lambda row: row[0])[1]
 
@@ -161,7 +164,7 @@ def alphas(module: Module, tensors: Mapping[str, Tensor], stated: Sequence[State
     Raises Refused when the one that counts cannot be read.
     """
     down = tensors[module.keys["down"]]
-    rank, wide = down.shape[0], down.ndim == 4 and down.shape[2:] != (1, 1)
+    rank, wide = down.shape[0] if down.ndim else 1, down.ndim == 4 and down.shape[2:] != (1, 1)
     candidates: list[Alpha] = []
     if "alpha" in module.keys:
         value = tensors[module.keys["alpha"]]
@@ -212,11 +215,11 @@ def _modules(count: int) -> str:
     return f"{count} module{'s' * (count > 1)}"
 
 
-def _json(source: str, order: int, text: str) -> Statement:
+def _json(source: str, order: int, text: str | bytes) -> Statement:
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        document = None
+        document = untrusted.parse(text, odd_letters=True)
+    except untrusted.Unreadable as error:
+        return Statement(source, order, {}, trouble=f"its {source} {error}, so its alphas are unknown")
     if not isinstance(document, dict):
         return Statement(source, order, {}, trouble=f"its {source} is not a JSON object, so its alphas are unknown")
     if str(document.get("peft_type") or "LORA").upper().rpartition(".")[2] != "LORA":
@@ -231,11 +234,9 @@ def _json(source: str, order: int, text: str) -> Statement:
 def _config(config: Path) -> Statement:
     source = f"{CONFIG} beside it"
     try:
-        if config.stat().st_size > MAX_CONFIG_BYTES:
-            return Statement(source, BESIDE, {}, trouble=f"the {source} is over {MAX_CONFIG_BYTES} bytes, so its alphas are unknown")
-        text = config.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        return Statement(source, BESIDE, {}, trouble=f"the {source} cannot be read ({error}), so its alphas are unknown")
+        text = untrusted.read(config, MAX_CONFIG_BYTES)
+    except untrusted.Unreadable as error:
+        return Statement(source, BESIDE, {}, trouble=f"the {source} {error}, so its alphas are unknown")
     return _json(source, BESIDE, text)
 
 
@@ -243,8 +244,9 @@ def _numbers(metadata: Mapping[str, str]) -> Iterator[Statement]:
     """One statement for each name of a number in the header; ranks and rslora beside them are read as theirs."""
     shared: dict[str, dict[str, str]] = {}
     named: dict[str, dict[str, dict[str, str]]] = {name: {} for name in _NUMBERS}
-    for key, value in metadata.items():
+    for key, text in metadata.items():
         prefix, _, name = key.rpartition(".")
+        value = text[:MAX_NUMBER_LETTERS + 1]  # one letter too many: no number
         if name == "alpha" and not _is_number(value):
             continue  # too plain a word to be sure of
         if name in named:
@@ -260,18 +262,23 @@ def _numbers(metadata: Mapping[str, str]) -> Iterator[Statement]:
             yield Statement(f"{name} in the header", 3, both, plain=True)
 
 
+def _shown(value: Any) -> str:
+    """A value of JSON as a short text, in time that does not depend on what it is: it is asked for by every module."""
+    return type(value).__name__ if isinstance(value, dict | list) else str(value[:80] if isinstance(value, str) else value)
+
+
 def _is_number(text: str) -> bool:
     try:
-        return math.isfinite(float(text))
+        return len(text) <= MAX_NUMBER_LETTERS and math.isfinite(float(text))
     except ValueError:
         return False
 
 
 def _conv_alpha(metadata: Mapping[str, str]) -> str | None:
     try:
-        arguments = json.loads(metadata.get("ss_network_args", ""))
-        return str(arguments["conv_alpha"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        arguments = untrusted.parse(metadata.get("ss_network_args", ""), odd_letters=True)
+        return _shown(arguments["conv_alpha"])
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from composition import untrusted
 from composition.request import Refused, explain
 
 EARLY = 0.6  # of the steps: over which H is compared
@@ -42,9 +43,12 @@ class Profile:
     def read(text: str | bytes) -> "Profile":
         """Raises Refused for what is none."""
         try:
+            untrusted.parse(text)  # within limits
             return _PROFILE.validate_json(text)
         except ValidationError as error:
             raise Refused(f"not a frequency profile: {explain(error)}") from None
+        except untrusted.Unreadable as error:
+            raise Refused(f"not a frequency profile: the text {error}") from None
 
 
 _PROFILE = TypeAdapter(Profile)

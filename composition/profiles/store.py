@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from composition import atomic, bundled
+from composition import atomic, bundled, untrusted
 from composition.profiles.frequency import Profile
 from composition.request import Refused
 
@@ -21,10 +21,7 @@ class ProfileStore:
         for folder in self._folders(model):
             file = folder / _file_name(tensor_sha256, model)
             if file.is_file():
-                try:
-                    profile = Profile.read(file.read_bytes())
-                except (Refused, OSError) as error:
-                    raise Refused(f"{file}: {error}; measure it again with `medley profile --again`, or delete the file") from None
+                profile = _read(file)
                 if profile.tensor_sha256 == tensor_sha256:
                     return profile
         return None
@@ -40,6 +37,13 @@ class ProfileStore:
     def _folders(self, model: str) -> Sequence[Path]:
         own = [self.folder] if self.folder is not None else []
         return [*own, bundled.path(bundled.BUNDLES[model].profiles)] if model in bundled.BUNDLES else own
+
+
+def _read(file: Path) -> Profile:
+    try:
+        return Profile.read(untrusted.read(file))
+    except (Refused, untrusted.Unreadable) as error:
+        raise Refused(f"{file} cannot be used ({error}): delete it, and measure the LoRA again with medley profile") from None
 
 
 def _file_name(tensor_sha256: str, model: str) -> str:

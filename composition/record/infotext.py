@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from composition import prompt_syntax
+from composition import prompt_syntax, untrusted
 from composition.record import settings_line
 from composition.request import SEEDS, Receipt, Refused, Request, explain
 from composition.sampler_names import BY_TITLE, DEFAULT, FLOW, TITLES
@@ -211,8 +211,8 @@ def _resources(pairs: Mapping[str, str], tagged: int, remarks: list[str]) -> lis
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text) if text[:1] in ("[", "{") else None
-    except (ValueError, RecursionError):
+        return untrusted.parse(text, odd_letters=True) if text[:1] in ("[", "{") else None
+    except untrusted.Unreadable:
         return None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from composition import atomic, pictures
+from composition import atomic, pictures, untrusted
 from composition.log import Log
 from composition.prompt_syntax import TAGGED
 from composition.record import infotext, recall
@@ -60,9 +60,7 @@ def save(result: Result, folder: Path, stem: str = "", index: int = 0, *, keep_p
 
 def relist(path: Path, request: Request) -> None:
     """Add the line of a picture of ours, of this request, that its folder's manifest lacks: a kill may fall between the two."""
-    with Image.open(path) as image:
-        size = image.size
-    Log(path.parent / MANIFEST).append(_row(request, path, size))
+    Log(path.parent / MANIFEST).append(_row(request, path, pictures.load(path).size))
 
 
 def mend(folder: Path) -> list[Path]:
@@ -171,12 +169,14 @@ def details(path: Path) -> Record:
 
 def _ours(text: str, path: Path) -> Record:
     try:
-        document = json.loads(text)
+        document = untrusted.parse(text)
         request = document["request"]
         receipts, notes, packages = (document.get(key, {}) for key in ("receipts", "notes", "versions"))
         if not all(isinstance(part, dict) for part in (request, receipts, notes, packages, *receipts.values())):
             raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except untrusted.Unreadable as error:
+        raise Refused(f"{path} has a medley record that is damaged: its text {error}") from None
+    except (KeyError, TypeError, AttributeError):
         raise Refused(f"{path} has a medley record that is damaged") from None
     read_back = Request.read(json.dumps(request))
     return Record(read_back, receipts=receipts, notes=notes, versions=packages, model=read_back.model)

@@ -1,9 +1,9 @@
 """Captions of a folder's pictures: those beside the pictures, or plain sentences with the trigger."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from composition import untrusted
 from composition.prompts import says
 from composition.request import Refused
 
@@ -51,7 +51,7 @@ def beside(folder: Path, pictures: Sequence[Path]) -> dict[str, str]:
     names = {path.name for path in pictures}
     for name in captions:
         if name not in names:
-            raise Refused(f"{table} has a caption for {name!r}, and there is no such picture in {folder}")
+            raise Refused(f"{table} has a caption for {name!r:.200}, and there is no such picture in {folder}")
     missing = sorted(names - set(captions))
     if captions and missing:
         wanted = f"a line in {TABLE}" if table.is_file() else f"{Path(missing[0]).stem}.txt"
@@ -110,14 +110,14 @@ def _table(file: Path) -> dict[str, str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = untrusted.parse(line)
             name, text = row["file_name"], row["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             name = text = None
         if not isinstance(name, str) or not isinstance(text, str):
             raise Refused(f'{file}, line {number}: expected {{"file_name": "1.png", "text": "what it shows"}}')
         if name in captions:
-            raise Refused(f"{file}, line {number}: {name!r} has a caption already")
+            raise Refused(f"{file}, line {number}: {name!r:.200} has a caption already")
         captions[name] = _line(text)
     if not captions:
         raise Refused(f"{file} is empty: give each picture a line, or remove it")
@@ -126,9 +126,9 @@ def _table(file: Path) -> dict[str, str]:
 
 def _text(file: Path) -> str:
     try:
-        if file.stat().st_size > 10_000_000:
-            raise Refused(f"{file} is over 10 MB; captions are a few words each")
-        return file.read_text(encoding="utf-8-sig")
+        return untrusted.read(file, 10_000_000).decode("utf-8-sig")
+    except untrusted.Unreadable as error:
+        raise Refused(f"{file} {error}; captions are a few words each") from None
     except UnicodeDecodeError:
         raise Refused(f"{file} is not UTF-8 text: save it as UTF-8") from None
 

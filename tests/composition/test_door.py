@@ -1,5 +1,6 @@
 """The one door for pictures of others: what is no picture, or too large, or endless, is refused in plain words; masks as text."""
 
+import io
 import os
 import struct
 import zlib
@@ -108,3 +109,39 @@ def test_every_kind_of_mask(tmp_path, picture, white):
 def test_a_mask_that_is_none_is_refused(region):
     with pytest.raises(Refused, match="LoRA owl"):
         pictures.mask(region, "owl")
+
+
+def interlaced(width: int, height: int, left_out: int = 0) -> bytes:
+    """A grey PNG in the order of Adam7, from the format's own text, without the last bytes of its rows."""
+    order = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    rows = b""
+    for x, y, across, down in order:
+        if columns := len(range(x, width, across)):
+            rows += (b"\0" + bytes(columns)) * len(range(y, height, down))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 1))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows[: len(rows) - left_out])) + chunk(b"IEND", b"")
+
+
+def test_a_picture_without_its_last_rows_is_refused_and_not_black():
+    """Decoders leave missing rows black and say nothing: half a mask would be a wrong picture."""
+    for width, height in ((1, 1), (3, 17), (16, 8), (9, 30)):
+        assert pictures.load(interlaced(width, height), "x").size == (width, height)
+        with pytest.raises(Refused, match="x (is cut short|cannot be read)"):
+            pictures.load(interlaced(width, height, 1), "x")
+    rows = zlib.compress((b"\0" + b"\xff" * 64) * 10)
+    for height in (10, 11, 64):
+        head = chunk(b"IHDR", struct.pack(">IIBBBBB", 64, height, 8, 0, 0, 0, 0))
+        data = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows[:9]) + chunk(b"IDAT", rows[9:]) + chunk(b"IEND", b"")
+        if height == 10:
+            assert np.asarray(pictures.load(data, "x")).min() == 255
+        else:
+            with pytest.raises(Refused, match="x is cut short"):
+                pictures.load(data, "x")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
+def test_whole_pictures_of_every_kind_pass(mode):
+    for size in ((1, 1), (7, 3), (8, 8), (100, 33)):
+        stream = io.BytesIO()
+        Image.new(mode, size).save(stream, "PNG")
+        assert pictures.load(stream.getvalue(), "x").size == size

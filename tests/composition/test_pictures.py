@@ -102,6 +102,14 @@ def test_captions_in_a_table(folder):
     assert found.captions[3] == "a zog 3" and found.remark == ""
 
 
+def test_a_line_of_a_table_ends_at_a_line_feed_alone(tmp_path):
+    for name in ("a\u2028b.png", "c.png"):
+        Image.new("RGB", (60, 50), RED).save(tmp_path / name)
+    rows = [{"file_name": "a\u2028b.png", "text": "a zog\u2029asleep"}, {"file_name": "c.png", "text": "a\x85zog"}]
+    (tmp_path / "metadata.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert read(tmp_path).captions == {0: "a zog asleep", 1: "a zog"}
+
+
 def test_origin_tells_pictures_captions_and_words_apart(folder):
     origins = {read(folder).origin, read(folder, "other").origin, read(folder, category="style").origin}
     Image.new("RGB", (60, 50), BLUE).save(folder / "0.png")

@@ -4,7 +4,6 @@
 built, local sources are opened without the network, and every part ends in the one dtype that was asked for.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from composition import bundled
+from composition import bundled, untrusted
 from composition.backbones.loading import catalog, hub, single_file
 from composition.backbones.loading import quantize as quantization
 from composition.bundled import BUNDLES
@@ -141,7 +140,7 @@ def _of_folder(folder: Path, source: str) -> Family:
     if not index_file.is_file():
         raise Refused(f"{source} {_instead(folder)}")
     try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index = untrusted.parse_file(index_file)
         cls, entries = index["_class_name"], [value for value in index.values() if isinstance(value, list)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Refused(f"{source} has a damaged model_index.json: fetch the model again") from None
@@ -187,7 +186,7 @@ def _from_folder(
     extra: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
     extra |= {"sd": {"requires_safety_checker": False, "safety_checker": None}, "sdxl": {"add_watermarker": False}}.get(kind, {})
     names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = untrusted.parse_file(folder / "model_index.json")
     if denoiser is not None:
         if "transformer" not in index:
             raise Refused(f"{source} has no transformer to put {denoiser.name} in place of: a file of its own is for FLUX and SD3")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from composition.loras.fused import Part
 from composition.loras.layers import Layer, shape
+from composition.loras.safetensors import largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +51,14 @@ class Factors:
         return wide if self.scale == 1.0 else wide * self.scale
 
     @property
+    def peak(self) -> float:
+        """The largest absolute value of `up`, without making it."""
+        return (torch.tensor(largest(self.stored_up), dtype=self.dtype) * abs(self.scale)).item()
+
+    @property
     def live(self) -> bool:
         """False when its update is exactly zero."""
-        return bool(self.scale) and bool(self.up.any()) and bool(self.down.any())
+        return self.peak > 0 and largest(self.stored_down) > 0
 
     def part(self, part: Part) -> "Factors":
         """The share of one of the layers that a fused layer's factors are of; down is the same tensor."""
@@ -77,8 +83,8 @@ def fitted(
         raise ValueError(f"its factors {tuple(up.shape)} x {tuple(down.shape)} do not fit a layer of shape "
                          f"{(outputs, inputs, *kernel)} (out, in): it was made for a model of another width")
     whole = Factors(down.reshape(wanted[0]), up.reshape(wanted[1]), alpha)
-    if not math.isfinite(whole.scale) or not torch.isfinite(whole.up).all():
-        raise ValueError(f"alpha {alpha} makes its numbers infinite")
+    if not math.isfinite(whole.scale) or not math.isfinite(whole.peak):
+        raise ValueError(f"alpha {alpha:g} makes its numbers infinite")
     return {part.path: whole.part(part) for part in parts}
 
 

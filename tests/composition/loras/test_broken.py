@@ -148,7 +148,7 @@ def test_what_is_no_file(parts, tmp_path):
     with open(tmp_path / "big.safetensors", "wb") as big:
         big.truncate(safetensors.MAX_BYTES + 1)  # sparse: it takes no room
     words = {
-        "none.safetensors": "no file", "folder.safetensors": "folder", "pipe.safetensors": "only kind",
+        "none.safetensors": "no file", "folder.safetensors": "folder", "pipe.safetensors": "pipe or a device",
         "loop.safetensors": "loop.safetensors", "notes.txt": "only kind", "big.safetensors": "at most",
         "a" * 300 + ".safetensors": "a", "a\0b.safetensors": "safetensors",
     }  # fmt: skip

@@ -142,13 +142,13 @@ def test_who_wins_is_said(said, beside, alpha, words, pipe, parts, tmp_path):
 
 
 @pytest.mark.parametrize(("said", "beside", "words"), [
-    ({}, "not json", "not a JSON object"),
+    ({}, "not json", "not readable as JSON"),
     ({}, "[1]", "not a JSON object"),
     ({}, '{"lora_alpha": "many"}', "'many'.*not a number"),
     ({}, '{"lora_alpha": 8, "r": 16}', "rank 16 .*whose factors have rank 2"),
     ({}, '{"lora_alpha": 8, "r": 2, "rank_pattern": {"to_q": 4}}', "rank 4 .*whose factors have rank 2"),
     ({}, '{"lora_alpha": 8, "alpha_pattern": {"(a+)+": 3}}', "more than the name"),
-    ({}, '{"lora_alpha": 1e400}', "not a number"),
+    ({}, '{"lora_alpha": 1e400}', "a number that is too large"),
     ({"network_alpha": "Dynamic"}, "", "'Dynamic'.*not a number"),
     ({"unet.lora_alpha": "16", "unet.r": "16"}, "", "rank 16"),
     ({"lora_alpha": "inf"}, "", "not a number"),
