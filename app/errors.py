@@ -3,7 +3,7 @@
 from pydantic import ValidationError
 
 from composition import Refused
-from composition.request import explain, shortened
+from composition.refusal import explain, shortened
 
 
 def sentence(error: BaseException) -> str:

@@ -8,7 +8,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from composition.request import Cancelled, Condition, Lora, Receipt, Refused, Request, Result
+from composition.refusal import Cancelled, Refused
+from composition.request import Condition, Lora, Receipt, Request, Result
 from composition.version import __version__
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from composition import atomic, lock, record
 from composition.log import Log
-from composition.request import Cancelled, Refused, Request, Result, explain
+from composition.refusal import Cancelled, Refused, explain
+from composition.request import Request, Result
 from composition.version import __version__
 
 if TYPE_CHECKING:

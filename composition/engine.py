@@ -28,7 +28,8 @@ from composition.loras import library, reader
 from composition.methods import Method
 from composition.methods.shared import measured_order
 from composition.profiles.store import ProfileStore
-from composition.request import DISTILLED_NOTE, SAMPLER_NOTE, Lora, Receipt, Refused, Request, Result
+from composition.refusal import Refused
+from composition.request import DISTILLED_NOTE, SAMPLER_NOTE, Lora, Receipt, Request, Result
 from composition.run import Run
 
 _LOCKS: dict[str, threading.RLock] = {}  # one per device: two engines on one device take turns

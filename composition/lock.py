@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from composition.request import Refused
+from composition.refusal import Refused
 
 FAR = 2**30  # the byte that Windows locks: nobody can read a locked one, and the process's number is to be read
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from composition import untrusted
-from composition.request import Refused, Request
+from composition.refusal import Refused
+from composition.request import Request
 
 # Fields of a line besides those of a Request: what an evaluation asks of it, and what the manifest of a folder of pictures has.
 MAX_BYTES = 256 * 2**20

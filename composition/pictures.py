@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from composition import png_rows, untrusted
-from composition.request import Refused
+from composition.refusal import Refused
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # others have decoders that start programs (PostScript) or that few have read
 MAX_PIXELS = 100_000_000  # of one picture; more is a mistake or an attack

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from composition.request import MAX_LORAS, Lora, Refused, Request, explain
+from composition.refusal import Refused, explain
+from composition.request import MAX_LORAS, Lora, Request
 
 TAGGED = "loras from the prompt"  # the note on tags that became LoRAs
 UNREAD = "prompt syntax"  # the note on what is read as plain words

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from composition.request import Lora, Receipt, Refused, Request
+from composition.refusal import Refused
+from composition.request import Lora, Receipt, Request
 
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")  # Thai to Korean, as one word may join the next
 _NO_LETTER_BEFORE, _NO_LETTER_AFTER = r"(?<!\w)(?<![\u0300-\u036f])", r"(?![\w\u0300-\u036f])"  # re does not count combining accents as letters

@@ -19,7 +19,8 @@ from composition.hooks.cache import Cache
 from composition.hooks.costs import layer_costs, share_until
 from composition.hooks.regional import joined, regional
 from composition.loop import Conditioning, Step
-from composition.request import Cancelled, Lora, Request
+from composition.refusal import Cancelled
+from composition.request import Lora, Request
 
 # Latent places over which a processor is faster with one LoRA after the other than with a batch of rows: measured at Stable
 # Diffusion 1.5's size (cached passes 14 % faster at 64 x 64, whole ones 4 %; at 48 x 48 whole ones 10 % slower).

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from composition import untrusted
-from composition.request import Refused
+from composition.refusal import Refused
 
 THRESHOLDS, CONFUSION = "presence.json", "confusion.json"  # beside a judge's weights
 SCALES = {"100": "100 * max(0, cos)", "2.5": "2.5 * max(0, cos)", "cos": "cos"}  # Hessel et al. 2021 (2104.08718): 2.5

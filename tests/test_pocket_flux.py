@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from composition import Engine, Lora, Request
 from composition.loras import reader as lora_files
-from composition.request import Refused
+from composition.refusal import Refused
 from retrieval.judge import Judge
 from tests.reference import psnr
 

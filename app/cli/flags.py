@@ -13,7 +13,7 @@ from app.options import options as method_options
 from app.options import size as read_size
 from composition import Lora, Refused, Request, untrusted
 from composition.prompts import with_triggers as with_triggers
-from composition.request import explain
+from composition.refusal import explain
 
 _ALIASES = {"lora_id": "source", "lora_scale": "weight"}  # as diffusers-cli writes them
 RANDOM = -1  # the seed by which other tools ask for a random one

@@ -22,7 +22,7 @@ from app.errors import sentence
 from app.terminal import Terminal, closed, err, forgiving, gone, out, printable
 from composition import Cancelled, Lora, Request, __version__, record
 from composition.backbones.loading import catalog
-from composition.request import MAX_QUOTED, shortened
+from composition.refusal import MAX_QUOTED, shortened
 
 app = typer.Typer(help="Medley composes several LoRAs into one picture.", no_args_is_help=True, add_completion=False)
 app.add_typer(train.sub, name="train")

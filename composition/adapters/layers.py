@@ -14,7 +14,8 @@ from composition.adapters.gates import Gates
 from composition.adapters.stack import Stack
 from composition.adapters.trainable import Shape, Trainable, TrainableStack
 from composition.loras.reader import Factors
-from composition.request import Lora, Refused
+from composition.refusal import Refused
+from composition.request import Lora
 
 
 @dataclass(eq=False)

@@ -17,7 +17,8 @@ from composition.backbones import vae
 from composition.backbones.base import Axis, Defaults, Joint
 from composition.backbones.pipeline import PipelineBackbone
 from composition.loop import Conditioning
-from composition.request import Refused, Request
+from composition.refusal import Refused
+from composition.request import Request
 
 LONGEST, LONGEST_FAST = 512, 256  # T5 tokens that FLUX.1-dev and FLUX.1-schnell were trained on
 LOCALIZING = 14 / 19  # the share of the double blocks before those that localize words best: 14 to 18 of FLUX.1's 19

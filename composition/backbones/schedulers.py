@@ -25,7 +25,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from composition.request import Refused
+from composition.refusal import Refused
 from composition.sampler_names import BY_TITLE, FLOW, TITLES, canonical
 
 

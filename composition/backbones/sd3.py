@@ -13,7 +13,8 @@ from composition.backbones.base import Axis, Defaults, Joint
 from composition.backbones.flux import LOCALIZING, shift
 from composition.backbones.pipeline import PipelineBackbone
 from composition.loop import Conditioning
-from composition.request import Refused, Request
+from composition.refusal import Refused
+from composition.request import Request
 
 LONGEST = 256  # T5 tokens, as the stock pipeline gives them
 

@@ -13,7 +13,8 @@ from composition.backbones.base import Axis, Defaults, Joint
 from composition.backbones.loading.placement import Placement
 from composition.backbones.pipeline import PipelineBackbone
 from composition.loop import Conditioning
-from composition.request import Refused, Request
+from composition.refusal import Refused
+from composition.request import Request
 
 _NONE = re.compile(r"time_emb|add_embedding|class_embedding|time_proj")
 _TEXT = re.compile(r"\.attn2\.(to_k|to_v)")

@@ -13,7 +13,8 @@ from composition import bundled
 from composition.bundled import BUNDLES
 from composition.loras import metadata, reader
 from composition.loras.safetensors import ENDING, load_header
-from composition.request import Receipt, Refused
+from composition.refusal import Refused
+from composition.request import Receipt
 
 MAX_FOLDERS = 20_000  # searched below one folder: more are not a library of LoRAs but a link to a whole disk
 

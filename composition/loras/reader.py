@@ -19,7 +19,8 @@ from composition.loras.fused import Part
 from composition.loras.keys import TWICE, Module, modules
 from composition.loras.kinds.lora import Factors, fitted
 from composition.loras.safetensors import SafeFile, load_header, load_safely
-from composition.request import Receipt, Refused
+from composition.refusal import Refused
+from composition.request import Receipt
 
 NO_BASE = "no base model given"
 NO_LAYER = "no such layer in this base"

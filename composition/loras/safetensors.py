@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from composition import untrusted
-from composition.request import Refused
+from composition.refusal import Refused
 
 MAX_BYTES = 4 * 2**30
 MAX_HEADER_BYTES = 16 * 2**20

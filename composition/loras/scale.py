@@ -26,7 +26,7 @@ from torch import Tensor
 from composition import untrusted
 from composition.loras.keys import Module
 from composition.loras.safetensors import ENDING
-from composition.request import Refused
+from composition.refusal import Refused
 
 TENSORS = "alpha tensors"
 NOBODY = "nobody: alpha is the rank"

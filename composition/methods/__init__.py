@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from composition.loop import Predict
-from composition.request import Refused, explain
+from composition.refusal import Refused, explain
 from composition.run import Run
 
 Compose = Callable[[Run, Any], AbstractContextManager[Predict]]

@@ -24,7 +24,7 @@ from composition.loop import Predict, Prediction, Step
 from composition.methods import method
 from composition.methods.shared import concepts as shared
 from composition.methods.shared import nt_xent
-from composition.request import Refused
+from composition.refusal import Refused
 from composition.run import Pass, Run
 
 CLIP = 0.1  # an update's root mean square is at most this share of the latents'

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from composition import untrusted
-from composition.request import Refused, explain
+from composition.refusal import Refused, explain
 
 EARLY = 0.6  # of the steps: over which H is compared
 

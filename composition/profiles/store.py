@@ -7,7 +7,7 @@ from pathlib import Path
 
 from composition import atomic, bundled, untrusted
 from composition.profiles.frequency import Profile
-from composition.request import Refused
+from composition.refusal import Refused
 
 
 @dataclass(frozen=True)

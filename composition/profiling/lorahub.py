@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image
 
 from composition.engine import Engine
-from composition.request import Refused, Request
+from composition.refusal import Refused
+from composition.request import Request
 
 BOUNDS = (0.0, 1.5)
 PENALTY = 0.05  # on the mean of the weights, as in the original

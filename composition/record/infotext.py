@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from composition import prompt_syntax, untrusted
 from composition.record import settings_line
-from composition.request import SEEDS, Receipt, Refused, Request, explain
+from composition.refusal import Refused, explain
+from composition.request import SEEDS, Receipt, Request
 from composition.sampler_names import BY_TITLE, DEFAULT, FLOW, TITLES
 from composition.version import __version__
 

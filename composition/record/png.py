@@ -22,7 +22,8 @@ from composition.log import Log
 from composition.prompt_syntax import TAGGED
 from composition.record import infotext, recall
 from composition.record.recall import Record
-from composition.request import DISTILLED_NOTE, SAMPLER_NOTE, SCHEMA_VERSION, Receipt, Refused, Request, Result
+from composition.refusal import Refused
+from composition.request import DISTILLED_NOTE, SAMPLER_NOTE, SCHEMA_VERSION, Receipt, Request, Result
 from composition.version import __version__
 
 MANIFEST = "metadata.jsonl"

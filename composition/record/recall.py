@@ -12,7 +12,8 @@ from typing import Any
 
 from composition import pictures, prompt_syntax
 from composition.record import infotext
-from composition.request import Receipt, Refused, Request
+from composition.refusal import Refused
+from composition.request import Receipt, Request
 
 FEWEST_DIGITS = 8  # of a hash that is compared
 

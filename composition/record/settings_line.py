@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from composition.request import Refused
+from composition.refusal import Refused
 
 MAX_LETTERS = 2_000_000
 MAX_KEY = 60

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from composition import untrusted
 from composition.prompts import says
-from composition.request import Refused
+from composition.refusal import Refused
 
 TABLE = "metadata.jsonl"
 LAST = ("style", "place")  # categories whose trigger stands at the end of a prompt

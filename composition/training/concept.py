@@ -21,7 +21,7 @@ from composition.backbones import vae
 from composition.backbones.base import Backbone
 from composition.hooks.attention import frozen
 from composition.loras.writer import write
-from composition.request import Refused
+from composition.refusal import Refused
 from composition.training.attention import plain_attention
 from composition.training.batches import BaseRows, Batch, Batches
 from composition.training.compiled import Compiled

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
-from composition.request import Refused
+from composition.refusal import Refused
 
 
 @runtime_checkable

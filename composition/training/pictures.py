@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from composition import pictures as door
-from composition.request import Refused
+from composition.refusal import Refused
 from composition.training import captions
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from composition.request import Refused
+from composition.refusal import Refused
 
 # Layers by what they are, as pieces of their paths; "text" is every projection of the text encoders.
 TARGETS = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from composition import atomic
 from composition.adapters.trainable import Trainable
-from composition.request import Refused
+from composition.refusal import Refused
 from composition.training.plan import Concept, Plan
 
 LOOK = 16  # steps whose losses are looked at together: a look waits for the device

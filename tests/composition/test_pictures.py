@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from composition.request import Refused
+from composition.refusal import Refused
 from composition.training import captions, pictures
 
 RED, BLUE = (200, 30, 30), (30, 30, 200)

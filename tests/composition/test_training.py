@@ -12,7 +12,8 @@ from safetensors import safe_open
 from composition import backbones
 from composition.adapters import Adapters
 from composition.loop import Conditioning
-from composition.request import Lora, Refused, Request
+from composition.refusal import Refused
+from composition.request import Lora, Request
 from composition.training import defaults, header, noise, previews, state
 from composition.training.batches import Batches
 from composition.training.concept import Concept, Plan, _base, choose, latents_of, train

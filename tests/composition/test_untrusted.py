@@ -67,7 +67,7 @@ def test_only_regular_files_are_read(tmp_path):
 def test_tables_of_others_are_refused_by_the_name_of_their_file(name, tmp_path):
     from app.evaluation import testbed, wording
     from composition.profiles.store import ProfileStore
-    from composition.request import Refused
+    from composition.refusal import Refused
     from retrieval import judge
 
     store = ProfileStore(tmp_path)

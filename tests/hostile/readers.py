@@ -14,7 +14,8 @@ from composition.log import Log
 from composition.loras import library, reader
 from composition.profiles.frequency import Profile
 from composition.record import infotext
-from composition.request import Refused, Request
+from composition.refusal import Refused
+from composition.request import Request
 from composition.training import captions
 from retrieval import judge
 from tests.hostile import seeds

@@ -11,7 +11,7 @@ import torch
 
 from composition import pictures
 from composition.loras import reader, safetensors
-from composition.request import Refused
+from composition.refusal import Refused
 from tests.hostile import seeds, worker
 from tests.hostile.run import ROOT
 

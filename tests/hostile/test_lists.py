@@ -11,7 +11,7 @@ from rich.console import Console
 
 from app.cli import tables
 from composition.loras import library, reader
-from composition.request import Refused
+from composition.refusal import Refused
 from tests.hostile import seeds
 
 

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from composition import pictures
-from composition.request import Refused
+from composition.refusal import Refused
 from tests.hostile import corpus, mutate
 from tests.hostile.corpus import Case
 from tests.hostile.readers import READERS

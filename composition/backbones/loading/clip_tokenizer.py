@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from transformers import CLIPTokenizer
 
-from composition.request import Refused
+from composition.refusal import Refused
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 48_894

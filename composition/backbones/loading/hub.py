@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from composition.request import Refused
+from composition.refusal import Refused
 
 
 class Facts(NamedTuple):

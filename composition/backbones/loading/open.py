@@ -24,7 +24,7 @@ from composition import bundled, untrusted
 from composition.backbones.loading import catalog, hub, single_file
 from composition.backbones.loading import quantize as quantization
 from composition.bundled import BUNDLES
-from composition.request import Refused
+from composition.refusal import Refused
 
 Family = Literal["sd", "sdxl", "sd3", "flux"]
 FAMILIES: Mapping[str, Family] = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl",

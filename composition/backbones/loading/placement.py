@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from composition.backbones.loading import quantize as quantization
-from composition.request import Refused
+from composition.refusal import Refused
 
 Offload = Literal["auto", "none", "model", "sequential", "group"]
 OFFLOADS: tuple[Offload, ...] = ("auto", "none", "model", "sequential", "group")

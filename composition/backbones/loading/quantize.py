@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from composition.request import Refused
+from composition.refusal import Refused
 
 
 class Kind(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from composition.backbones.loading import clip_tokenizer
-from composition.request import Refused
+from composition.refusal import Refused
 
 Kind = Literal["sd15", "sd2", "sdxl"]
 Header = Mapping[str, tuple[int, ...]]

@@ -14,7 +14,7 @@ from torch import Tensor
 from composition import prompts
 from composition.hooks import masks
 from composition.loop import Step
-from composition.request import Refused
+from composition.refusal import Refused
 from composition.run import Pass, Run, grid
 
 BREADTH = 1 / 8  # the blur of maps of change, as a share of the picture's shorter side

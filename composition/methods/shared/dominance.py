@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from composition.request import Refused
+from composition.refusal import Refused
 
 # A character first: in the ablation of 2402.16843 the first LoRA counts most, and a style first is the worst.
 RANK = {"character": 0, "clothing": 1, "object": 2, "pose": 3, "other": 4, "": 4, "style": 5, "place": 6}

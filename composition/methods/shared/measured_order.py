@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from composition.methods.shared.dominance import CATEGORY
 from composition.profiles.frequency import Profile, ordered
-from composition.request import Refused, Request
+from composition.refusal import Refused
+from composition.request import Request
 
 MEASURES, DEFAULT_MEASURE = ("change", "level"), "change"
 

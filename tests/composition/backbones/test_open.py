@@ -18,7 +18,7 @@ from torch import nn
 
 from composition.backbones.loading import hub
 from composition.backbones.loading import open as opening
-from composition.request import Refused
+from composition.refusal import Refused
 from tests import toys
 
 MAKE = {"sd": toys.sd, "sdxl": toys.sdxl}

@@ -6,7 +6,7 @@ from torch import nn
 
 from composition.backbones.loading import placement
 from composition.backbones.loading.placement import GIB, Placement, choose, place, settle
-from composition.request import Refused
+from composition.refusal import Refused
 from tests import toys
 
 

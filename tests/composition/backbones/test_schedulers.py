@@ -15,7 +15,7 @@ from diffusers import (
 )
 
 from composition.backbones import schedulers
-from composition.request import Refused
+from composition.refusal import Refused
 from tests import toys
 
 STEPS = 4

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from composition.backbones.loading import clip_tokenizer, single_file
 from composition.backbones.loading import open as opening
-from composition.request import Refused
+from composition.refusal import Refused
 from tests import toys
 
 LAYOUTS = {"sd15": toys.sd, "sd2": toys.sd, "sdxl": toys.sdxl}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from composition.loras import reader, safetensors
-from composition.request import Refused
+from composition.refusal import Refused
 from tests import toys
 from tests.composition.loras import lora_writers as writers
 

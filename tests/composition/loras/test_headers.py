@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from composition.loras import library, reader
 from composition.loras import safetensors as safe
-from composition.request import Refused
+from composition.refusal import Refused
 from tests import toys
 from tests.composition.loras import lora_writers as writers
 

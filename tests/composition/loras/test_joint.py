@@ -10,7 +10,7 @@ from torch import nn
 
 from composition.loras import layers as layer_map
 from composition.loras import reader
-from composition.request import Refused
+from composition.refusal import Refused
 from tests import toys
 
 SIZES = {"img_attn.qkv": (9216, 3072), "img_attn.proj": (3072, 3072), "txt_attn.qkv": (9216, 3072), "txt_attn.proj": (3072, 3072),

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from composition.loras import library
-from composition.request import Lora, Refused
+from composition.refusal import Refused
+from composition.request import Lora
 
 
 def lora(path, **said):

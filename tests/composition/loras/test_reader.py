@@ -8,7 +8,7 @@ from torch import nn
 
 from composition.loras import layers as layer_map
 from composition.loras import reader, scale
-from composition.request import Refused
+from composition.refusal import Refused
 from tests import toys
 from tests.composition.loras import lora_writers as writers
 

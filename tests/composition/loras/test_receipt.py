@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from composition.loras import keys as lora_keys
 from composition.loras import reader
-from composition.request import Refused
+from composition.refusal import Refused
 from tests import toys
 from tests.composition.loras import lora_writers as writers
 from tests.composition.loras.test_layers import UNETS
