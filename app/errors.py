@@ -3,7 +3,7 @@
 from pydantic import ValidationError
 
 from composition import Refused
-from composition.request import explain
+from composition.request import explain, shortened
 
 
 def sentence(error: BaseException) -> str:
@@ -15,5 +15,5 @@ def sentence(error: BaseException) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return "out of memory: use a smaller size (--size), --offload model, or --dtype float16"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or ''}: {error.strerror}".lstrip(": ")
-    return f"unexpected {type(error).__name__}: {error} (MEDLEY_DEBUG=1 shows where)"
+        return shortened(f"{error.filename or ''}: {error.strerror}".lstrip(": "))
+    return shortened(f"unexpected {type(error).__name__}: {error} (MEDLEY_DEBUG=1 shows where)")

@@ -1,16 +1,22 @@
-"""Jobs: requests in line for one engine, made one after another by one thread; each can be stopped without harm to the rest."""
+"""Jobs: requests in line for one engine, made one after another by one thread; each can be stopped without harm to the rest.
+
+The line is fair: of several clients each has a turn, whoever asked for more. (Each job has a round, the one after its client's last;
+jobs run by round, in a round by number: start-time fair queueing with jobs of one size.)
+"""
 
 import os
 import threading
 import time
 import traceback
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
+from app.cost import Meter, spoken
 from app.errors import sentence
 from app.preview import Preview
 from composition import Cancelled, Refused, Request, Result
@@ -24,13 +30,13 @@ State = Literal["waiting", "running", "done", "cancelled", "failed"]
 class Job:
     """One request on its way. The worker writes it, anyone may read it.
 
-    number: its name among the jobs. step of steps: how far it is (steps 0 until the first one is done). preview: the
+    client: who asked for it. turn: (its round, its number), by which it runs. number: its name among the jobs. step of steps: how far it is (steps 0 until the first one is done). preview: the
     latest picture of the work. stop: set to stop it before its next evaluation. result and path: when done. error: when
     failed, a sentence. finished: set at the end, whatever it was.
     """
 
-    def __init__(self, number: int, request: Request) -> None:
-        self.number = number
+    def __init__(self, number: int, request: Request, client: str = "", turn: int = 0) -> None:
+        self.number, self.client, self.turn = number, client, (turn, number)
         self.request = request
         self.state: State = "waiting"
         self.step = self.steps = 0
@@ -63,30 +69,37 @@ class Jobs:
     """The line of one engine. Use it as a context manager: at its end everything is cancelled and the thread joined.
 
     keep: writes a result to disk and answers where; called by the worker, so that a picture is kept whoever still looks.
-    room: how many may wait. A job is forgotten when it ends: who submitted it holds the only reference.
+    room: how many may wait; each: how many of one client. meter: what pictures cost here; with one, what would take too long is refused,
+    and what does all the same is stopped; before the first job it is shown what a step takes. A job is forgotten when it ends: who submitted it holds the only reference.
     """
 
-    def __init__(self, engine: "Engine", keep: Callable[[Result], Path], *, room: int = 64) -> None:
-        self._engine, self._keep, self._room = engine, keep, room
+    def __init__(self, engine: "Engine", keep: Callable[[Result], Path], *, room: int = 64, each: int = 8, meter: Meter | None = None) -> None:
+        self._engine, self._keep, self._room, self._each, self._meter = engine, keep, room, each, meter
         self._preview = Preview(engine.backbone.decode) if _may_preview(engine) else None
         self._changed = threading.Condition()
-        self._waiting: deque[Job] = deque()
+        self._waiting: list[Job] = []  # in the order in which they will run
         self._running: Job | None = None
-        self._count = 0
+        self._count = self._round = 0
         self._closed = False
         self._worker = threading.Thread(target=self._work, name="medley-jobs", daemon=True)
         self._worker.start()
 
-    def submit(self, request: Request) -> Job:
-        """Put a request at the end of the line. Raises Refused when the line is full or closed."""
+    def submit(self, request: Request, client: str = "") -> Job:
+        """Put a request in line. Raises Refused when the line is full or closed, this client's part of it too, or it would cost too much."""
+        if self._meter is not None:
+            self._meter.check(request, self._engine)
         with self._changed:
             if self._closed:
                 raise Refused("Medley is closing; start it again to make pictures")
             if len(self._waiting) >= self._room:
                 raise Refused(f"{self._room} pictures are waiting already: wait for some of them, or cancel them")
+            mine = [job for job in self._waiting if job.client == client]
+            if len(mine) >= self._each:
+                raise Refused(f"{self._each} pictures of yours are waiting already: wait for some of them, or cancel them")
+            mine += [self._running] if self._running is not None and self._running.client == client else []
             self._count += 1
-            job = Job(self._count, request)
-            self._waiting.append(job)
+            job = Job(self._count, request, client, max([self._round, *(1 + other.turn[0] for other in mine)]))
+            insort(self._waiting, job, key=lambda job: job.turn)
             self._changed.notify_all()
             return job
 
@@ -127,8 +140,31 @@ class Jobs:
         job.end("cancelled")
 
     def _work(self) -> None:
+        if self._meter is not None:
+            self._try_out()
         while self._next():
             pass
+
+    def _try_out(self) -> None:
+        """Three steps of the model's own size for the meter, so that the first picture is estimated too; whatever goes wrong with them."""
+        stop = threading.Event()
+        times: list[float] = []
+
+        def tick(_: object) -> None:
+            times.append(time.perf_counter())
+            if self._closed:
+                stop.set()
+
+        request = Request(prompt="", model=self._engine.name, steps=3)
+        with suppress(Exception):
+            self._engine.run(request, on_step=tick, cancel=stop)
+        self._learn(request, 1.0, times)
+
+    def _learn(self, request: Request, evaluations: float, times: list[float]) -> None:
+        """evaluations: of each step. times: when each ended."""
+        if self._meter is not None:
+            width, height = self._engine.backbone.size(request)
+            self._meter.learn(width * height, evaluations, times)
 
     def _next(self) -> bool:
         """Make the next job; False when there will be none. A call of its own, so that no local outlives the job."""
@@ -136,7 +172,8 @@ class Jobs:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if not self._waiting:
                 return False
-            job = self._running = self._waiting.popleft()
+            job = self._running = self._waiting.pop(0)
+            self._round = job.turn[0]
             job.begin()
         state, error = self._make(job)
         with self._changed:
@@ -145,20 +182,31 @@ class Jobs:
         return True
 
     def _make(self, job: Job) -> tuple[State, str]:
+        times: list[float] = []
+        late = ""
+
         def tell(event: "Event") -> None:
+            nonlocal late
+            times.append(time.perf_counter())
             job.step, job.steps = event.index, event.count
+            if self._meter is not None and job.seconds > self._meter.longest and event.index < event.count:
+                late = f"stopped at step {event.index} of {event.count}: a picture may take {spoken(self._meter.longest)}"
+                job.stop.set()
             if self._preview is not None and (picture := self._preview.of(event)) is not None:
                 job.preview = picture
 
         try:
+            if self._meter is not None:
+                self._meter.check(job.request, self._engine)  # by what was measured while it waited
             if self._preview is not None:
                 self._preview.begin()
             result = self._engine.run(job.request, on_step=tell, cancel=job.stop)
             if job.stop.is_set():  # cancelled after the last evaluation
                 return "cancelled", ""
+            self._learn(result.request, result.notes.get("evaluations", 0) / result.request.length, times)
             job.path, job.result = self._keep(result), result
         except Cancelled:
-            return "cancelled", ""
+            return ("failed", late) if late else ("cancelled", "")
         except Exception as error:  # whatever it is, the next job must run
             if os.environ.get("MEDLEY_DEBUG"):
                 traceback.print_exc()

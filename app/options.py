@@ -11,7 +11,7 @@ def size(text: str) -> tuple[int, int]:
     """WxH or one number for a square."""
     match = re.fullmatch(r"\s*(\d+)\s*(?:[xX×*]\s*(\d+))?\s*", text)
     if not match:
-        raise Refused(f"--size {text}: write WIDTHxHEIGHT in pixels, as in 512x768")
+        raise Refused(f"--size {text:.200}: write WIDTHxHEIGHT in pixels, as in 512x768")
     return int(match[1]), int(match[2] or match[1])
 
 
@@ -24,7 +24,7 @@ def options(pairs: Sequence[str], method: str) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or not key:
-            raise Refused(f"--option {pair}: write key=value; {_known(target)}")
+            raise Refused(f"--option {pair:.200}: write key=value; {_known(target)}")
         read[key] = _typed(target, key, value)
     return read
 

@@ -24,7 +24,8 @@ EVERY = 20.0  # seconds between two lines of progress where there is no terminal
 
 @contextmanager
 def stoppable() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that the run stops between two evaluations; a second one ends at once."""
+    """An event that the first Ctrl-C sets, or a request to end (SIGTERM, a terminal that closes), so that the run stops between two
+    evaluations; a second one ends at once."""
     event = threading.Event()
 
     def stop(*_: object) -> None:
@@ -35,11 +36,16 @@ def stoppable() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = signal.signal(signal.SIGINT, stop)
+    before = {}
     try:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, stop)
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Workbench:
@@ -100,7 +106,7 @@ def bench(engine: "Engine", steps: int, console: Console) -> Iterator[Workbench]
 
 
 def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<12}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 

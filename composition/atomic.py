@@ -7,12 +7,14 @@ and whatever stops the writer, sees the old file, the new one, or none.
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-Content = bytes | str | Callable[[BinaryIO], object]  # text is UTF-8; a function writes into the open file
+Content = bytes | str | Callable[[BinaryIO], object]  # text is UTF-8, half a surrogate is written as \udc80; a function writes into the file
+LONG = 3600.0  # seconds
 _PART = re.compile(r"\.[0-9a-f]{16}(\.\w+)?\.tmp")
 
 
@@ -41,11 +43,23 @@ def write_new(targets: Iterable[Path], content: Content) -> Path:
                 target = following
 
 
-def sweep(folder: Path) -> None:
-    """Remove the unfinished files that killed writers left in a folder. Only for a folder that nobody else writes to."""
+def sweep(folder: Path, *, shared: bool = False) -> None:
+    """Remove the unfinished files that killed writers left in a folder.
+
+    shared: somebody else may write to it, so that only files go that nobody has written to for long.
+    """
+    if not folder.is_dir():
+        return
     for path in folder.iterdir():
-        if _PART.fullmatch(path.name):
+        if _PART.fullmatch(path.name) and not (shared and _young(path)):
             path.unlink(missing_ok=True)
+
+
+def _young(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime < LONG
+    except FileNotFoundError:
+        return True
 
 
 @contextmanager
@@ -57,10 +71,14 @@ def _part(target: Path, content: Content) -> Iterator[Path]:
             if callable(content):
                 content(file)
             else:
-                file.write(content.encode() if isinstance(content, str) else content)
+                file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         yield part
+    except OSError as error:
+        if error.filename in (None, str(part)):  # whoever reads it knows the file by its own name
+            error.filename = str(target)
+        raise
     finally:
         part.unlink(missing_ok=True)
 

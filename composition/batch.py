@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from composition import atomic, record
+from composition import atomic, lock, record
 from composition.log import Log
 from composition.request import Cancelled, Refused, Request, Result, explain
 from composition.version import __version__
@@ -24,7 +24,7 @@ from composition.version import __version__
 if TYPE_CHECKING:
     from composition.engine import Engine, Event
 
-PICTURES, LOG = "pictures", "made.jsonl"
+PICTURES, LOG, LOCK = "pictures", "made.jsonl", ".batch.lock"
 SMALL = 2**26  # bytes under which a model's file is known by its content, above by its size and time
 MODEL_FILES = {".safetensors", ".json", ".txt", ".model", ".gguf"}
 
@@ -94,7 +94,7 @@ class Store:
     def opened(self) -> Iterator[None]:
         """Hold the folder alone, and put right what a kill left. Raises Refused when another batch is at work in it."""
         self.pictures.mkdir(parents=True, exist_ok=True)
-        with self.log.path.open("ab") as file, _locked(file, self.folder):
+        with lock.alone(self.folder / LOCK, f"another batch is at work in {self.folder}"):
             atomic.sweep(self.pictures)
             self.known = {row["id"]: row for row in self.log.rows() if row.get("id") and not row.get("error")}
             self.listed = {row.get("file_name") for row in Log(self.pictures / record.MANIFEST).rows()}
@@ -220,23 +220,6 @@ class Identity:
         if key not in self._digests:
             self._digests[key] = _sha256(path)
         return self._digests[key]
-
-
-@contextmanager
-def _locked(file: BinaryIO, folder: Path) -> Iterator[None]:
-    """Hold the file until it is closed or the process ends. Raises Refused when somebody else holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock: two batches in one folder only do each other's work
-        yield
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Refused(f"another batch is at work in {folder}: wait for its end, or choose another folder") from None
-    except OSError:  # a file system without locks, as without the module
-        pass
-    yield
 
 
 def model_stamps(name: str) -> list[Any]:

@@ -22,7 +22,8 @@ from composition.backbones import schedulers
 from composition.backbones.base import Backbone
 from composition.backbones.encodings import Encodings
 from composition.backbones.loading import placement
-from composition.loop import Step, sample
+from composition.hooks import attention, cache
+from composition.loop import NotFinite, Step, sample
 from composition.loras import library, reader
 from composition.methods import Method
 from composition.methods.shared import measured_order
@@ -70,6 +71,7 @@ class Engine:
         self._group_key: Any = None
         self._group_state: _Prepared = _Prepared()
         self._exclusive = False
+        self._running: tuple[int, bool] | None = None  # when the run that is not over began, and whether gradients were on
         self._lock = _LOCKS.setdefault(str(backbone.device), threading.RLock())
 
     @classmethod
@@ -153,32 +155,37 @@ class Engine:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """The device is the caller's alone: requests of other threads wait, its own go on. For what works on the model
-        itself, as training does. Raises RuntimeError inside a group, whose LoRAs may lie in the weights."""
+        itself, as training does. A group that is open ends: its LoRAs may lie in the weights."""
         with self._lock:
-            if self._group is not None:
-                raise RuntimeError("a group is open: its LoRAs may lie in the weights")
-            self.adapters.repair()
-            self._exclusive = True
+            self._end_group()
+            self._repair()
+            before, self._exclusive = self._exclusive, True
             try:
                 yield
             finally:
-                self._exclusive = False
+                self._exclusive = before
 
     @contextmanager
     def group(self) -> Iterator[None]:
         """Keep the fold and the read prompts between requests of the same LoRAs, until the group ends.
 
-        Inside a group the base's weights may differ from the originals between requests; after it they are as before.
+        Inside a group the base's weights may differ from the originals between requests; after it they are as before. A group that
+        begins inside another ends it: the requests that follow are made by themselves. (Whether the other is one that Ctrl-C left open
+        cannot be known.)
         """
         with self._lock:
-            if self._group is not None:
-                raise RuntimeError("a group is already open")
-            self._group = ExitStack()
+            self._end_group()
+            group = self._group = ExitStack()
             try:
                 yield
             finally:
-                group, self._group, self._group_key, self._group_state = self._group, None, None, _Prepared()
-                group.close()
+                if self._group is group:
+                    self._end_group()
+
+    def _end_group(self) -> None:
+        group, self._group, self._group_key, self._group_state = self._group, None, None, _Prepared()
+        if group is not None:
+            group.close()
 
     def run(
         self, request: Request, on_step: Callable[[Event], None] | None = None, cancel: threading.Event | None = None
@@ -186,7 +193,7 @@ class Engine:
         """Make the request's pictures.
 
         on_step sees every step. cancel: when set, the run stops before its next evaluation with Cancelled. Raises
-        Refused, before anything is changed, for what cannot be done.
+        Refused, before anything is changed, for what cannot be done, and for a picture whose numbers overflow.
         """
         method = methods.find(request.method)
         method.read(request.options)
@@ -197,7 +204,7 @@ class Engine:
         loras = [(name, lora, self.find(lora.source)) for name, lora in zip(request.names, request.loras, strict=True)]
         options = method.read(request.options)
         seconds: dict[str, float] = {}
-        with self._lock, ExitStack() as own:
+        with self._lock, self._undisturbed(), ExitStack() as own:
             with _timed(seconds, "load"):
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
                 receipts, encodings, fold = self._prepare(own, request, method, loras)
@@ -237,10 +244,37 @@ class Engine:
     def _enter(
         self, stack: ExitStack, request: Request, loras: Sequence[tuple[str, Lora, Path]], fold: bool
     ) -> "_Prepared":
-        if not self._exclusive:  # where a training's own session may be open
-            self.adapters.repair()  # a run that was interrupted while it cleaned up may have left something
+        self._repair()
         receipts = stack.enter_context(self.adapters.session(loras, allow_partial=request.allow_partial))
         return _Prepared(receipts, Encodings(), self._fold(stack, request) if fold else "")
+
+    def _repair(self) -> None:
+        """Undo what a run has left that was interrupted while it cleaned up; the session of a training that is at work stays."""
+        if not (self._exclusive and self.adapters.learning):
+            self.adapters.repair()
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """A run that leaves neither hooks in the denoiser nor gradients off in this thread, wherever it is interrupted; what its end
+        could not undo any more the next run does."""
+        self._abandon(self._running)
+        mine = attention.mark(), torch.is_grad_enabled()
+        try:
+            self._running = mine
+            yield
+        except BaseException:
+            self._abandon(mine)
+            raise
+        self._running = None
+
+    def _abandon(self, run: tuple[int, bool] | None) -> None:
+        """Undo what is left of this run, unless it is over: an interrupted context may be closed at any time later."""
+        if run is not None and run is self._running:
+            attention.abandon(self.backbone.denoiser, run[0])
+            cache.abandon(self.backbone.denoiser)
+            torch.set_grad_enabled(run[1])
+            self._group_key = None  # the next request of the group gets gates that no interrupted context will touch
+            self._running = None
 
     def _fold(self, stack: ExitStack, request: Request) -> str:
         """Fold where that can be done; what is not the usual thing about it, in words ("" when the copies lie beside the weights)."""
@@ -278,8 +312,22 @@ class Engine:
                         generator=list(run.generators), on_step=tell)
             with _timed(seconds, "decode"):
                 return self.backbone.decode(latents)
+        except NotFinite as error:
+            raise Refused(self._overflow(error, run.request)) from None
         finally:
             self.backbone.release()
+
+    def _overflow(self, error: NotFinite, request: Request) -> str:
+        """Where the numbers of a picture overflowed, whose update is the largest, and what to do."""
+        where = f"at step {error.step} of {error.count}" if error.step else "while the picture was decoded"
+        sizes = {name: (abs(request.weights[name]) * size, layer) for name, (size, layer) in self.adapters.sizes().items()
+                 if name in request.active}
+        if not sizes:
+            return (f"the numbers overflowed {where}, so there is no picture: no LoRA is on, so choose another dtype "
+                    f"(float32 or bfloat16, not {str(self.dtype).removeprefix('torch.')}) or less guidance")
+        name, (size, layer) = max(sizes.items(), key=lambda item: item[1][0])
+        return (f"the numbers overflowed {where}, so there is no picture: LoRA {name} has the largest update, about {size:.2g} times "
+                f"the weights of {layer}; lower its weight, leave it out, or compute in float32")
 
     def _remarks(self, request: Request, receipts: Sequence[Receipt]) -> dict[str, Any]:
         """What a user should know: trigger words that the prompt lacks, a prompt cut short, settings no method reads."""

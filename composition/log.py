@@ -23,7 +23,7 @@ class Log:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a line. Raises OSError when not all of it could be written; what was written does no harm to the next line."""
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate, as in a bad file name
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
         try:
             if _torn(handle):

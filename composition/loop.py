@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Num
 from torch import Generator, Tensor
 
 
@@ -35,6 +35,34 @@ class Prediction(NamedTuple):
 
 
 Predict = Callable[[Step], Prediction]
+
+LOOK = 8  # steps whose latents are looked at together on a device with a queue of its own: a look waits for it
+
+
+class NotFinite(ArithmeticError):
+    """Numbers of a picture overflowed. step: the first, from 1, after which the latents are not finite; None: while they were decoded."""
+
+    def __init__(self, step: int | None = None, count: int = 0) -> None:
+        super().__init__(f"the latents are not finite after step {step} of {count}" if step else "the decoded picture is not finite")
+        self.step, self.count = step, count
+
+
+class _Watch:
+    """Looks whether the latents are finite, on a processor after every step, elsewhere every so many and after the last."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._finite: dict[int, Bool[Tensor, ""]] = {}  # by step, not yet looked at
+
+    def see(self, index: int, latents: Float[Tensor, "B *S"]) -> None:
+        """Raises NotFinite, naming the first step that was not."""
+        self._finite[index] = torch.isfinite(latents).all()
+        if latents.device.type != "cpu" and len(self._finite) < LOOK and index + 1 < self._count:
+            return
+        seen = torch.stack(list(self._finite.values())).tolist()
+        if not all(seen):
+            raise NotFinite(list(self._finite)[seen.index(False)] + 1, self._count)
+        self._finite.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,15 +99,18 @@ def sample(
 
     stages: (step, stage) of each of `timesteps` (`schedulers.stages`); None: each is a step. generator: one per picture, for
     schedulers that draw noise. on_step sees each step's result, after its last evaluation. Gradients are off but may be
-    switched on inside predict (inference mode, which forbids that, is never used).
+    switched on inside predict (inference mode, which forbids that, is never used). Raises NotFinite when the latents overflow.
     """
     stages = [(index, 0) for index in range(len(timesteps))] if stages is None else stages
     count = stages[-1][0] + 1 if stages else 0
     noise = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    watch = _Watch(count)
     for (index, stage), (following, _), t in zip(stages, [*stages[1:], (count, 0)], timesteps, strict=True):
         with torch.no_grad():
             value, moved = predict(Step(index, count, t, latents, stage))
             latents = scheduler.step(value, t, moved, return_dict=False, **noise)[0]
+        if following != index:
+            watch.see(index, latents)
         if on_step and following != index:
             on_step(Step(index, count, t, latents, stage))
     return latents

@@ -21,6 +21,7 @@ SCHEMA_VERSION = 1
 MAX_PIXELS = 4096 * 4096
 MAX_LORAS = 64
 MOST_FAULTS = 8  # that one refusal names
+MAX_QUOTED = 200  # letters of what was given that an error repeats
 SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
 DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write
@@ -32,7 +33,13 @@ _config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
 class Refused(ValueError):
-    """Something the user asked for cannot be done; the message says what was given, what was expected, what to do."""
+    """Something the user asked for cannot be done; the message says what was given, what was expected, what to do.
+
+    Of what was given it quotes the ends where that is long.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(shortened(sentence))
 
 
 class Cancelled(Exception):
@@ -291,6 +298,19 @@ class Result:
 _REQUEST = TypeAdapter(Request)
 
 
+_QUOTED = re.compile(rf"""(?<!\w)'[^'\n]*'|"[^"\n]*"|[^\s'"]{{{MAX_QUOTED + 1},}}""")
+
+
+def shortened(sentence: str) -> str:
+    """The sentence with the middle left out of every long quotation and every long word in it."""
+    return _QUOTED.sub(_ends, sentence) if len(sentence) > MAX_QUOTED else sentence
+
+
+def _ends(match: re.Match[str]) -> str:
+    text = match[0]
+    return text if len(text) <= MAX_QUOTED else f"{text[:140]}...{text[3 - MAX_QUOTED + 140:]}"
+
+
 def explain(error: ValidationError) -> str:
     """A pydantic error in one line: each wrong field, what was given, what was expected."""
     parts = []
@@ -300,7 +320,7 @@ def explain(error: ValidationError) -> str:
         plain = _plain(item)
         shown = f" (given {value!r:.200})" if isinstance(value, str | int | float | bool | None) and "(given" not in plain else ""
         parts.append(f"{where}: {plain:.500}{shown}")
-    return "; ".join(parts)
+    return shortened("; ".join(parts))
 
 
 def _plain(item: Any) -> str:

@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from app import engines, workbench
 from app.cli.tables import as_json
 from app.errors import sentence
-from app.terminal import printable
+from app.terminal import err, out, printable
 from composition import Refused, manifest, record
 from composition.batch import PICTURES, Item
 
-out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 FAILED = 3  # exit code
 EPILOG = ("A picture is named by all that it depends on: what is there is not made again, and the same command goes on where it was "
           "stopped and tries again what failed. Exit code 0: all pictures are there; 3: some lines failed (they are listed); 2: nothing "
@@ -45,7 +43,7 @@ def batch(
     items = _generate(chosen, out_dir, place)
     failed = [line for line in chosen if line.error or any(item.error for item in items[line.number])]
     if json:
-        print(as_json(_summary(chosen, items, out_dir)))
+        out.document(as_json(_summary(chosen, items, out_dir)))
     else:
         pictures = [item for line in chosen for item in items[line.number] if item.path]
         fresh = sum(item.fresh for item in pictures)

@@ -1,25 +1,24 @@
 """`medley evaluate`: methods on a testbed or a manifest, scored, with intervals, as a report. The flags; the work is in
 app.evaluation."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from app import engines, options
 from app.cli.tables import table
-from app.terminal import printable
+from app.terminal import Terminal, err, out, printable
 from composition import Refused, Request, record
 from composition.bundled import BUNDLES
 
 if TYPE_CHECKING:
     from app.evaluation.run import EvaluationConfig, Outcome
 
-out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 METHODS, REPORT = "merge,switch,composite", Path("evaluation")
 BELOW, LEFT_OUT = 1, 3  # exit codes
 WIDE = 140  # letters that the printed table has at least; a narrower terminal wraps them
@@ -123,11 +122,14 @@ def _bar(text: str) -> tuple[str, str, float]:
     match = re.fullmatch(r"(?:([^:=]+):)?([a-z_]+)=(.+)", text.strip())
     known = [metric.key for metric in METRICS if metric.larger]
     if not match or match[2] not in known:
-        raise Refused(f"--fail-below {text}: write METRIC=VALUE or METHOD:METRIC=VALUE, with one of {', '.join(known)}")
+        raise Refused(f"--fail-below {text:.200}: write METRIC=VALUE or METHOD:METRIC=VALUE, with one of {', '.join(known)}")
     try:
-        return (match[1] or "").strip(), match[2], float(match[3])
+        bar = float(match[3])
     except ValueError:
-        raise Refused(f"--fail-below {text}: {match[3]!r} is not a number") from None
+        bar = math.nan
+    if not math.isfinite(bar):
+        raise Refused(f"--fail-below {text:.200}: {match[3]:.100} is not a number that a mean could reach or miss")
+    return (match[1] or "").strip(), match[2], bar
 
 
 def _endpoint(url: str, model: str) -> Any:
@@ -158,7 +160,7 @@ def _say(outcome: "Outcome") -> None:
         rows.add_row(Text(document["titles"][variant]), *map(Text, cells))
     for column in rows.columns:
         column.no_wrap = True
-    Console(highlight=False, soft_wrap=True, width=max(out.width, WIDE)).print(rows)  # a narrower print would cut numbers
+    Terminal(width=max(out.width, WIDE)).print(rows)  # a narrower print would cut numbers
     for line in document["remarks"]:
         out.print(Text(printable(line), style="dim"))
     for line in document["problems"]:

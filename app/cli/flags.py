@@ -25,7 +25,7 @@ def lora(text: str) -> Lora:
     try:
         return _lora(text)
     except ValidationError as error:
-        raise Refused(f"--lora {text}: {explain(error)}") from None
+        raise Refused(f"--lora {text:.200}: {explain(error)}") from None
 
 
 def _lora(text: str) -> Lora:
@@ -35,7 +35,7 @@ def _lora(text: str) -> Lora:
     if colon and name and _NUMBER.fullmatch(weight.strip()):
         return Lora(name.strip(), weight=float(weight))
     if colon and not re.search(r"[\\/]", weight) and not Path(text).exists():
-        raise Refused(f"--lora {text}: {weight!r} is not a number; write NAME or NAME:WEIGHT, as in owl:0.8")
+        raise Refused(f"--lora {text:.200}: {weight!r} is not a number; write NAME or NAME:WEIGHT, as in owl:0.8")
     if not text.strip():
         raise Refused("--lora is empty; write NAME or NAME:WEIGHT, as in owl:0.8")
     return Lora(text.strip())
@@ -48,7 +48,7 @@ def _lora_json(text: str) -> Lora:
         raise Refused(f"--lora {text[:200]}: it {error}") from None
     fields = {_ALIASES.get(str(key), str(key)): value for key, value in fields.items()}
     if "source" not in fields:
-        raise Refused(f'--lora {text}: "source" is missing, as in {{"source": "owl", "weight": 0.8}}')
+        raise Refused(f'--lora {text:.200}: "source" is missing, as in {{"source": "owl", "weight": 0.8}}')
     return Lora(**fields)
 
 

@@ -6,25 +6,24 @@ stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
 from app import engines, options, remarks, settings, workbench
-from app.cli import batch, evaluate, flags, session, tables, train
+from app.cli import batch, evaluate, flags, recalled, session, tables, train
 from app.errors import sentence
-from app.terminal import printable
-from composition import Cancelled, Lora, Refused, Request, __version__, record
+from app.terminal import Terminal, closed, err, forgiving, gone, out, printable
+from composition import Cancelled, Lora, Request, __version__, record
 from composition.backbones.loading import catalog
+from composition.request import MAX_QUOTED, shortened
 
-out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 app = typer.Typer(help="Medley composes several LoRAs into one picture.", no_args_is_help=True, add_completion=False)
 app.add_typer(train.sub, name="train")
 
@@ -52,6 +51,7 @@ Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for t
 Triggers = Annotated[bool, typer.Option("--triggers", help="Add a trigger word of every LoRA that has none in the prompt.")]
 Partial = Annotated[bool | None, typer.Option("--allow-partial", help="Use LoRAs of which not every tensor fits.")]
 From = Annotated[Path | None, typer.Option("--from", metavar="PICTURE.png", help="Start from the request in this picture.")]
+AllowDownload = Annotated[bool, typer.Option("--allow-download", help="Let the record of --from fetch a model from the hub.")]
 AllowPaths = Annotated[bool, typer.Option("--allow-paths", help="Let the record of --from open files of this machine by path.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (the best there is).")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 (what suits the device).")]
@@ -73,24 +73,6 @@ def _place(
     return engines.EngineOptions(device, dtype, offload, engines.folders(folders or []), quantize, denoiser)
 
 
-def _start(picture: Path | None, model: str | None, allow_paths: bool) -> record.Record | None:
-    """The record that --from names, after printing its remarks. Raises Refused when it does not say which model to use."""
-    if picture is None:
-        engines.prepare(model or "pocket")
-        return None
-    original = record.details(picture)
-    original = original if allow_paths else replace(original, request=record.by_name(original.request))
-    for remark in original.remarks:
-        err.print(Text(printable(f"{picture}: {remark}"), style="yellow"))
-    if not original.ours and not model:
-        raise Refused(f"{picture} was made by another tool, with its model {original.model or '(not named)'!r}: say with --model "
-                      "which one to use here")
-    if not model and not allow_paths and record.is_path(original.request.model):
-        raise Refused(f"{picture} was made with {original.request.model!r}, a file or folder of its maker: say with --model where it is here")
-    engines.prepare(model or original.request.model)
-    return original
-
-
 @app.command()
 def demo(out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None) -> None:
     """Compose three bundled LoRAs in three ways, beside the picture of the prompt alone. Needs no network."""
@@ -106,18 +88,18 @@ def generate(
     steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
     out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
-    allow_paths: AllowPaths = False,
+    allow_paths: AllowPaths = False, allow_download: AllowDownload = False,
     keep_paths: Annotated[bool, typer.Option("--keep-paths", help="Write the paths of files into the picture, not only their names.")] = False,
     device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None,
     lora_dir: Folders = None, masks: Masks = False, json: Json = False,
 ) -> None:
     """Make pictures from a prompt and LoRAs."""
     record.ready(out_dir)
-    place, original = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
+    place, original = _place(device, dtype, offload, lora_dir, quantize, denoiser), recalled.start(picture, model, allow_paths, allow_download)
     request, drawn = flags.request(context.params, original.request if original else None)
     say = err if json else out
     with engines.open_engine(request.model, place) as engine:
-        request = record.located(request, original, engine.loras(), engine.find) if original else request
+        request = recalled.located(request, original, engine, strict=not allow_paths and not lora)
         request, settled = engine.settle(request)
         for line in remarks.remarks(settled):
             say.print(Text(printable(line), style="dim"))
@@ -133,7 +115,7 @@ def generate(
                     for line in record.differences(original, receipts, record.versions()):
                         err.print(Text(printable(line), style="yellow"))
     if json:
-        print(tables.generated(request, results, drawn))
+        out.document(tables.generated(request, results, drawn))
         return
     tables.result(out, replace(results[0][1], request=request), drawn)
     for line in remarks.timeline(results[0][1].notes):
@@ -155,12 +137,12 @@ def compare(
     option: Option = None, model: Model = None, sampler: Sampler = None, negative: Negative = None, seed: Seed = None,
     steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     out_dir: Out = PICTURES, triggers: Triggers = False,
-    allow_partial: Partial = None, picture: From = None, allow_paths: AllowPaths = False, device: Device = None, dtype: Dtype = None,
-    offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None, lora_dir: Folders = None,
+    allow_partial: Partial = None, picture: From = None, allow_paths: AllowPaths = False, allow_download: AllowDownload = False,
+    device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None, lora_dir: Folders = None,
 ) -> None:
     """The same seed and LoRAs by every method, and without any LoRA, side by side."""
     record.ready(out_dir)
-    place, original = _place(device, dtype, offload, lora_dir, quantize, denoiser), _start(picture, model, allow_paths)
+    place, original = _place(device, dtype, offload, lora_dir, quantize, denoiser), recalled.start(picture, model, allow_paths, allow_download)
     from composition import methods as known
 
     names = [name.strip() for name in methods.split(",")] if methods else sorted(known.all(), key=lambda name: name != "merge")
@@ -168,15 +150,15 @@ def compare(
     request, drawn = flags.request(context.params | {"option": None}, original.request if original else None)
     if request.method in ways:
         ways[request.method] = {**request.options, **ways[request.method]}
-    _compare(request, ways, out_dir, "compare", place, drawn=drawn, triggers=triggers, original=original)
+    _compare(request, ways, out_dir, "compare", place, drawn=drawn, triggers=triggers, original=original, strict=not allow_paths and not lora)
 
 
 def _compare(
     request: Request, ways: dict[str, dict[str, Any]], folder: Path, prefix: str, place: engines.EngineOptions, *, drawn: bool,
-    triggers: bool = False, original: record.Record | None = None,
+    triggers: bool = False, original: record.Record | None = None, strict: bool = False,
 ) -> None:
     with engines.open_engine(request.model, place) as engine:
-        request = record.located(request, original, engine.loras(), engine.find) if original else request
+        request = recalled.located(request, original, engine, strict=strict)
         settled_request, settled = engine.settle(replace(request, options={}))
         request = replace(settled_request, options=request.options)  # each way has its own, and its order is settled with it
         for line in remarks.remarks({name: note for name, note in settled.items() if name != "order"}):
@@ -189,7 +171,7 @@ def _compare(
     tables.tiles(out, tiles, sheet)
 
 
-def _triggered(request: Request, engine: Any, say: Console) -> Request:
+def _triggered(request: Request, engine: Any, say: Terminal) -> Request:
     request, added = flags.with_triggers(request, engine.inspect)
     if added:
         say.print(Text(f"prompt with trigger words: {request.prompt}"))
@@ -227,7 +209,7 @@ def profile(
     names, low = profiling.described(measured)
     path = record.publish(plot(measured), out_dir, f"profile-{record.free(out_dir, 'profile-'):04d}")
     if json:
-        print(tables.as_json({"order": names, "low": low, "plot": str(path), "profiles": [asdict(item) for item in measured]}))
+        out.document(tables.as_json({"order": names, "low": low, "plot": str(path), "profiles": [asdict(item) for item in measured]}))
         return
     tables.profiles(out, profiles, names, low)
     out.print(Text(f"plot: {path}"))
@@ -238,6 +220,8 @@ def ui(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="The port (the first free one from 7860).")] = None,
     model: Model = None, device: Device = None, dtype: Dtype = None, offload: Offload = "auto", lora_dir: Folders = None,
     out_dir: Out = PICTURES, browse: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    longest: Annotated[float, typer.Option(min=0.1, max=10_000, metavar="MINUTES", help="Minutes that a picture may take: what would take longer, "
+                                           "by this machine's speed, is refused.")] = 30.0,
 ) -> None:
     """The page: make pictures in a browser, on this machine alone."""
     record.ready(out_dir)
@@ -246,7 +230,8 @@ def ui(
 
     number, place = serve.port(port), _place(device, dtype, offload, lora_dir)
     with engines.open_engine(model or "pocket", place) as engine:
-        serve.serve(engine, out_dir, number, lambda address: out.print(Text(f"{address}  (Ctrl-C stops)")), browse=browse)
+        serve.serve(engine, out_dir, number, lambda address: out.print(Text(f"{address}  (Ctrl-C stops)")), browse=browse,
+                    longest=60 * longest)
 
 
 @app.command()
@@ -270,7 +255,7 @@ def loras(
 
     listed = list(library.listing(model or "pocket", engines.folders(lora_dir or []), hashes=hashes))
     if json:
-        print(tables.loras_json(listed))
+        out.document(tables.loras_json(listed))
     else:
         tables.loras(out, listed, settings.lora_folder())
 
@@ -295,7 +280,7 @@ def inspect(
     if json:
         from dataclasses import asdict
 
-        print(tables.as_json(asdict(receipt) | {"model": base}))
+        out.document(tables.as_json(asdict(receipt) | {"model": base}))
     else:
         tables.receipt(out, receipt, base)
 
@@ -331,8 +316,11 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise Exit(0)
 
 
-def run(command: Callable[[], Any]) -> int:
-    """Call it; turn what it raises into one line on stderr and an exit code. MEDLEY_DEBUG=1 shows the traceback."""
+def run(command: Callable[[], Any], words: Sequence[str] = ()) -> int:
+    """Call it; turn what it raises into one line on stderr and an exit code. MEDLEY_DEBUG=1 shows the traceback.
+
+    words: those of the command line, of which an error repeats the ends alone where they are long.
+    """
     try:
         code = command()
         return code if isinstance(code, int) else 0
@@ -341,13 +329,17 @@ def run(command: Callable[[], Any]) -> int:
     except (KeyboardInterrupt, Abort, Cancelled):
         return _fail("cancelled", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        closed(sys.stdout)
         return 0
+    except SystemExit as error:  # so rich's own console, which writes the help, ends when nobody reads on
+        return 0 if gone(sys.stdout) else error.code if isinstance(error.code, int) else 2
     except Exception as error:
         if os.environ.get("MEDLEY_DEBUG"):
             raise
-        words = flags.hinted(error.format_message(), _command(error)) if isinstance(error, TyperException) else sentence(error)
-        return _fail(words, 2) if words.strip() else 2  # no command was named: the help was printed
+        complaint = flags.hinted(error.format_message(), _command(error)) if isinstance(error, TyperException) else sentence(error)
+        for word in filter(lambda word: len(word) > MAX_QUOTED, words):
+            complaint = complaint.replace(word, shortened(f'"{word}"')[1:-1])
+        return _fail(shortened(complaint), 2) if complaint.strip() else 2  # no command was named: the help was printed
 
 
 def _command(error: TyperException) -> str:
@@ -356,13 +348,14 @@ def _command(error: TyperException) -> str:
 
 
 def _fail(sentence: str, code: int) -> int:
-    print("medley: " + printable(" ".join(sentence.split())), file=sys.stderr)
+    err.print(Text("medley: " + printable(" ".join(sentence.split()))))
     return code
 
 
 def main() -> None:
     """The console script."""
-    sys.exit(run(lambda: typer.main.get_command(app).main(prog_name="medley", standalone_mode=False)))
+    forgiving()
+    sys.exit(run(lambda: typer.main.get_command(app).main(prog_name="medley", standalone_mode=False), sys.argv[1:]))
 
 
 if __name__ == "__main__":

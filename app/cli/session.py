@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from app.drawing.overlay import sheet as draw_places
 from app.drawing.strip import strip
 from app.workbench import Workbench
-from composition import Refused, Request, Result, record
+from composition import Refused, Request, Result, atomic, record
 
 if TYPE_CHECKING:
     pass
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 def pictures(at: Workbench, request: Request, folder: Path, stem: str = "", *, keep_paths: bool = False) -> Iterator[tuple[Path, Result]]:
     """Every picture of the request by itself, written as soon as it is made: each one's record makes it again."""
+    record.mend(folder)
+    atomic.sweep(folder, shared=True)
     for index in range(request.count):
         result = at.run(request.alone(index), request.method)
         name = f"{stem}-{record.free(folder, f'{stem}-'):04d}" if stem else ""

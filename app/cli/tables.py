@@ -1,14 +1,12 @@
 """What the command line prints: tables, panels and lines, for people and as JSON."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -25,8 +23,7 @@ if TYPE_CHECKING:
 
 
 def as_json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, indent=2, default=str)
-    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)  # bytes of a file's name that are no text
+    return json.dumps(value, ensure_ascii=False, indent=2, default=str)
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
@@ -100,7 +97,7 @@ def receipt(console: Console, of: Receipt, base: str) -> None:
         row("note", remark)
     if of.no_effect:
         row("no effect", f"{len(of.no_effect)} modules, as {of.no_effect[0]}")
-    console.print(Panel(rows, title=escape(printable(of.name)), title_align="left", expand=False))
+    console.print(Panel(rows, title=Text(printable(of.name)), title_align="left", expand=False))
 
 
 def _base_family(of: Receipt) -> str:

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
-from rich.console import Console
 
 from app import engines, settings
 from app.cli.trainer import Lesson, TrainConfig, learn
+from app.terminal import err, out
 from composition import Refused, record
 from composition.request import Category
 from composition.training import captions
 
-out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 sub = typer.Typer(help="Make LoRAs of your own.", no_args_is_help=True)
 CATEGORIES = tuple(name for name in get_args(Category) if name)
 

@@ -1,7 +1,8 @@
 """One training from the opened model to the receipt: what it will do, progress, previews, a stop that can be resumed."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,9 @@ from rich.text import Text
 
 from app import engines, settings, workbench
 from app.drawing.strip import strip
+from app.errors import sentence
 from app.terminal import printable
-from composition import Lora, Request, __version__
+from composition import Lora, Refused, Request, __version__, atomic, lock
 
 if TYPE_CHECKING:
     from composition import Engine
@@ -72,15 +74,21 @@ def learn(lessons: Sequence[Lesson], config: TrainConfig, out: Console, err: Con
         out.print(Text(f"{lesson.trigger}: {len(folder)} pictures, {described}" + (f"; {folder.remark}" if folder.remark else "")))
     checkpoint = config.folder / f"{'+'.join(lesson.name for lesson in lessons)[:120]}.training"
     place = engines.EngineOptions(config.device, defaults.dtype_for(config.device, config.dtype), "none")
-    with engines.open_engine(config.model, place) as engine:
+    with engines.open_engine(config.model, place) as engine, ExitStack() as held:
         usual = defaults.of(engine.backbone)
         plan = _plan(config, usual, defaults.halves(engine.device, engine.dtype) and config.dtype != "float32")
         _say(plan, engine, out)
-        begun = reached(checkpoint) if checkpoint.is_file() else 0
         config.folder.mkdir(parents=True, exist_ok=True)
+        for lesson in lessons:
+            held.enter_context(lock.alone(config.folder / f".{lesson.name}.lock", f"another training of {lesson.name} is at work in {config.folder}"))
+            if (file := config.folder / f"{lesson.name}.safetensors").exists():  # the other one has just ended
+                raise Refused(f"{file} is there already and is not overwritten: choose another --name, or delete it")
+            atomic.sweep(config.folder / f"{lesson.name}-previews")
+        atomic.sweep(config.folder, shared=True)
+        begun = reached(checkpoint) if checkpoint.is_file() else 0
         concepts = [_concept(lesson, folder, engine, plan, usual.count(len(folder)), config)
                     for lesson, folder in zip(lessons, folders, strict=True)]
-        shown = _Previews(lessons, config, engine, plan)
+        shown = _Previews(lessons, config, engine, plan, err)
         if begun:
             out.print(Text(f"going on from step {begun} of {plan.steps} ({checkpoint})"))
         else:
@@ -91,10 +99,11 @@ def learn(lessons: Sequence[Lesson], config: TrainConfig, out: Console, err: Con
                 bar.show(step, losses)
                 shown.at(step)
 
-            files = train(
-                engine.backbone, engine.adapters, concepts, plan, config.folder, checkpoint=checkpoint, on_step=on_step,
-                stop=stop.is_set, describe=shown.describe,
-                checkpointing=usual.checkpointing if config.checkpointing is None else config.checkpointing)  # fmt: skip
+            with _explained(checkpoint, bar, plan, err):
+                files = train(
+                    engine.backbone, engine.adapters, concepts, plan, config.folder, checkpoint=checkpoint, on_step=on_step,
+                    stop=stop.is_set, describe=shown.describe,
+                    checkpointing=usual.checkpointing if config.checkpointing is None else config.checkpointing)  # fmt: skip
         if not files:
             err.print(Text(f"medley: stopped at step {bar.step} of {plan.steps}; the same command goes on from there "
                            f"(to begin again, delete {checkpoint})"))  # fmt: skip
@@ -102,6 +111,22 @@ def learn(lessons: Sequence[Lesson], config: TrainConfig, out: Console, err: Con
         checkpoint.unlink(missing_ok=True)
         _report(lessons, files, shown, engine, config, out)
         return True
+
+
+@contextmanager
+def _explained(checkpoint: Path, bar: "_Bar", plan: "Plan", err: Console) -> Iterator[None]:
+    """When an error ends the training, where what was learned is, or that it is nowhere."""
+    from composition.training.state import reached
+
+    try:
+        yield
+    except BaseException:
+        if bar.step:
+            with suppress(Refused):  # a checkpoint of somebody else's
+                err.print(Text(f"medley: what was learned until step {reached(checkpoint)} of {plan.steps} is in {checkpoint}; the same "
+                               "command goes on from there" if checkpoint.is_file() else
+                               f"medley: nothing of the {bar.step} steps could be written; the same command begins again"))  # fmt: skip
+        raise
 
 
 def _plan(config: TrainConfig, usual: Any, half: bool) -> "Plan":
@@ -139,8 +164,8 @@ def _concept(lesson: Lesson, folder: Any, engine: "Engine", plan: "Plan", views:
 class _Previews:
     """A strip of pictures of every concept, every so many steps, with the same seeds: NAME-previews/STEP.png."""
 
-    def __init__(self, lessons: Sequence[Lesson], config: TrainConfig, engine: "Engine", plan: "Plan") -> None:
-        self.lessons, self.config, self.engine, self.plan = lessons, config, engine, plan
+    def __init__(self, lessons: Sequence[Lesson], config: TrainConfig, engine: "Engine", plan: "Plan", err: Console) -> None:
+        self.lessons, self.config, self.engine, self.plan, self.err = lessons, config, engine, plan, err
         usual = max(1, plan.steps // (PREVIEWS - 1))
         self.every = usual if config.preview_every is None else config.preview_every
 
@@ -151,12 +176,14 @@ class _Previews:
         """The base's own pictures of the prompts."""
         if self.every:
             for lesson in self.lessons:
-                self._save(lesson, 0, lambda request: list(self.engine.run(request).images), [])
+                with self._spared(lesson, 0):
+                    self._save(lesson, 0, lambda request: list(self.engine.run(request).images), [])
 
     def at(self, step: int) -> None:
         if self.every and (step % self.every == 0 or step == self.plan.steps):
             for lesson in self.lessons:
-                self._save(lesson, step, self._draw, [Lora(lesson.name)])
+                with self._spared(lesson, step):
+                    self._save(lesson, step, self._draw, [Lora(lesson.name)])
 
     def describe(self, name: str) -> Mapping[str, str]:
         """The small picture for the header of a finished LoRA."""
@@ -164,7 +191,19 @@ class _Previews:
 
         lesson = next(lesson for lesson in self.lessons if lesson.name == name)
         request = Request(prompt=self.prompts(lesson)[0], loras=[Lora(name)], seed=self.plan.seed)
-        return {"preview": thumbnail(self._draw(request)[0])}
+        with self._spared(lesson, self.plan.steps):
+            return {"preview": thumbnail(self._draw(request)[0])}
+        return {}
+
+    @contextmanager
+    def _spared(self, lesson: Lesson, step: int) -> Iterator[None]:
+        """A picture that cannot be drawn or written is said, and costs nothing that was learned."""
+        from composition.loop import NotFinite
+
+        try:
+            yield
+        except (OSError, NotFinite) as error:
+            self.err.print(Text(f"medley: no preview of {lesson.name} at step {step}: {sentence(error) if isinstance(error, OSError) else error}"))
 
     def prompts(self, lesson: Lesson) -> tuple[str, ...]:
         from composition.training import captions
@@ -186,7 +225,8 @@ class _Previews:
         folder = self.folder(lesson)
         folder.mkdir(parents=True, exist_ok=True)
         caption = f"{lesson.name}: step {step} of {self.plan.steps}" if step else f"{lesson.name}: the base before training"
-        strip(tiles, caption).save(folder / f"{step:05d}.png")
+        picture = strip(tiles, caption)
+        atomic.write(folder / f"{step:05d}.png", lambda file: picture.save(file, format="PNG"))
 
 
 @dataclass
@@ -200,7 +240,7 @@ class _Bar:
     unread: list[Mapping[str, float]] = field(default_factory=list)
 
     def __enter__(self) -> "_Bar":
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                    TimeRemainingColumn())  # fmt: skip
         self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("learning", total=self.steps, completed=self.step)

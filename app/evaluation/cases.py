@@ -62,6 +62,11 @@ class Problem:
         return f"line {self.line}: {self.why}" if self.line else f"{self.where}: {self.why}"
 
 
+def shortened(words: str, most: int = 400) -> str:
+    """Words of which a stranger's file may have chosen the length."""
+    return words if len(words) <= most else f"{words[: most // 2]}...{words[-most // 2 :]}"
+
+
 @dataclass
 class CollectedCases:
     """The cases that can be evaluated, and the problems of those that cannot."""

@@ -8,12 +8,14 @@ mean nothing here are left alone beside `file_name`. Lines that `medley generate
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.evaluation.cases import Case, CollectedCases, ExpectedConcept, Problem
+from app.errors import sentence
+from app.evaluation.cases import Case, CollectedCases, ExpectedConcept, Problem, shortened
 from app.evaluation.variants import SUPPLIED
 from composition import Receipt, Refused, Request, manifest
 
@@ -35,8 +37,8 @@ def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "p
     for number, line in manifest.texts(path):
         try:
             case = _case(manifest.row_of(line), path.parent, inspect, model, number)
-        except Refused as error:
-            collected.problems.append(Problem(str(path), str(error), number))
+        except Exception as error:  # a name that the system refuses, a file that no reader foresaw: one line's trouble
+            collected.problems.append(Problem(str(path), shortened(sentence(error)), number))
             continue
         taken = seen.setdefault((case.group, case.method), set())
         free = case.seed if case.seed >= 0 and case.seed not in taken else max(taken, default=-1) + 1  # no two pictures of one case
@@ -63,6 +65,9 @@ def _case(row: dict[str, Any], folder: Path, inspect: Callable[[str], Receipt | 
     group, method = row.get("group", text), row.get("method", SUPPLIED if path else "")
     if not isinstance(group, str) or not isinstance(method, str):
         raise Refused("group and method are texts")
+    for what, words in (("text", text), ("group", group), ("method", method), *(("a concept", f"{c.name} {c.phrase}") for c in concepts)):
+        if any("\ud800" <= letter <= "\udfff" for letter in words):
+            raise Refused(f"{what} has half a character in it, which no file can hold: write it whole")
     if request and not request.loras and path and "method" not in row:
         method = SUPPLIED
     seed = row.get("seed", -1) if path else (request.seed if request else -1)
@@ -85,6 +90,8 @@ def _request(row: dict[str, Any], model: str, *, supplied: bool) -> Request | No
 def _inside(folder: Path, name: Any) -> Path:
     if not isinstance(name, str) or not name:
         raise Refused("file_name is the path of a picture")
+    if re.match(r"[\\/]|\w:", name) or ".." in re.split(r"[\\/]", name):
+        raise Refused(f"{name!r:.200} lies outside the manifest's folder: name pictures inside it")
     return folder / name
 
 
@@ -133,7 +140,7 @@ def _concept(entry: Any, folder: Path) -> ExpectedConcept:
     references = row.get("references", [])
     if not isinstance(references, list) or not all(isinstance(name, str) for name in references):
         raise Refused(f"references of {row['phrase']!r:.200} is a list of picture files")
-    lost = [name for name in references if not os.path.isfile(folder / name)]
+    lost = [name for name in references if not os.path.isfile(_inside(folder, name))]
     if lost:
         raise Refused(f"the reference picture {lost[0]!r:.200} of {row['phrase']!r:.200} is missing")
     name, category = row.get("name", row["phrase"]), row.get("category", "")

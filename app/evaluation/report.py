@@ -114,7 +114,7 @@ def thumb(path: Path) -> str:
     """A small WebP of a picture as a data address; "" when it is gone."""
     try:
         small = pictures.load(path).convert("RGB")
-    except Refused:
+    except (Refused, OSError):
         return ""
     small.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
     data = io.BytesIO()

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from app import engines
+from app.errors import sentence
 from app.evaluation import manifest, mllm, report, statistics, testbed
-from app.evaluation.cases import Case, CollectedCases, ExpectedConcept, Problem
+from app.evaluation.cases import Case, CollectedCases, ExpectedConcept, Problem, shortened
 from app.evaluation.generate import Picture, generate, supplied
 from app.evaluation.summary import per_concept, summary
 from app.evaluation.variants import NONE, SUPPLIED, Row, Variants, equal, interleaved, title
-from composition import Receipt, Refused, Request
+from composition import Receipt, Refused, Request, atomic, lock
 
 if TYPE_CHECKING:
     from app.evaluation.scoring import Scorer
     from composition import Engine
 
+LOCK = ".evaluation.lock"
 FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)  # of every LoRA's weight, tried when a method is tuned
 PILOTS = 8  # sets of each size that weights are tried on, with noise that is used for nothing else
 
@@ -87,13 +89,15 @@ class Evaluation:
                 raise Refused("nothing can be evaluated: " + "; ".join(map(str, collected.problems[:3])))
             scorer = self._scorer()
             self.config.folder.mkdir(parents=True, exist_ok=True)
+            self._stack.enter_context(lock.alone(self.config.folder / LOCK, f"another evaluation is at work in {self.config.folder}"))
+            atomic.sweep(self.config.folder)
             variants = self._variants(cases, scorer)
             pictures = self._pictures(cases, variants)
             references, trouble = self._references(cases, scorer)
             seen = scorer.see(pictures)
             scorer.settle(pictures, seen)
             scores = scorer.score(pictures, seen, references)
-            rows = [self._row(pictures[index], score) for index, score in zip(seen, scores, strict=True)]
+            rows = [self._row(pictures[index], score) for index, score in scores.items()]
             problems = [*collected.problems, *self._problems, *scorer.problems, *trouble]
             if not rows:
                 raise Refused("no picture could be made or read: " + "; ".join(map(str, problems[:3])))
@@ -125,8 +129,8 @@ class Evaluation:
             return False
         try:
             library.find(name, self.config.like.model, self.config.place.folders)
-        except Refused as error:
-            lost[name] = str(error)
+        except Exception as error:  # a name too long for the system is one LoRA's trouble too
+            lost[name] = shortened(sentence(error))
             return False
         return True
 
@@ -173,7 +177,7 @@ class Evaluation:
     def _best(self, name: str, size: int, pictures: Sequence[Picture], scorer: "Scorer") -> float:
         """The factor with the highest presence (where it is known) and CLIPScore on the pilots."""
         seen = scorer.see(pictures)
-        scores = dict(zip(seen, scorer.score(pictures, seen, {}), strict=True))
+        scores = scorer.score(pictures, seen, {})
         tried = {}
         for factor in FACTORS:
             mine = [row for index, row in scores.items() if _factor(pictures[index], self.config.weight) == factor]
@@ -254,8 +258,8 @@ class Evaluation:
             return None
         try:
             return mllm.compare(config.endpoint, config.folder, rows, variants, config.pairs, resamples=config.resamples, seed=config.seed)
-        except Refused as error:
-            problems.append(Problem("the second opinion", f"{error}; the answers so far are kept"))
+        except Exception as error:
+            problems.append(Problem("the second opinion", f"{shortened(sentence(error))}; the answers so far are kept"))
             return None
 
     def _document(

@@ -1,7 +1,9 @@
 """Every picture's scores: CLIPScore, each concept's score and presence, likeness to references, leakage."""
 
+import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from app.evaluation.cases import ExpectedConcept, Problem
+from app.errors import sentence
+from app.evaluation.cases import ExpectedConcept, Problem, shortened
 from app.evaluation.generate import Picture
-from composition import Refused
 from composition import pictures as door
 from retrieval.judge import SCALES, Judge, clip_score, sides, threshold
 
@@ -77,21 +79,38 @@ class Scorer:
                     opened[index] = image
             if not opened:
                 continue
-            whole = self.judge.see(list(opened.values()))
-            parts = {index: sides(image) for index, image in opened.items() if len(_things(pictures[index].row.case.concepts)) > 1}
-            beside = self.judge.see([side for pair in parts.values() for side in pair]) if parts else None
-            at = {index: 2 * place for place, index in enumerate(parts)}
-            for place, index in enumerate(opened):
-                two = beside[at[index] : at[index] + 2] if beside is not None and index in at else None
-                vectors[index] = Seen(whole[place], two)
+            try:
+                vectors |= self._vectors(pictures, opened)
+            except Exception:  # which of them it is shows when each is seen by itself
+                for index, image in opened.items():
+                    with self._spared(pictures[index]):
+                        vectors |= self._vectors(pictures, {index: image})
         return vectors
+
+    def _vectors(self, pictures: Sequence[Picture], opened: Mapping[int, Image.Image]) -> dict[int, Seen]:
+        """Index to vectors of open pictures, in two batches."""
+        whole = self.judge.see(list(opened.values()))
+        parts = {index: sides(image) for index, image in opened.items() if len(_things(pictures[index].row.case.concepts)) > 1}
+        beside = self.judge.see([side for pair in parts.values() for side in pair]) if parts else None
+        at = {index: 2 * place for place, index in enumerate(parts)}
+        return {index: Seen(whole[place], beside[at[index] : at[index] + 2] if beside is not None and index in at else None)
+                for place, index in enumerate(opened)}  # fmt: skip
+
+    @contextmanager
+    def _spared(self, picture: Picture) -> Iterator[None]:
+        """What goes wrong with one picture is a problem of its own, whatever it is, and of no other."""
+        try:
+            yield
+        except Exception as error:
+            why = f"{picture.path} could not be judged: {shortened(sentence(error))}"
+            self.problems.append(Problem(str(picture.path), why, picture.row.case.line))
 
     def _open(self, picture: Picture) -> Image.Image | None:
         try:
             return door.load(picture.path).convert("RGB")
-        except Refused as error:
-            why = f"{picture.path} is no readable picture: {error}" if picture.path.exists() else f"{picture.path} is missing"
-        self.problems.append(Problem(str(picture.path), why, picture.row.case.line))
+        except Exception as error:
+            why = f"is no readable picture: {shortened(sentence(error))}" if os.path.lexists(picture.path) else "is missing"
+        self.problems.append(Problem(str(picture.path), f"{picture.path} {why}", picture.row.case.line))
         return None
 
     def settle(self, pictures: Sequence[Picture], seen: Mapping[int, Seen]) -> None:
@@ -101,18 +120,29 @@ class Scorer:
             others = [index for index in seen if phrase not in {c.phrase for c in pictures[index].row.case.concepts}]
             if len(others) < FEW:
                 continue
-            text = self.judge.read([phrase])[0]
+            try:
+                text = self.judge.read([phrase])[0]
+            except Exception:  # the pictures that ask for it say so
+                continue
             scores = torch.stack([seen[index].whole for index in others]) @ text
             self.thresholds[phrase] = threshold(scores, scores, FALSE_POSITIVES).score
             self.settled[phrase] = len(others)
 
     def score(
         self, pictures: Sequence[Picture], seen: Mapping[int, Seen], references: Mapping[str, Float[Tensor, "n D"]]
-    ) -> list[dict[str, Any]]:
-        """One row of scores for each picture seen, in order. references: concept's name to vectors of pictures of it."""
-        texts = list(dict.fromkeys(pictures[index].row.case.text for index in seen))
-        cut = dict(zip(texts, self.judge.cut(texts), strict=True))
-        return [self._row(pictures[index], vectors, cut, references) for index, vectors in seen.items()]
+    ) -> dict[int, dict[str, Any]]:
+        """Index to a row of scores of the pictures seen, in order; one that cannot be scored is a problem and left out.
+
+        references: concept's name to vectors of pictures of it.
+        """
+        rows, cut = {}, {}
+        for index, vectors in seen.items():
+            text = pictures[index].row.case.text
+            with self._spared(pictures[index]):
+                if text not in cut:
+                    cut[text] = self.judge.cut([text])[0]
+                rows[index] = self._row(pictures[index], vectors, cut, references)
+        return rows
 
     def _row(
         self, picture: Picture, seen: Seen, cut: Mapping[str, bool], references: Mapping[str, Float[Tensor, "n D"]]
@@ -176,11 +206,11 @@ def gather(pictures: Sequence[Picture], seen: Mapping[int, Seen], judge: Judge, 
         images = []
         for path in concept.references:
             try:
-                images.append(door.load(Path(path)).convert("RGB"))
-            except Refused as error:
-                problems.append(Problem(str(path), f"a reference of {concept.name} cannot be read: {error}"))
+                images.append(judge.see([door.load(Path(path)).convert("RGB")])[0])
+            except Exception as error:
+                problems.append(Problem(str(path), f"a reference of {shortened(concept.name)} cannot be read: {shortened(sentence(error))}"))
         if images:
-            vectors[concept.name] = list(judge.see(images))
+            vectors[concept.name] = images
     return {name: torch.stack(rows) for name, rows in vectors.items()}, problems
 
 

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from PIL import Image
 
+from app.terminal import printable
 from composition import pictures, prompts
 from composition.loras import library, metadata
 from composition.loras.reader import shown
@@ -48,12 +49,12 @@ class Card:
 def cards(files: Iterable[Path]) -> dict[str, Card]:
     """Every file's card by key, in the order of the categories, then of the titles. A header is read once per change."""
     paths = list(dict.fromkeys(files))
-    stems = [shown(path.stem) for path in paths]
+    stems = [printable(shown(path.stem)) for path in paths]
     counts = Counter(stems)
     by_key: dict[str, Card] = {}
     for path, stem in zip(paths, stems, strict=True):
         alone = counts[stem] == 1
-        key = stem if alone else f"{stem} ({shown(path.parent.name)})"
+        key = stem if alone else f"{stem} ({printable(shown(path.parent.name))})"
         while key in by_key:
             key += "'"
         title, category, triggers, preview, trouble = _read(path, library.stamp(path))
@@ -79,9 +80,9 @@ def _read(path: Path, stamp: tuple[int, int]) -> tuple[str, str, tuple[str, ...]
     """(title, category, triggers, preview, trouble) of a file in the state that `stamp` stands for."""
     try:
         header = load_header(path).metadata
+        return (printable(metadata.title(header)), metadata.category(header), metadata.triggers(header), _picture(header.get(PREVIEW, "")), "")
     except Exception as error:  # one file, whatever is wrong with it, does not take the others down
-        return "", "", (), "", library.trouble(error)
-    return metadata.title(header), metadata.category(header), metadata.triggers(header), _picture(header.get(PREVIEW, "")), ""
+        return "", "", (), "", printable(library.trouble(error))
 
 
 def _picture(text: str) -> str:

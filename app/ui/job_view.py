@@ -1,9 +1,8 @@
 """A job as the page shows it: where it stands, its picture, its receipt. Every word of a file or a user is escaped."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from urllib.parse import quote
 
 from PIL import Image
 
@@ -13,6 +12,7 @@ from app.jobs import Job
 from app.ui.cards import Card, data_url
 from composition import Result
 
+Link = Callable[[Path], str]
 CRISP = 256  # pixels: a picture whose longer side is not over this is enlarged without blur
 
 
@@ -46,8 +46,8 @@ def _running(job: Job) -> str:
     return f"Step {job.step} of {job.steps}, {job.seconds:.0f} s" if job.steps else "Preparing."
 
 
-def stage(job: Job) -> str:
-    """The picture: the file itself when it is done, a preview while it is made, else nothing."""
+def stage(job: Job, link: Link) -> str:
+    """The picture: the file itself when it is done, a preview while it is made, else nothing. link: where a file is served."""
     if job.result is not None and job.path is not None:
         return _picture(link(job.path), job.result.images[0].size, job.request.prompt or "picture without a prompt", "final")
     if job.state in ("waiting", "running"):
@@ -67,12 +67,7 @@ def _picture(source: str, size: tuple[int, int], about: str, kind: str) -> str:
             f'width="{size[0]}" height="{size[1]}"></div>')
 
 
-def link(path: Path) -> str:
-    """Where the page finds a file of the folder of pictures."""
-    return "/gradio_api/file=" + quote(path.absolute().as_posix())
-
-
-def report(result: Result, path: Path) -> str:
+def report(result: Result, path: Path, link: Link) -> str:
     """What the picture is made of: facts, one receipt per LoRA, what the user should know, which LoRA was dominant when, where
     each concept is, where the file is."""
     request, image = result.request, result.images[0]

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from app.errors import sentence
 from app.jobs import Job, Jobs
 from app.ui import forms, job_view
 from app.ui.cards import Card, cards, lacking, with_words
+from app.ui.door import Presence
+from app.ui.gallery import Gallery
 from composition import Lora, Refused, Request, methods, samplers
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ Changes = dict[Any, Any]  # component to its new value
 FIELDS = ("prompt", "cards", "method", "random", "seed", "negative", "steps", "guidance", "true_guidance",
           "sampler", "size")
 LOOK = 0.1  # seconds between two looks at a job
+GRACE = 5.0  # seconds that a client may be away before its job is cancelled
 CARDS = """<div class="loras"><div class="bar"><h2>LoRAs</h2><span class="count"></span>
 <input class="find" type="search" placeholder="Filter" aria-label="Filter the LoRAs"></div><div class="cards"></div></div>"""
 
@@ -34,8 +38,8 @@ class Page:
     It holds nothing of a visitor: what a tab has chosen is in the tab, the number of its job in the tab's state.
     """
 
-    def __init__(self, engine: "Engine", jobs: Jobs) -> None:
-        self._engine, self._jobs = engine, jobs
+    def __init__(self, engine: "Engine", jobs: Jobs, gallery: Gallery, presence: Presence) -> None:
+        self._engine, self._jobs, self._gallery, self._presence = engine, jobs, gallery, presence
         usual = Request(prompt="").method
         self._methods = dict(sorted(methods.all().items(), key=lambda pair: pair[0] != usual))
         with gr.Blocks(title="Medley", analytics_enabled=False, fill_width=True) as self.blocks:
@@ -113,36 +117,49 @@ class Page:
 
     # what happens ------------------------------------------------------------------------------------------------------
 
-    async def _generate(self, *answers: Any) -> AsyncIterator[Changes]:
-        """The job of one tab from Generate to its end. A tab that is closed, or loses its job, cancels it."""
+    async def _generate(self, visitor: gr.Request, *answers: Any) -> AsyncIterator[Changes]:
+        """The job of one tab from Generate to its end. A tab that is closed, or loses its job, cancels it.
+
+        What reads files or draws runs in other threads: the loop that this runs on serves every tab.
+        """
+        client = visitor.session_hash or ""
         try:
-            job = self._jobs.submit(self._request(answers))
+            job = self._jobs.submit(await asyncio.to_thread(self._request, answers), client)
         except Exception as error:  # the page stays as it is, with a sentence
             yield {self.status: job_view.refusal(sentence(error))}
             return
         try:
             yield {self.generate: gr.Button(interactive=False), self.cancel: gr.Button(interactive=True),
                    self.seed: job.request.seed, self.number: job.number, self.report: ""}
-            async for change in self._watch(job):
+            async for change in self._watch(job, client):
                 yield change
             yield {self.generate: gr.Button(interactive=True), self.cancel: gr.Button(interactive=False), self.number: 0}
         finally:
             self._jobs.cancel(job.number)
 
-    async def _watch(self, job: Job) -> AsyncIterator[Changes]:
-        """What changed on the page, at each look at the job, until it has ended."""
+    async def _watch(self, job: Job, client: str) -> AsyncIterator[Changes]:
+        """What changed on the page, at each look at the job, until it has ended or its client has gone away."""
         shown: Changes = {}
         over = False
+        last = time.monotonic()
         while not over:
+            if self._presence.here(client):
+                last = time.monotonic()
+            elif time.monotonic() - last > GRACE:
+                return
             over = job.finished.is_set()  # asked before looking, so that the last look sees the end
-            seen: Changes = {
-                self.status: job_view.status(job, self._jobs.before(job)), self.stage: job_view.stage(job),
-                self.report: job_view.report(job.result, job.path) if job.result and job.path else ""}
+            seen = await asyncio.to_thread(self._seen, job)
             if change := {part: value for part, value in seen.items() if shown.get(part) != value}:
                 yield change
             shown = seen
             if not over:
                 await asyncio.sleep(LOOK)
+
+    def _seen(self, job: Job) -> Changes:
+        """The parts of the page that show a job, as they are now."""
+        report = job_view.report(job.result, job.path, self._gallery.address) if job.result and job.path else ""
+        return {self.status: job_view.status(job, self._jobs.before(job)), self.stage: job_view.stage(job, self._gallery.address),
+                self.report: report}
 
     def _request(self, answers: tuple[Any, ...]) -> Request:
         """The request of a filled-in page. Raises Refused or ValidationError for what cannot be made."""

@@ -60,6 +60,11 @@ class Adapters:
         fold = self._model.current.fold
         return fold is None or fold.whole
 
+    @property
+    def learning(self) -> bool:
+        """True when the session that is open is one of `training`."""
+        return self._model.current.learning
+
     def repair(self) -> bool:
         """Make the model the bare base, whatever an interrupted session or fold has left; True when anything was left.
 
@@ -146,6 +151,18 @@ class Adapters:
     def touches(self, name: str, component: str) -> bool:
         """True when this adapter changes that text encoder: only then is a prompt read anew for it."""
         return component in self._model.current.text_live[self.names.index(name)]
+
+    def sizes(self) -> dict[str, tuple[float, str]]:
+        """How large each adapter's update at weight 1 is at most, over the length of the weight it changes, and in which layer."""
+        largest: dict[str, tuple[float, str]] = {}
+        for component, stacks in self._model.current.stacks.items():
+            for path, stack in stacks.items():
+                weight = self._layers[component][path].weight
+                plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
+                length = float(torch.linalg.vector_norm(weight.detach().double().cpu())) if plain else weight.numel() ** 0.5
+                for k, name in enumerate(self.names):
+                    largest[name] = max(largest.get(name, (0.0, "")), (stack.size(k) / max(length, 1e-30), f"{component}.{path}"))
+        return largest
 
     def placeless(self) -> tuple[str, ...]:
         """The adapters that change layers of the denoiser whose rows have no place, as time embeddings: `regional` cannot bound them."""

@@ -37,6 +37,7 @@ class Gates:
         self.factors = factors  # what Lora.blocks says, per block, on the CPU
         self._ones = bool((factors == 1).all())
         self._written = 0  # how often the values were changed
+        self._unfinished: set[int] = set()  # parts whose writing was interrupted, so that the devices may differ
         self.mode: Mode = "off"
         self.only = 0
         self.rows = 1
@@ -117,14 +118,16 @@ class Gates:
         """Put dense, index and scale into the buffers of every device, in place as long as they fit; None stays as it is."""
         here = self._buffers[torch.device("cpu")]
         for part, value in enumerate(values):
-            if value is None or len(value) <= len(here[part]) and torch.equal(here[part][: len(value)], value):
+            if value is None or part not in self._unfinished and len(value) <= len(here[part]) and torch.equal(here[part][: len(value)], value):
                 continue  # the same as before: a device need not be written to
             self._written += 1
+            self._unfinished.add(part)
             for device, buffers in self._buffers.items():
                 if len(buffers[part]) < len(value):
                     buffers[part] = buffers[part].new_zeros(value.shape)
                 # A copy out of pageable memory is staged before it returns; waiting for the device's queue is not needed.
                 buffers[part][: len(value)].copy_(value, non_blocking=device.type == "cuda")
+            self._unfinished.discard(part)
 
     def snapshot(self) -> tuple:
         """All of its state, values copied, for `restore`."""

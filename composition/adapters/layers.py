@@ -22,6 +22,7 @@ class Laid:
     """One set of LoRAs laid out over the layers: what is attached while its session lasts.
 
     stacks, gates: by component. text_live: the text encoders that each of the LoRAs changes. fold: while their sum is in the weights.
+    learning: they are in training.
     """
 
     names: tuple[str, ...] = ()
@@ -30,6 +31,7 @@ class Laid:
     stacks: dict[str, dict[str, Stack]] = field(default_factory=dict)
     gates: dict[str, Gates] = field(default_factory=dict)
     fold: Fold | None = None
+    learning: bool = False
 
 
 class Layers:
@@ -83,7 +85,7 @@ class Layers:
         shapes = {c: {path: Shape.of(self.modules[c][path]) for path in paths[c]} for c in self.components if paths.get(c)}
         rest = next((weight.device for weight in self.components[self.denoiser].parameters()), torch.device("cpu"))
         trained, slots = Trainable(names, rank, shapes, device or rest), count()
-        laid = Laid(tuple(names), tuple(Lora(name) for name in names), (frozenset(shapes) - {self.denoiser},) * len(names))
+        laid = Laid(tuple(names), tuple(Lora(name) for name in names), (frozenset(shapes) - {self.denoiser},) * len(names), learning=True)
         for component, mine in shapes.items():
             gates, blocks = self._gated(laid, component)
             laid.stacks[component] = {

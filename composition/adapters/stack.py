@@ -49,6 +49,14 @@ class Stack:
     def touches(self, k: int) -> bool:
         return self.spans[k][0] < self.spans[k][1]
 
+    def size(self, k: int) -> float:
+        """A bound of the length of adapter k's update at weight 1, and near it: the lengths of its factors multiplied, in float64."""
+        part = self._factors[k]
+        if part is None:
+            return 0.0
+        down, up = (float(torch.linalg.vector_norm(factor.double())) for factor in (part.stored_down, part.stored_up))
+        return abs(part.scale) * down * up
+
     def product(self, like: Tensor) -> Product:
         """The factors in the device and dtype of `like`."""
         held = self._product

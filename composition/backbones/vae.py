@@ -9,6 +9,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from composition.loop import NotFinite
+
 
 def scaled(vae: Any, coded: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """The autoencoder's numbers as the denoiser sees them: centred and brought to a spread of about 1."""
@@ -43,17 +45,23 @@ def encode(pipeline: Any, pixels: Float[Tensor, "n 3 height width"], part: int =
 
 @torch.no_grad()
 def decode(pipeline: Any, latents: Float[Tensor, "B C H W"]) -> list[Image.Image]:
-    """The pictures of latents as the denoiser sees them. One at a time: the same bytes whatever the batch, and less memory."""
+    """The pictures of latents as the denoiser sees them. One at a time: the same bytes whatever the batch, and less memory.
+
+    Raises NotFinite for what would be a black picture.
+    """
     with _whole(pipeline.vae) as vae:
         coded = unscaled(vae, latents.to(vae.dtype))
         pixels = torch.cat([vae.decode(single, return_dict=False)[0] for single in coded.split(1)])
+    if not torch.isfinite(pixels).all():
+        raise NotFinite
     return pipeline.image_processor.postprocess(pixels, output_type="pil")
 
 
 @contextmanager
 def _whole(vae: Any) -> Iterator[Any]:
     """The autoencoder in single precision while it lasts, where it overflows in half."""
-    raised = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    # Any of its weights: an interruption while it was cast leaves it in part as it was.
+    raised = getattr(vae.config, "force_upcast", False) and any(weight.dtype == torch.float16 for weight in vae.parameters())
     try:
         if raised:
             vae.to(torch.float32)

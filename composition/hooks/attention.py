@@ -9,12 +9,13 @@ kernel. An override may append keys and values, always after those that are ther
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.overrides import TorchFunctionMode
 
 
@@ -51,8 +52,11 @@ class AllRecorded(Exception):
     """Every chosen layer was recorded and nothing after them is needed: ends the forward early. Not an error; the caller catches it."""
 
 
+_BIRTHS = count()
+
+
 class _Seam(TorchFunctionMode):
-    """Calls an override for attention while one of the chosen layers runs; anything else goes its way.
+    """Calls an override for attention while one of the chosen layers runs; anything else goes its way. born: its place among all seams.
 
     It is entered by the layer's pre-hook and left by its hook, so that no other layer pays for it. Seams that are entered for the same
     layer lie on torch's stack of modes: attention asked for inside one reaches the seam below it, or the kernel.
@@ -62,6 +66,7 @@ class _Seam(TorchFunctionMode):
         super().__init__()
         self.override = override
         self.layer = ""
+        self.born = next(_BIRTHS)
 
     def begin(self, layer: str) -> None:
         self.layer = layer
@@ -70,6 +75,15 @@ class _Seam(TorchFunctionMode):
     def end(self) -> None:
         self.layer = ""
         self.__exit__(None, None, None)
+
+    def leave(self) -> None:
+        """Take it off this thread's stack of modes: torch calls no hook of a layer that Ctrl-C interrupted, so `end` may not have run."""
+        above = []
+        while any(mode is self for mode in overrides._get_current_function_mode_stack()):
+            if (mode := overrides._pop_mode()) is not self:
+                above.append(mode)
+        for mode in reversed(above):
+            overrides._push_mode(mode)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -97,6 +111,38 @@ def _bias(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tens
     return mask[(None,) * (4 - mask.ndim)]
 
 
+class _Hook:
+    """A layer's hook that begins a seam, or without the layer's name ends it."""
+
+    def __init__(self, seam: _Seam, layer: str = "") -> None:
+        self.seam, self._layer = seam, layer
+
+    def __call__(self, *_: object) -> None:
+        if self._layer:
+            self.seam.begin(self._layer)
+        else:
+            self.seam.end()
+
+
+def mark() -> int:
+    """Now, for `abandon`."""
+    return next(_BIRTHS)
+
+
+def abandon(module: nn.Module, since: int) -> None:
+    """Take off whatever overrides that began since then have left in this module and on this thread: those of contexts that were
+    interrupted while they began or ended. Contexts that are closed later have nothing to undo any more."""
+    for inner in module.modules():
+        for hooks in (inner._forward_pre_hooks, inner._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Hook) and hook.seam.born >= since:
+                    hooks.pop(key, None)
+                    inner._forward_hooks_always_called.pop(key, None)
+    for mode in overrides._get_current_function_mode_stack():
+        if isinstance(mode, _Seam) and mode.born >= since:
+            mode.leave()
+
+
 @contextmanager
 def override(module: nn.Module, layers: Sequence[str], function: AttentionOverride) -> Iterator[None]:
     """While it lasts, these layers' attention is what `function` returns. Raises RuntimeError at its end when one never ran.
@@ -113,12 +159,13 @@ def override(module: nn.Module, layers: Sequence[str], function: AttentionOverri
     try:
         for name in layers:
             inner = module.get_submodule(name)
-            handles.append(inner.register_forward_pre_hook(lambda *_, name=name: seam.begin(name)))
-            handles.append(inner.register_forward_hook(lambda *_: seam.end(), always_call=True))
+            handles.append(inner.register_forward_pre_hook(_Hook(seam, name)))
+            handles.append(inner.register_forward_hook(_Hook(seam), always_call=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+        seam.leave()
     if missed := [name for name in layers if name not in seen]:
         raise RuntimeError(f"attention of {len(layers)} layers was to be seen, and of {len(missed)} it was not (the first is {missed[0]}): {_ADVICE}")
 

@@ -31,6 +31,7 @@ class ProfileStore:
         if self.folder is None:
             raise ValueError("this store has no folder to write to")
         self.folder.mkdir(parents=True, exist_ok=True)
+        atomic.sweep(self.folder, shared=True)
         return atomic.write(self.folder / _file_name(profile.tensor_sha256, profile.model), profile.json() + "\n")
 
     def _folders(self, model: str) -> Sequence[Path]:
@@ -42,7 +43,7 @@ def _read(file: Path) -> Profile:
     try:
         return Profile.read(untrusted.read(file))
     except (Refused, untrusted.Unreadable) as error:
-        raise Refused(f"{file} cannot be used ({error}): delete it, and measure the LoRA again with medley profile") from None
+        raise Refused(f"{file} cannot be used ({error}): measure it again with `medley profile --again`, or delete the file") from None
 
 
 def _file_name(tensor_sha256: str, model: str) -> str:

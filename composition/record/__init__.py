@@ -4,7 +4,7 @@ What belongs here: how a request is stored in and read from a picture file, ours
 needs to be made again; details(path) is all that a file says. What does not: making pictures. May import what lies below the engine.
 """
 
-from composition.record.png import MANIFEST, details, free, publish, read, ready, relist, save, versions
+from composition.record.png import MANIFEST, details, free, mend, publish, read, ready, relist, save, versions
 from composition.record.recall import Record, by_name, differences, is_path, located
 
-__all__ = ["MANIFEST", "Record", "by_name", "details", "differences", "free", "is_path", "located", "publish", "read", "ready", "relist", "save", "versions"]
+__all__ = ["MANIFEST", "Record", "by_name", "details", "differences", "free", "is_path", "located", "mend", "publish", "read", "ready", "relist", "save", "versions"]

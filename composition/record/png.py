@@ -8,6 +8,7 @@ a small picture. The same request gives the same bytes. The manifest stays on it
 import json
 import os
 import re
+import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -26,6 +27,7 @@ from composition.version import __version__
 
 MANIFEST = "metadata.jsonl"
 UNRECORDED = ("order", TAGGED)  # notes on how the request was settled: the settled request itself is recorded
+MENDED, SECONDS = 16, 10.0  # of pictures without a line: how many are looked at, and how old they must be
 _PACKAGES = ("diffusers", "torch", "transformers")
 
 
@@ -61,6 +63,22 @@ def relist(path: Path, request: Request) -> None:
     Log(path.parent / MANIFEST).append(_row(request, path, pictures.load(path).size))
 
 
+def mend(folder: Path) -> list[Path]:
+    """List the numbered pictures of ours that a kill left without their line; which they are. Those of the last seconds may be in another
+    program's hands, and of very many without a line the last alone are looked at."""
+    manifest = folder / MANIFEST
+    if not folder.is_dir() or manifest.is_file() and manifest.stat().st_mtime_ns >= folder.stat().st_mtime_ns:
+        return []
+    listed, mended = {row.get("file_name") for row in Log(manifest).rows()}, []
+    for name in sorted(name for name in os.listdir(folder) if re.fullmatch(r"\d{4,}\.png", name) and name not in listed)[-MENDED:]:
+        with suppress(Refused, OSError):
+            record = details(folder / name)
+            if record.ours and time.time() - (folder / name).stat().st_mtime > SECONDS:
+                relist(folder / name, record.request)
+                mended.append(folder / name)
+    return mended
+
+
 def ready(folder: Path) -> Path:
     """The folder, when pictures can be written there. Raises Refused before any work is done for nothing."""
     if folder.suffix.lower() == ".png" and not folder.is_dir():
@@ -84,13 +102,20 @@ def publish(image: Image.Image, folder: Path, stem: str = "", info: PngImagePlug
 
 
 def free(folder: Path, prefix: str = "") -> int:
-    """The number after the highest that the folder's pictures `<prefix>0000...png` or its manifest have."""
-    pattern = re.compile(re.escape(prefix) + r"(\d{4,})(?!\d).*\.png")
-    matches = [match for name in (os.listdir(folder) if folder.is_dir() else ()) if (match := pattern.fullmatch(name))]
-    # Numbers rise with the lines, so that the newest line with one has the highest: the manifest is not read whole for each picture.
-    listed = (pattern.fullmatch(str(row.get("file_name"))) for row in Log(folder / MANIFEST).newest())
-    matches += [match for match in [next(filter(None, listed), None)] if match]
-    return 1 + max((int(match[1]) for match in matches), default=-1)
+    """The number after the highest that the folder's pictures `<prefix>0000...png` or its manifest have.
+
+    Numbers rise with the lines, so that the newest line with one has the highest. The folder is looked through only where it has changed
+    since that line was written, or there is none: a thousand pictures are not looked through for each that comes.
+    """
+    if not folder.is_dir():
+        return 0
+    pattern, manifest = re.compile(re.escape(prefix) + r"(\d{4,})(?!\d).*\.png"), folder / MANIFEST
+    listed = (pattern.fullmatch(str(row.get("file_name"))) for row in Log(manifest).newest())
+    newest = next(filter(None, listed), None)
+    if newest and manifest.stat().st_mtime_ns >= folder.stat().st_mtime_ns:
+        return 1 + int(newest[1])
+    matches = [newest, *map(pattern.fullmatch, os.listdir(folder))]
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
 def _document(request: Request, result: Result) -> dict[str, Any]:

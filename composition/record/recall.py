@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from composition import pictures
+from composition import pictures, prompt_syntax
 from composition.record import infotext
 from composition.request import Receipt, Refused, Request
 
@@ -64,14 +64,18 @@ def without_paths(request: Request) -> Request:
 
 
 def by_name(request: Request) -> Request:
-    """A stranger's request with the last part of each path as a name to look up. Raises Refused for a region that is a path: a
-    stranger's picture must not choose which file of this machine is read."""
+    """A stranger's request with the last part of each path as a name to look up. Raises Refused for a region or a condition's picture that
+    is a path: a stranger's picture must not choose which file of this machine is read."""
     for lora in request.loras:
         if isinstance(lora.region, str) and not lora.region.startswith("data:"):
             raise Refused(f"the record names {lora.region!r:.200}, a file of this machine, as the region of LoRA {lora.name}: if that is yours, "
                           "give --allow-paths")
-    loras = [replace(lora, source=lora.name) for lora in request.loras]
-    return replace(request, loras=loras, model=model_name(request.model))
+    if request.conditions:
+        raise Refused(f"the record names {request.conditions[0].image!r:.200}, a file of this machine, as the picture of a condition: if that is "
+                      "yours, give --allow-paths")
+    prompt, tags = prompt_syntax.untagged(request.prompt)  # a settled request has no tags; a stranger's may name files by them
+    loras = [replace(lora, source=lora.name) for lora in (*request.loras, *(tag.lora for tag in tags))]
+    return replace(request, prompt=prompt, loras=loras, model=model_name(request.model))
 
 
 def located(request: Request, record: Record, files: Sequence[Path], find: Callable[[str], Path]) -> Request:

@@ -106,7 +106,7 @@ def added(captions: Mapping[str, str], trigger: str, category: str) -> str:
 
 def _table(file: Path) -> dict[str, str]:
     captions: dict[str, str] = {}
-    for number, line in enumerate(_text(file).split("\n"), 1):
+    for number, line in enumerate(_text(file).split("\n"), 1):  # a caption may have U+2028 in it
         if not line.strip():
             continue
         try:

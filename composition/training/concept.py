@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from composition.adapters import Adapters
+from composition.adapters.trainable import Trainable
 from composition.backbones import vae
 from composition.backbones.base import Backbone
 from composition.hooks.attention import frozen
@@ -51,7 +52,8 @@ def train(
     second time rather than keep them (gradient checkpointing; less memory). compiled: compile the denoiser for the
     rows of a step (minutes at first, fewer and larger operations afterwards). describe: more of the header of a
     concept's file, called when its adapter is trained and still in place. Raises RuntimeError when a loss is not
-    finite, within a few steps and before anything is written.
+    finite, within a few steps and before anything is written. Whatever else ends it (a full disk, a device's error, Ctrl-C),
+    the checkpoint is of the last whole step where it could be written, and of an earlier one where not.
     """
     names = [concept.name for concept in concepts]
     if len(set(names)) != len(names):
@@ -64,7 +66,7 @@ def train(
             state.load(checkpoint)
         batches = Batches(backbone, adapters, concepts, plan)
         step = Learning(backbone, adapters, plan, compiled)
-        with closing(batches.stream(state.step)) as stream:
+        with state.rescued(checkpoint), step.restored(), closing(batches.stream(state.step)) as stream:
             for batch in stream:
                 losses = step(batch)
                 state.advance(losses)
@@ -75,13 +77,25 @@ def train(
                     state.save(checkpoint)
                 if stopped:
                     return {}
-        state.check()
-        files = {}
-        for k, concept in enumerate(concepts):
-            files[concept.name] = folder / f"{concept.name}.safetensors"
-            metadata = {**concept.metadata, **(describe(concept.name) if describe else {})}
-            write(files[concept.name], trained.factors(k), plan.rank, plan.alpha, metadata)
-        return files
+            state.check()
+            metadata = [{**concept.metadata, **(describe(concept.name) if describe else {})} for concept in concepts]
+            return _written(folder, trained, plan, names, metadata)
+
+
+def _written(
+    folder: Path, trained: Trainable, plan: Plan, names: Sequence[str], metadata: Sequence[Mapping[str, str]]
+) -> dict[str, Path]:
+    """The file of every adapter; all of them or, where one cannot be written, none, so that the same command may go on."""
+    files: dict[str, Path] = {}
+    try:
+        for k, (name, header) in enumerate(zip(names, metadata, strict=True)):
+            write(folder / f"{name}.safetensors", trained.factors(k), plan.rank, plan.alpha, header)
+            files[name] = folder / f"{name}.safetensors"
+    except BaseException:
+        for file in files.values():
+            file.unlink(missing_ok=True)
+        raise
+    return files
 
 
 def choose(components: Mapping[str, nn.Module], targets: Sequence[str]) -> dict[str, list[str]]:
@@ -135,6 +149,14 @@ class Learning:
         self.backbone, self.adapters, self.plan = backbone, adapters, plan
         self.lent = HalfBase(backbone.denoiser, backbone.device, plan.half)
         self.compiled = Compiled(backbone.denoiser, compiled)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The base has its own weights afterwards, wherever a step was interrupted."""
+        try:
+            yield
+        finally:
+            self.lent.restore()
 
     def __call__(self, batch: Batch) -> Float[Tensor, "K"]:
         """Adds to the gradients; returns the loss of each adapter."""

@@ -28,5 +28,9 @@ class HalfBase:
                 weight.data = half
             yield
         finally:
-            for weight, whole, _ in self.lent:
-                weight.data = whole
+            self.restore()
+
+    def restore(self) -> None:
+        """The layers have their own weights."""
+        for weight, whole, _ in self.lent:
+            weight.data = whole

@@ -1,11 +1,13 @@
 """The factors in training, their optimiser and the step reached: all that a checkpoint holds."""
 
+import errno
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from jaxtyping import Float
@@ -37,12 +39,15 @@ class State:
         fused = trained.leaf.device.type in ("cpu", "cuda")
         self.optimiser = torch.optim.AdamW([trained.leaf], lr=plan.rate, betas=(0.9, 0.99), weight_decay=plan.decay, fused=fused)
         self._losses: list[Tensor] = []
+        self._saved = 0  # the step of the last checkpoint
+        self._whole = True  # False in the middle of a step
 
     def advance(self, losses: Float[Tensor, "K"]) -> None:
         """Clip each adapter's gradient to length 1, take one step. Raises as `check` does, now and then."""
         self._losses.append(losses)
         grad = self.trained.leaf.grad
         assert grad is not None
+        self._whole = False
         grad.mul_((1.0 / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0))
         warm = min(1.0, (self.step + 1) / self.plan.warm)
         rate = self.plan.rate * warm * (0.55 + 0.45 * math.cos(math.pi * self.step / self.plan.steps))
@@ -52,6 +57,7 @@ class State:
         self.optimiser.zero_grad()
         self.trained.changed()
         self.step += 1
+        self._whole = True
         if len(self._losses) >= LOOK:
             self.check()
 
@@ -71,7 +77,19 @@ class State:
         file.parent.mkdir(parents=True, exist_ok=True)
         held = {"plan": repr(asdict(self.plan)), "names": self.names, "origins": self.origins, "step": self.step,
                 "leaf": self.trained.leaf.detach(), "optimiser": self.optimiser.state_dict()}  # fmt: skip
-        atomic.write(file, lambda part: torch.save(held, part))
+        atomic.write(file, lambda part: _stored(held, part))
+        self._saved = self.step
+
+    @contextmanager
+    def rescued(self, file: Path | None) -> Iterator[None]:
+        """Whatever ends the training while this lasts, what was learned since the last checkpoint is saved, where that can be."""
+        try:
+            yield
+        except BaseException:
+            if file is not None and self._whole and self.step > self._saved:
+                with suppress(OSError, RuntimeError):  # the first error is the one to tell of
+                    self.save(file)
+            raise
 
     def load(self, file: Path) -> None:
         """Go on from a checkpoint. Raises Refused when it is damaged, or of another plan, concepts, pictures or version."""
@@ -85,7 +103,15 @@ class State:
             self.trained.leaf.copy_(held["leaf"])
         self.trained.changed()
         self.optimiser.load_state_dict(held["optimiser"])
-        self.step = held["step"]
+        self.step = self._saved = held["step"]
+
+
+def _stored(held: Mapping[str, Any], part: BinaryIO) -> None:
+    """torch.save, whose own error for a disk that is full is a RuntimeError."""
+    try:
+        torch.save(held, part)
+    except RuntimeError as error:
+        raise OSError(errno.ENOSPC, f"it could not be written whole ({str(error).splitlines()[0][:100]})") from error
 
 
 def reached(file: Path) -> int:

@@ -66,7 +66,7 @@ def medley(capsys, monkeypatch, tmp_path) -> Callable[..., Answer]:
 
     def call(*arguments: object) -> Answer:
         words = [str(argument) for argument in arguments]
-        code = cli.run(lambda: typer.main.get_command(cli.app).main(words, prog_name="medley", standalone_mode=False))
+        code = cli.run(lambda: typer.main.get_command(cli.app).main(words, prog_name="medley", standalone_mode=False), words)
         said = capsys.readouterr()
         return Answer(code, said.out, said.err)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from app.cost import Meter
 from app.jobs import Job, Jobs
 from app.preview import GAP, Preview
 from app.ui.job_view import report
@@ -144,6 +145,101 @@ def test_the_line_has_an_end(slow):
         slow.go.release(1)
 
 
+def test_clients_take_turns(slow, jobs):
+    """Ten of one client, three of another, one of a third that comes late: nobody waits for the whole of another's."""
+    first = jobs.submit(Request(prompt="a0", steps=1), "a")
+    assert slow.at.wait(PATIENCE)
+    rest = [jobs.submit(Request(prompt=f"a{k}", steps=1), "a") for k in range(1, 7)]
+    rest += [jobs.submit(Request(prompt=f"b{k}", steps=1), "b") for k in range(3)]
+    late = jobs.submit(Request(prompt="c0", steps=1), "c")
+    assert [jobs.before(job) for job in (first, rest[0], late, rest[6])] == [0, 3, 2, 1]
+    slow.go.release(11)
+    wait(first, late, *rest)
+    assert slow.made == ["a0", "b0", "c0", "a1", "b1", "a2", "b2", "a3", "a4", "a5", "a6"]
+
+
+def test_one_client_does_not_fill_the_line(slow):
+    with Jobs(slow, lambda result: "", room=6, each=3) as jobs:
+        jobs.submit(Request(prompt="a"), "a")
+        assert slow.at.wait(PATIENCE)
+        for _ in range(3):
+            jobs.submit(Request(prompt="a"), "a")
+        with pytest.raises(Refused, match="3 pictures of yours"):
+            jobs.submit(Request(prompt="a"), "a")
+        jobs.submit(Request(prompt="b"), "b")
+        slow.go.release(1)
+
+
+# cost --------------------------------------------------------------------------------------------------------------------
+
+
+class Priced(Slow):
+    """A machine on which a step at 64 x 64 takes `step` seconds, whatever is waited for: its clock is moved."""
+
+    def __init__(self, monkeypatch, step):
+        super().__init__()
+        self.name, self.now = "pocket", 100.0
+        self.backbone.size = lambda request: request.size or (64, 64)
+        self.backbone.defaults = (25, 5.0)
+        self.backbone.embedded_guidance = lambda request: None
+        monkeypatch.setattr("app.jobs.time.perf_counter", lambda: self.now)
+        self.step = step
+
+    def run(self, request, on_step=None, cancel=None):
+        def later(event):
+            self.now += self.step
+            on_step(event)
+
+        return super().run(request, later, cancel)
+
+
+def test_what_would_take_too_long_is_refused_with_the_estimate(monkeypatch):
+    priced = Priced(monkeypatch, 0.02)
+    priced.go.release(10_000)
+    with Jobs(priced, lambda result: "", meter=Meter(600)) as jobs:
+        wait(jobs.submit(Request(prompt="a", steps=2)))  # by now the steps before the first job were measured
+        with pytest.raises(Refused, match=r"25 steps of 1 evaluations at 4096x4096 would take about .* hours on this machine.*10 minutes.*smaller"):
+            jobs.submit(Request(prompt="a", size=(4096, 4096)))
+        with pytest.raises(Refused, match="1000 steps of 64 evaluations"):
+            jobs.submit(Request(prompt="a", steps=1000, method="composite", loras=[Lora(f"l{k}") for k in range(64)], size=(128, 128)))
+        wait(jobs.submit(Request(prompt="a", size=(128, 128), method="composite", loras=[Lora("x"), Lora("y")])))
+
+
+def test_an_estimate_that_was_wrong_is_stopped_at_the_limit(monkeypatch):
+    priced = Priced(monkeypatch, 0.001)
+    priced.go.release(10_000)
+    with Jobs(priced, lambda result: "", meter=Meter(60)) as jobs:
+        wait(jobs.submit(Request(prompt="a", steps=2)))
+        priced.step = 9.0
+        slow, after = jobs.submit(Request(prompt="slow", steps=100)), None
+        wait(slow)
+        assert slow.state == "failed" and "stopped at step 7 of 100: a picture may take 60 s" in slow.error
+        priced.step = 0.001
+        after = jobs.submit(Request(prompt="after", steps=2))
+        wait(after)
+        assert after.state == "done"
+
+
+def test_the_estimate_follows_steps_evaluations_and_pixels():
+    meter = Meter()
+    assert meter.estimate(10, 1, 4096) is None
+    meter.learn(4096, 2.0, [5.0, 7.0, 9.0])
+    assert meter.estimate(10, 3, 4096) == pytest.approx(30)
+    assert meter.estimate(10, 3, 1024) == pytest.approx(30 / 4)
+    assert 30 * 16 < meter.estimate(10, 3, 16 * 4096) < 30 * 256
+    meter.learn(16 * 4096, 1.0, [0.0, 9.0])
+    assert meter.estimate(1, 1, 16 * 4096) == pytest.approx(9)
+    meter.learn(64, 1.0, [3.0])  # one step alone tells nothing
+    assert meter.estimate(1, 1, 64) == pytest.approx(1 / 64)
+
+
+def test_4096_by_4096_is_refused_at_the_speed_of_this_machine(tmp_path):
+    with Engine.open("pocket", device="cpu") as engine, Jobs(engine, lambda result: tmp_path / "a.png", meter=Meter()) as jobs:
+        wait(jobs.submit(Request("a fox", steps=2)))
+        with pytest.raises(Refused, match="4096x4096 would take about"):
+            jobs.submit(Request("a fox", size=(4096, 4096)))
+
+
 def test_closing_cancels_all_and_joins_the_thread(slow):
     jobs = Jobs(slow, lambda result: "")
     a, b = jobs.submit(Request(prompt="a")), jobs.submit(Request(prompt="b"))
@@ -243,9 +339,9 @@ def test_the_page_pins_a_measured_order_and_tells_who_led_when(tmp_path):
         assert job.state == "done", job.error
         order = job.result.request.options["order"].split(",")
         assert sorted(order) == ["moon", "raccoon"] and "order by measured change" in job.result.notes["order"]
-        told = report(job.result, job.path)
+        told = report(job.result, job.path, str)
         timeline = told.partition('<pre class="timeline"')[2].partition("</pre>")[0].splitlines()
         assert {line.split()[0] for line in timeline[1:]} == {"phase", *order} and job.result.notes["order"] in told
         plain = jobs.submit(Request("a fox", method="merge", steps=1))
         wait(plain)
-        assert "<pre" not in report(plain.result, plain.path) and "order" not in plain.result.notes
+        assert "<pre" not in report(plain.result, plain.path, str) and "order" not in plain.result.notes

@@ -1,8 +1,7 @@
-"""Sessions inside sessions, folds that make way and come back, and repair after an interruption at any line."""
+"""Sessions inside sessions, folds that make way and come back, and repair of what was left. (Ctrl-C anywhere: tests/faults.)"""
 
 import gc
 import re
-import sys
 
 import pytest
 import torch
@@ -117,55 +116,6 @@ def test_repair_says_whether_anything_was_left(pipe, held, sources):
     assert same(pipe, base)
     with held.session(sources[2:]) as receipts:
         assert [receipt.name for receipt in receipts] == ["condition"]
-
-
-class _Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that the adapters or the engine execute, and at every `again`-th after it."""
-
-    def __init__(self, line, again):
-        self.left, self.again, self.lines = line, again, 0
-
-    def __call__(self, frame, event, argument):
-        name = frame.f_code.co_filename
-        if "composition/adapters/" not in name and not name.endswith("composition/engine.py"):
-            return None
-        if event == "line":
-            self.lines += 1
-            self.left -= 1
-            if self.left == 0:
-                self.left = self.again
-                raise KeyboardInterrupt
-        return self
-
-
-def test_after_an_interruption_at_any_line_the_next_run_works(tmp_path):
-    """One interruption, and a second inside what cleans up after the first."""
-    pipe = toys.sd()
-    files = [toys.lora(pipe, tmp_path / f"{seed}.safetensors", seed=seed, targets=("attn",), text=False) for seed in (1, 2)]
-    engine = Engine(UNetBackbone(pipe, "sd"), "toy")
-    asked = laws.request("merge", *laws.loras_of(files), steps=4)
-    expected, before = laws.latents(engine, asked), laws.fingerprint(engine)
-    counter = _Interrupt(-1, -1)
-    _traced(counter, lambda: engine.run(asked))
-    assert counter.lines > 500
-    interrupted = 0
-    for line in range(7, counter.lines, counter.lines // 24):
-        for again in (-1, 5):
-            try:
-                _traced(_Interrupt(line, again), lambda: engine.run(asked))
-            except KeyboardInterrupt:
-                interrupted += 1
-            torch.testing.assert_close(laws.latents(engine, asked), expected, rtol=0, atol=0)
-    assert interrupted > 30 and laws.fingerprint(engine) == before
-
-
-def _traced(trace, call):
-    kept = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(kept)
 
 
 def test_a_group_sees_that_its_fold_is_not_whole(tmp_path):

@@ -6,11 +6,11 @@ method uses it. May import composition.hooks.costs.
 
 from typing import Any
 
-from composition.hooks.cache.base import Cache
+from composition.hooks.cache.base import Cache, abandon
 from composition.hooks.cache.transformer import ResidualCache
 from composition.hooks.cache.unet import FeatureCache
 
-__all__ = ["Cache", "FeatureCache", "ResidualCache", "of"]
+__all__ = ["Cache", "FeatureCache", "ResidualCache", "abandon", "of"]
 
 
 def of(denoiser: Any) -> Cache:

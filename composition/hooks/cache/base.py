@@ -10,6 +10,23 @@ from torch import Tensor, nn
 
 from composition.hooks.costs import layer_costs
 
+_BEFORE = "medley_before"  # on a wrapped forward: the block's own attribute before, or None
+
+
+def abandon(denoiser: nn.Module) -> None:
+    """Give every block its forward back that a cache has left wrapped: one that was interrupted while it was attached or taken off."""
+    for block in denoiser.modules():
+        while _BEFORE in getattr(block.__dict__.get("forward"), "__dict__", {}):
+            _unwrap(block)
+
+
+def _unwrap(block: nn.Module) -> None:
+    before = vars(block.__dict__["forward"])[_BEFORE]
+    if before is None:
+        del block.__dict__["forward"]
+    else:
+        block.__dict__["forward"] = before
+
 
 class Cache:
     """Slots of one denoiser, by adapter's name; a subclass says which blocks it wraps and how. Use it inside `attached`."""
@@ -34,16 +51,17 @@ class Cache:
         if not self.usable:
             raise RuntimeError("a denoiser of one block or level has nothing to cache")
         blocks: list[Any] = self._blocks()
-        before = {block: block.__dict__.get("forward") for block in blocks}
+        wrapped: dict[Any, Any] = {}
         try:
             for block in blocks:
-                block.forward = self._wrapped(block, block.forward)
+                wrapped[block] = self._wrapped(block, block.forward)
+                vars(wrapped[block])[_BEFORE] = block.__dict__.get("forward")
+                block.forward = wrapped[block]
             yield
         finally:
-            for block, forward in before.items():
-                block.__dict__.pop("forward", None)
-                if forward is not None:
-                    block.forward = forward
+            for block, forward in wrapped.items():
+                if block.__dict__.get("forward") is forward:  # not what a later cache has put there since `abandon`
+                    _unwrap(block)
             self._slots, self._recorded, self._features = {}, None, None
 
     @contextmanager

@@ -5,12 +5,6 @@ import io
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -19,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from app.ui import serve
 from composition import Engine, record
+from tests.app.ui.visitor import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(no_silent_downcasting|copy keyword).*")  # gradio on pandas 3
 PATIENCE = 60_000  # milliseconds until a test gives up
@@ -26,18 +21,18 @@ LONG = 1000  # steps: a picture that is still in the making when something else 
 EVIL = '<img src=x onerror="window.evil=1">${window.evil=2}{{window}}`'
 
 
+EVIL_NAME = "<img src=x onerror=alert(7)>&amp;\"'"
+FIELDS = ("title", "trigger_words", "category", "version", "author", "description", "tags", "base", "license", "usage", "notes", "preview",
+          "modelspec.title", "modelspec.author", "modelspec.description", "modelspec.license", "modelspec.tags", "modelspec.trigger_phrase",
+          "modelspec.thumbnail", "modelspec.architecture", "modelspec.usage_hint", "ss_output_name", "ss_tag_frequency", "ss_training_comment",
+          "ss_sd_model_name", "ss_base_model_version", "ss_network_module")  # fmt: skip
+
+
 class Server:
     """The page's address, the folder of its pictures, and its engine."""
 
     def __init__(self, address: str, pictures: Path, engine: Engine) -> None:
         self.address, self.pictures, self.engine = address, pictures, engine
-
-    def status(self, path: str, **headers: str) -> int:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(self.address + path, headers=headers), timeout=30) as answer:
-                return answer.status
-        except urllib.error.HTTPError as error:
-            return error.code
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +48,11 @@ def server(tmp_path_factory):
         save_file(tensors, root / "own" / "evil.safetensors", metadata={
             "title": EVIL, "trigger_words": "<script>window.evil=3</script>", "preview": "javascript:window.evil=4"})
         (root / "own" / "broken.safetensors").write_bytes(b"\0" * 20)
-        with serve.opened(engine, root / "pictures", serve.port(None)) as address:
+        save_file(tensors, root / "own" / "everything.safetensors", metadata={name: EVIL for name in FIELDS} | {"title": f"All {EVIL}"})
+        save_file(tensors, root / "own" / f"{EVIL_NAME}.safetensors", metadata={"trigger_words": "plainword"})
+        header = json.dumps({EVIL: {"dtype": EVIL, "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"title": EVIL}}).encode()
+        (root / "own" / "reason.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        with serve.opened(engine, root / "pictures", free_port()) as address:
             yield Server(address, root / "pictures", engine)
 
 
@@ -313,6 +312,31 @@ def test_a_methods_options_follow_it_and_are_kept(tab, tmp_path):
     assert found.notes["leaders"] == ["owl", "owl", "raccoon", "raccoon"]
 
 
+def test_markup_in_every_field_of_a_file_is_shown_as_text(server, tab):
+    """Each field that a LoRA file may have, its name, and the reason why it cannot be used, on the page and in a picture's report."""
+    page, alerts = tab(), []
+    page.on("dialog", lambda dialog: alerts.append(dialog.message) or dialog.dismiss())
+    assert page.locator(".card[data-key=everything] strong").inner_text() == f"All {EVIL}"
+    named = page.locator(".card", has=page.locator("strong", has_text="alert(7)"))
+    assert named.locator("strong").inner_text() == EVIL_NAME and named.get_attribute("data-key") == EVIL_NAME
+    assert page.get_by_label("Use reason").is_disabled() and "window.evil" in page.locator(".card[data-key=reason] small").inner_text()
+    for card in (page.locator(".card[data-key=everything]"), named):
+        card.locator("input[type=checkbox]").check()
+    page.locator("#hint").get_by_text("alert(7)").wait_for()
+    named.locator(".chip").first.click()
+    fill(page, "prompt", f"a fox {EVIL}")
+    more(page, steps=1, negative=EVIL)
+    generate(page)
+    done(page)
+    assert EVIL_NAME in page.locator("#report").inner_text()
+    page.reload()
+    page.locator(".card[data-key=everything]").wait_for()
+    assert alerts == [] and page.evaluate("window.evil") is None
+    assert page.locator("[onerror], [src=x], .card script, #hint script, #report script, .card b").count() == 0
+    inside = page.locator("#loras .cards *").evaluate_all("parts => [...new Set(parts.map(part => part.localName))].sort()")
+    assert inside == ["article", "button", "div", "img", "input", "label", "small", "span", "strong"]
+
+
 def test_words_and_pictures_of_files_are_shown_and_never_run(tab):
     page = tab()
     assert page.locator(".card[data-key=evil] strong").inner_text() == EVIL
@@ -366,70 +390,3 @@ def test_words_can_be_read_in_light_and_dark(tab, scheme):
       });
     }""")
     assert [(kind, ratio) for kind, ratio in found if ratio < 4.5] == []
-
-
-def test_only_the_pictures_are_served_and_only_to_this_machines_name(server):
-    assert server.status("") == 200
-    assert server.status("", Host="medley.example") == 400
-    secret = server.pictures.parent / "secret.png"
-    secret.write_bytes(b"secret")
-    server.pictures.mkdir(exist_ok=True)
-    Image.new("RGB", (8, 8)).save(server.pictures / "shown.png")
-    served = "gradio_api/file="
-    assert server.status(f"{served}{server.pictures / 'shown.png'}") == 200
-    for path in (secret, server.pictures / ".." / "secret.png", server.engine.find("owl"), "/etc/hostname"):
-        assert server.status(f"{served}{path}") in (403, 404)
-    for path in ("docs", "redoc", "openapi.json", "gradio_api/runs"):
-        assert server.status(path) == 404
-
-
-def test_nothing_is_recorded_or_reported(server):
-    with urllib.request.urlopen(server.address + "config", timeout=30) as answer:
-        config = json.load(answer)
-    assert config["run_history"] is False
-    assert config["analytics_enabled"] is False
-    assert config["footer_links"] == []
-    assert not any(str(server.pictures.parent) in str(part) for part in config["components"])
-    with urllib.request.urlopen(server.address, timeout=30) as answer:
-        page = answer.read().decode()
-    assert not re.search(r"""(?:src|href)=["']https?://(?!127\.0\.0\.1)""", page)
-
-
-# the command ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_taken_port_is_one_line(medley):
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        one.listen()
-        number = one.getsockname()[1]
-        said = medley("ui", "--port", number)
-        assert said.code == 2
-        assert f"port {number} cannot be used" in said.err and said.err.count("\n") == 1
-    assert serve.port(number) == number
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_the_command_says_where_it_serves_and_ctrl_c_ends_it(tmp_path):
-    number = serve.port(None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app.cli", "ui", "--port", str(number), "--device", "cpu"], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "PYTHONUNBUFFERED": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a suite started in the background ignores Ctrl-C, and so would this
-    try:
-        assert f"http://127.0.0.1:{number}/" in process.stdout.readline()
-        with urllib.request.urlopen(f"http://127.0.0.1:{number}/", timeout=30) as answer:
-            assert answer.status == 200
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, out, err) == (0, "", "")
-    assert not (tmp_path / "pictures").exists()
-
-
-def test_help_does_not_wait_for_gradio():
-    code = "import sys, app.cli; sys.exit(bool({'gradio', 'torch'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], timeout=60).returncode == 0
