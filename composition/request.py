@@ -20,8 +20,8 @@ from composition.sampler_names import canonical
 SCHEMA_VERSION = 1
 MAX_PIXELS = 4096 * 4096
 MAX_LORAS = 64
-MOST_FAULTS = 8  # that one refusal names
 MAX_QUOTED = 200  # letters of what was given that an error repeats
+MOST_FAULTS = 8  # that one refusal names
 SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
 DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write

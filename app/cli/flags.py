@@ -45,7 +45,7 @@ def _lora_json(text: str) -> Lora:
     try:
         fields = untrusted.parse(text)
     except untrusted.Unreadable as error:
-        raise Refused(f"--lora {text[:200]}: it {error}") from None
+        raise Refused(f"--lora {text:.200}: it {error}") from None
     fields = {_ALIASES.get(str(key), str(key)): value for key, value in fields.items()}
     if "source" not in fields:
         raise Refused(f'--lora {text:.200}: "source" is missing, as in {{"source": "owl", "weight": 0.8}}')
