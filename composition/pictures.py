@@ -57,7 +57,7 @@ def _decoded(
                 if opened.format == "PNG":  # before it is decoded: a hundred bytes may claim a hundred million pixels
                     place = stream.tell()
                     if not png_rows.complete(stream):
-                        raise Refused(f"{name} is cut short, and what is missing would be black: save it anew, or take another")
+                        raise Refused(f"{name} cannot be read as a picture: it is cut short, and what is missing would be black; save it anew, or take another")
                     stream.seek(place)
                 opened.load()
                 return ImageOps.exif_transpose(opened), _texts(opened)

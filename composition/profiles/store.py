@@ -43,7 +43,7 @@ def _read(file: Path) -> Profile:
     try:
         return Profile.read(untrusted.read(file))
     except (Refused, untrusted.Unreadable) as error:
-        raise Refused(f"{file} cannot be used ({error}): delete it, and measure the LoRA again with medley profile") from None
+        raise Refused(f"{file} cannot be used ({error}): measure it again with `medley profile --again`, or delete the file") from None
 
 
 def _file_name(tensor_sha256: str, model: str) -> str:

@@ -126,7 +126,7 @@ def test_a_picture_without_its_last_rows_is_refused_and_not_black():
     """Decoders leave missing rows black and say nothing: half a mask would be a wrong picture."""
     for width, height in ((1, 1), (3, 17), (16, 8), (9, 30)):
         assert pictures.load(interlaced(width, height), "x").size == (width, height)
-        with pytest.raises(Refused, match="x (is cut short|cannot be read)"):
+        with pytest.raises(Refused, match="x cannot be read"):
             pictures.load(interlaced(width, height, 1), "x")
     rows = zlib.compress((b"\0" + b"\xff" * 64) * 10)
     for height in (10, 11, 64):
@@ -135,7 +135,7 @@ def test_a_picture_without_its_last_rows_is_refused_and_not_black():
         if height == 10:
             assert np.asarray(pictures.load(data, "x")).min() == 255
         else:
-            with pytest.raises(Refused, match="x is cut short"):
+            with pytest.raises(Refused, match="x cannot be read .*it is cut short"):
                 pictures.load(data, "x")
 
 
