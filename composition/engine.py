@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from composition import backbones, methods, pictures, prompt_syntax, prompts
+from composition import backbones, methods, pictures, prompt_syntax
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone
@@ -27,9 +27,10 @@ from composition.loop import NotFinite, Step, sample
 from composition.loras import library, reader
 from composition.methods import Method
 from composition.methods.shared import measured_order
+from composition.notes import opening_notes, overflow
 from composition.profiles.store import ProfileStore
 from composition.refusal import Refused
-from composition.request import DISTILLED_NOTE, SAMPLER_NOTE, Lora, Receipt, Request, Result
+from composition.request import Lora, Receipt, Request, Result
 from composition.run import Run
 
 _LOCKS: dict[str, threading.RLock] = {}  # one per device: two engines on one device take turns
@@ -209,7 +210,7 @@ class Engine:
             with _timed(seconds, "load"):
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
                 receipts, encodings, fold = self._prepare(own, request, method, loras)
-            notes = self._remarks(request, receipts) | settled | ({"fold": fold} if fold else {})
+            notes = opening_notes(request, receipts, self.backbone) | settled | ({"fold": fold} if fold else {})
             rows = list(zip(request.names, request.loras, receipts, strict=True))
             categories = {name: lora.category or receipt.category for name, lora, receipt in rows}
             triggers = {name: lora.triggers or receipt.triggers for name, lora, receipt in rows}
@@ -314,48 +315,9 @@ class Engine:
             with _timed(seconds, "decode"):
                 return self.backbone.decode(latents)
         except NotFinite as error:
-            raise Refused(self._overflow(error, run.request)) from None
+            raise Refused(overflow(error, run.request, self.adapters, self.backbone)) from None
         finally:
             self.backbone.release()
-
-    def _overflow(self, error: NotFinite, request: Request) -> str:
-        """Where the numbers of a picture overflowed, whose update is the largest, and what to do."""
-        where = f"at step {error.step} of {error.count}" if error.step else "while the picture was decoded"
-        sizes = {name: (abs(request.weights[name]) * size, layer) for name, (size, layer) in self.adapters.sizes().items()
-                 if name in request.active}
-        if not sizes:
-            return (f"the numbers overflowed {where}, so there is no picture: no LoRA is on, so choose another dtype "
-                    f"(float32 or bfloat16, not {str(self.dtype).removeprefix('torch.')}) or less guidance")
-        name, (size, layer) = max(sizes.items(), key=lambda item: item[1][0])
-        return (f"the numbers overflowed {where}, so there is no picture: LoRA {name} has the largest update, about {size:.2g} times "
-                f"the weights of {layer}; lower its weight, leave it out, or compute in float32")
-
-    def _remarks(self, request: Request, receipts: Sequence[Receipt]) -> dict[str, Any]:
-        """What a user should know: trigger words that the prompt lacks, a prompt cut short, settings no method reads."""
-        notes: dict[str, Any] = {"method": request.method, "evaluations": 0,
-                                 SAMPLER_NOTE: schedulers.title(request.sampler, self.backbone.scheduler)}
-        if (distilled := self.backbone.embedded_guidance(request)) is not None:
-            notes[DISTILLED_NOTE] = distilled
-        if pieces := prompt_syntax.unread(request.prompt, request.negative):
-            notes[prompt_syntax.UNREAD] = pieces
-        missing = {}
-        for name, lora, receipt in zip(request.names, request.loras, receipts, strict=True):
-            triggers = lora.triggers or receipt.triggers
-            if prompts.lacks(request.prompt, triggers):
-                missing[name] = list(triggers)
-        if missing:
-            notes["missing triggers"] = missing
-        if cut := self.backbone.truncated(request.prompt):
-            notes["prompt cut"] = cut
-        if request.negative and self.backbone.scale(request) <= 1.0:
-            notes["negative prompt not read"] = ("guidance was distilled into this model: set true_guidance over 1" if distilled is not None
-                                                 else "guidance is off")
-        regional = methods.find(request.method).regional
-        unread = [name for name, lora in zip(request.names, request.loras, strict=True)
-                  if not regional and (lora.binds is not None or lora.region is not None)]
-        if unread:
-            notes["not read by this method"] = {name: "binds and region" for name in unread}
-        return notes
 
 
 @contextmanager

@@ -80,6 +80,12 @@ def test_a_trigger_inside_another_word_is_missing(engine):
     assert "missing triggers" not in engine.run(laws.request("merge", lora, prompt="an Owl")).notes
 
 
+def test_of_a_lora_of_weight_zero_nothing_is_said(engine):
+    asleep = Lora("owl", weight=0.0, triggers=("zorro",), binds="the owl")
+    notes = engine.run(laws.request("merge", Lora("fox", triggers=("fox",)), asleep)).notes
+    assert "missing triggers" not in notes and "not read by this method" not in notes
+
+
 def test_files_are_inspected_one_request_at_a_time(engine):
     """The files in memory are changed by whoever has the device, and by nobody else meanwhile."""
     done, threads = threading.Event(), []
