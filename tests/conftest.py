@@ -8,6 +8,7 @@ the families of toys all but Stable Diffusion and FLUX, of the methods' laws all
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from functools import cache
 
@@ -20,6 +21,9 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 import tests.shapes  # noqa: E402, F401  the hook looks it up in the package
 
+for stop, answer in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if stop is not None and signal.getsignal(stop) is signal.SIG_IGN:  # as for a command in the background: tests of Ctrl-C send it to themselves
+        signal.signal(stop, answer)
 torch.set_num_threads(1)
 install_import_hook("composition", "tests.shapes.check")
 

@@ -340,8 +340,8 @@ def test_a_manifest_is_requests_or_what_an_evaluation_asks(engine, tmp_path):
 
 @pytest.mark.parametrize(("line", "says"), [
     (b"{", "JSON"), (b"[1]", "object"), (b'"x"', "object"), (b'{"seed": 1}', "neither"), (b'{"prompt": "x", "steps": 0}', "steps"),
-    (b'{"prompt": "x", "colour": 1}', "colour"), (b'{"file_name": "a.png", "text": "x"}', "no request"), (b'{"prompt": "\xff"}', "JSON"),
-    (b'{"request": "{}"}', "prompt"), (b"[" * 100_000, "JSON"), (b'{"prompt": "\\ud800"}', "request"),
+    (b'{"prompt": "x", "colour": 1}', "colour"), (b'{"file_name": "a.png", "text": "x"}', "no request"), (b'{"prompt": "\xff"}', "UTF-8"),
+    (b'{"request": "{}"}', "prompt"), (b"[" * 100_000, "nested over"), (b'{"prompt": "\\ud800"}', "half a letter"),
 ])
 def test_a_bad_line_is_told_by_its_number(tmp_path, line, says):
     (tmp_path / "m.jsonl").write_bytes(b'{"prompt": "a"}\n\r\n' + line + b'\n{"prompt": "b"}')

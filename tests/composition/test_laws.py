@@ -108,9 +108,9 @@ def half_engines():
     return {(family, dtype): Engine(backbones.of(FAMILIES[family](dtype=dtype), family), "toy") for family in ("sd", "flux") for dtype in HALF}
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
-@pytest.mark.parametrize("family", ["sd", "flux"])
-@pytest.mark.parametrize("method", methods.all())
+@pytest.mark.parametrize(("method", "family", "dtype"), [  # every pair of two of the three
+    (method, family, dtype) for row, method in enumerate(methods.all()) for column, family in enumerate(["sd", "flux"])
+    for number, dtype in enumerate(HALF) if (row + column + number) % 2])
 def test_half_precision(method, family, dtype, engines, half_engines, lora_files):
     loras = laws.loras_of(lora_files[family])
     bound = HARD_MASKS.get(method, HALF[dtype])
@@ -118,12 +118,11 @@ def test_half_precision(method, family, dtype, engines, half_engines, lora_files
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "chosen"), [("sd", ["composite"]), ("flux", ["merge", "composite"])], ids=["sd", "flux"])
-def test_compiled_is_eager(family, chosen, engines, lora_files):
+@pytest.mark.parametrize(("family", "method"), [("sd", "composite"), ("flux", "merge")])
+def test_compiled_is_eager(family, method, engines, lora_files):
     compiled = Engine(backbones.of(FAMILIES[family](dtype=torch.float64), family), "toy", fold=False)
     compiled.backbone.denoiser.compile(backend="eager")
-    for method in chosen:
-        laws.compiled_is_eager(compiled, engines[family], method, laws.loras_of(lora_files[family]))
+    laws.compiled_is_eager(compiled, engines[family], method, laws.loras_of(lora_files[family]))
 
 
 def test_switch_with_heun_is_its_formula(engines, lora_files):

@@ -35,16 +35,16 @@ def bad_lines(folder):
     (folder / "torn.png").write_bytes((folder / "torn.png").read_bytes()[:60])
     (folder / "folder.png").mkdir()
     return [
-        ({"file_name": f"{LONG}.png", "text": "a fox"}, "File name too long"),
-        ({"file_name": "a\0b.png", "text": "a fox"}, "missing"),
+        ({"file_name": f"{LONG}.png", "text": "a fox"}, "is missing"),
+        ({"file_name": "a\0b.png", "text": "a fox"}, "has a NUL"),
         ({"file_name": "text.png", "text": "a fox"}, "no readable picture"),
         ({"file_name": "torn.png", "text": "a fox"}, "no readable picture"),
         ({"file_name": "folder.png", "text": "a fox"}, "missing"),
-        ({"file_name": "good.png", "text": "a \ud800 fox"}, "half a character"),
-        ({"file_name": "good.png", "text": "a fox", "concepts": ["a \udfff"]}, "half a character"),
-        ({"file_name": "good.png", "text": "a fox", "group": "\ud900"}, "half a character"),
-        ({"file_name": "good.png", "text": "a fox", "method": "\ud900"}, "half a character"),
-        ({"file_name": "good.png", "text": "a fox", "concepts": [{"phrase": "a fox", "references": [f"{LONG}.png"]}]}, "File name too long"),
+        ({"file_name": "good.png", "text": "a \ud800 fox"}, "half a letter"),
+        ({"file_name": "good.png", "text": "a fox", "concepts": ["a \udfff"]}, "half a letter"),
+        ({"file_name": "good.png", "text": "a fox", "group": "\ud900"}, "half a letter"),
+        ({"file_name": "good.png", "text": "a fox", "method": "\ud900"}, "half a letter"),
+        ({"file_name": "good.png", "text": "a fox", "concepts": [{"phrase": "a fox", "references": [f"{LONG}.png"]}]}, "is missing"),
         ({"file_name": "good.png", "text": "a fox", "concepts": [{"phrase": "an owl", "references": ["text.png"]}]}, "reference of an owl"),
         ({"file_name": "good.png", "text": 7}, "a text is needed"),
     ]
@@ -83,7 +83,7 @@ def test_what_the_judge_chokes_on_costs_that_picture_alone(medley, manifest, tmp
 
 def test_a_lora_with_a_name_of_5000_letters_costs_its_own_sets(medley, toy, tmp_path):
     entry = lambda name: {"id": name, "name": name, "trigger": [f"{name[:9]}word"]}  # noqa: E731
-    bed = {"character": [entry("fox"), entry(LONG), entry("a\ud800b")], "style": [entry("ink")]}
+    bed = {"character": [entry("fox"), entry(LONG), entry("a\u2028b")], "style": [entry("ink")]}
     (tmp_path / "bed.json").write_text(json.dumps(bed))
     said = medley("evaluate", "--testbed", "bed.json", "--model", toy.model, "--lora-dir", toy.loras, "--steps", 1, "--loras", 2, "--seeds", 1,
                   "--methods", "merge", "--tune", "none", "--references", 0, "--resamples", 100, "--report", "r")

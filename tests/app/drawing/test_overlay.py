@@ -59,5 +59,5 @@ def test_the_page_shows_them(medley, toy, tmp_path):
                     loras=[Lora(str(toy.loras / "fox.safetensors"), binds="the fox"), Lora(str(toy.loras / "owl.safetensors"), binds="an owl")])
     with Engine.open(str(toy.model), device="cpu") as engine:
         result = engine.run(asked)
-    told = job_view.report(result, tmp_path / "a.png")
+    told = job_view.report(result, tmp_path / "a.png", lambda path: f"/pictures/{path.name}")
     assert told.count("<figure>") == 4 and 'alt="fox: its place"' in told and "data:image/png;base64," in told

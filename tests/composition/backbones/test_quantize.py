@@ -109,7 +109,7 @@ def test_refusals_say_what_to_do(model, tmp_path, monkeypatch):
     with pytest.raises(Refused, match="pip install gguf"):
         Engine.open(str(folder), device="cpu", denoiser=str(tmp_path / "a.gguf"))
     monkeypatch.setattr(quantization, "find_spec", importlib.util.find_spec)
-    with pytest.raises(Refused, match="no .gguf or .safetensors file"):
+    with pytest.raises(Refused, match="is not a .gguf or .safetensors file"):
         Engine.open(str(folder), device="cpu", denoiser="nothing.bin")
     with pytest.raises(Refused, match="does not fit"):
         Engine.open(str(folder), device="cpu", denoiser=str(file))

@@ -156,7 +156,7 @@ def test_old_names_without_text_model(tmp_path: Path, offline: None) -> None:
     (lambda f: {"joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(1)}, "opens from its diffusers folder"),
     (lambda f: {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, "one component"),
     (lambda f: {"emb_params": torch.zeros(1)}, "textual-inversion"),
-    (lambda f: {"weight": torch.zeros(1)}, "no checkpoint of a kind known here"),
+    (lambda f: {"weight": torch.zeros(1)}, "is not a checkpoint of a known kind"),
 ])
 def test_what_is_no_base_model_is_refused_by_names_alone(change, words: str, tmp_path: Path) -> None:
     file = write(tmp_path / "x.safetensors", change(tensors(toys.sd(), "sd15")))
