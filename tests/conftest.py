@@ -30,7 +30,8 @@ install_import_hook("composition", "tests.shapes.check")
 QUICK_FAMILIES = {"sd", "flux"}
 FAMILIES = {"sd", "sdxl", "sd3", "flux", "flux-dev"}
 LONG = ("tests/assets/", "tests/app/", "tests/test_pocket", "tests/test_readme", "tests/gpu/", "tests/composition/devices/", "tests/composition/test_sessions",
-        "tests/composition/test_training_cost", "tests/composition/test_batch", "tests/composition/backbones/test_quantize", "tests/faults/")  # in the whole suite alone
+        "tests/composition/test_training", "tests/composition/test_batch", "tests/composition/backbones/test_quantize", "tests/composition/methods/test_clora",
+        "tests/faults/", "tests/hostile/")  # in the whole suite alone
 FIRST = ("tests/assets/test_recipe_all", "tests/composition/test_laws", "tests/test_pocket", "tests/composition/devices", "tests/test_readme", "tests/gpu/",
          "tests/composition/test_training_cost")  # the longest files, so that no core waits for one at the end
 QUICK_METHODS = {"merge", "composite"}  # whose laws are checked; of the others' tests those on FLUX
