@@ -57,13 +57,15 @@ class Judge:
     def open(cls, name: str = "pocket", device: str = "cpu") -> Judge:
         """"pocket" (bundled), a folder in open-clip's layout, `MODEL:WEIGHTS` as open-clip names them, or `hf-hub:OWNER/NAME`.
 
-        Raises Refused when open-clip is not installed, knows no such model, or no weights are named.
+        Raises Refused when open-clip is not installed, knows no such model, or no weights are named, and for a folder without
+        safetensors weights: others are pickles, which may run code.
         """
         try:
             import open_clip
         except ImportError:
             raise Refused("scores need open-clip: pip install open-clip-torch") from None
         folder = Path(str(files("assets"))) / "pocket/clip" if name == "pocket" else Path(name)
+        parts = _safe_weights(folder, name) if folder.is_dir() else []
         known, weights = (f"local-dir:{folder}", None) if folder.is_dir() else (name, None)
         if not folder.is_dir() and not name.startswith("hf-hub:"):
             known, _, weights = name.partition(":")
@@ -81,10 +83,10 @@ class Judge:
             raise Refused(f"{name!r} cannot be opened as an open-clip model: {error}") from error
         if not folder.is_dir():
             return cls(model, prepare, tokenize, name=name)
-        table, parts = folder / THRESHOLDS, sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pt")])
-        digest = hashlib.sha256(parts[0].read_bytes()).hexdigest()[:12] if parts else ""
-        return cls(model, prepare, tokenize, read_thresholds(table) if table.is_file() else None,
-                   f"{name} {digest}".strip(), folder)
+        table = folder / THRESHOLDS
+        with parts[0].open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        return cls(model, prepare, tokenize, read_thresholds(table) if table.is_file() else None, f"{name} {digest}", folder)
 
     @torch.no_grad()
     def see(self, pictures: Sequence[Image.Image], part: int = 64) -> Float[Tensor, "n D"]:
@@ -133,6 +135,17 @@ class Judge:
         """
         left, right = zip(*(sides(picture) for picture in pictures), strict=True)
         return self.present(left, phrases) & self.present(right, phrases)
+
+
+def _safe_weights(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a judge's folder. Raises Refused when open-clip would read a pickle there, by its order of names."""
+    safe = sorted(folder.glob("*.safetensors"))
+    first = any(part.name in ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors") for part in safe)
+    pickles = [path for ending in (".bin", ".pth", ".pt") for path in folder.glob(f"*{ending}")]
+    if not safe or pickles and not first:
+        raise Refused(f"{name!r}: its weights would not be read from a .safetensors file, and others are not opened (they may run code): save "
+                      "them as open_clip_model.safetensors")  # fmt: skip
+    return safe
 
 
 def sides(picture: Image.Image) -> tuple[Image.Image, Image.Image]:

@@ -30,6 +30,15 @@ def test_thresholds_come_back_as_they_were(tmp_path):
     assert read_thresholds(tmp_path / "t.json") == table
 
 
+@pytest.mark.parametrize("names", [["open_clip_pytorch_model.bin"], ["weights.pt"], ["open_clip_pytorch_model.bin", "model.safetensors"]])
+def test_a_folder_whose_weights_would_be_unpickled_is_refused_unread(tmp_path, names, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(Refused, match="may run code"):
+        Judge.open(str(tmp_path))
+
+
 def test_an_unknown_model_is_refused_in_plain_words():
     with pytest.raises(Refused, match="no-such-model"):
         Judge.open("no-such-model")
