@@ -4,6 +4,7 @@ The operating system holds the lock where it can and lets go of it when the proc
 file systems) the file itself is the lock, and one of a process that is no more is removed.
 """
 
+import importlib
 import os
 import socket
 from collections.abc import Iterator
@@ -75,12 +76,12 @@ def _locked(handle: int) -> bool | None:
 
 def _locked_on_windows(handle: int) -> bool | None:
     try:
-        import msvcrt
+        msvcrt = importlib.import_module("msvcrt")  # of Windows alone
     except ImportError:
         return None
     os.lseek(handle, FAR, os.SEEK_SET)
     try:
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
     except OSError:
         return False
     finally:

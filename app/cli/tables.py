@@ -17,7 +17,7 @@ from app.terminal import printable
 from composition import Receipt, Request, Result
 
 if TYPE_CHECKING:
-    from composition.loras.library import Listed
+    from composition.loras import library
     from composition.methods import Method
     from composition.profiles.frequency import Profile
 
@@ -33,7 +33,7 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
     return grid
 
 
-def loras(console: Console, listed: Sequence["Listed"], folder: Path) -> None:
+def loras(console: Console, listed: Sequence["library.Listed"], folder: Path) -> None:
     """Files with what they say of themselves, or why they could not be read; and where to put more."""
     rows = table("name", "category", "trigger words", "rank", "size", "for", right=("rank", "size"))
     for path, receipt, trouble, size in listed:
@@ -50,7 +50,7 @@ def loras(console: Console, listed: Sequence["Listed"], folder: Path) -> None:
     console.print(Text(f"your own: put .safetensors files into {folder}, or name a folder with --lora-dir", style="dim"))
 
 
-def loras_json(listed: Sequence["Listed"]) -> str:
+def loras_json(listed: Sequence["library.Listed"]) -> str:
     """The same as JSON, with hashes where they were computed."""
     rows = []
     for path, receipt, trouble, size in listed:

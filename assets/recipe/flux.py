@@ -177,13 +177,13 @@ def velocity(model: FluxTransformer2DModel, noisy, s, states, pooled, image_ids)
 
 class Settings(NamedTuple):
     """How a training step is computed. size: pictures of a batch; half: bfloat16 in the transformer, and in the text encoders with
-    half_text; compiled: the transformer's blocks and the teacher, library: of matrix products on a GPU."""
+    half_text; compiled: the transformer's blocks and the teacher; blas: the library of matrix products on a GPU."""
 
     size: int = 64
     half: bool = True
     half_text: bool = True
     compiled: bool = True
-    library: str = ""
+    blas: str = ""
 
 
 USUAL = Settings()
@@ -233,7 +233,7 @@ def train(scenes: Stock, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenize
             guess = velocity(model.transformer, pack(noisy), s, states, pooled, image_ids)
         return F.mse_loss(guess.float(), pack(goal))
 
-    with plain_attention(device, 2 * len(image_ids)), products(settings.library):
+    with plain_attention(device, 2 * len(image_ids)), products(settings.blas):
         pool = latents_pool(scenes, vae, device, limit)
         batches = drop_captions(pool.batches(settings.size), reader(clip, t5)([""]).to(device))
         if device.type == "cuda":  # what a card cannot do shows before anything is compiled, and every length is compiled ahead
@@ -248,15 +248,15 @@ def train(scenes: Stock, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenize
 
 
 @contextmanager
-def products(library: str) -> Iterator[None]:
+def products(blas: str) -> Iterator[None]:
     """Context: matrix products on a GPU by this library of NVIDIA's ("cublas", "cublaslt"), as torch chooses when none is named."""
     before = torch.backends.cuda.preferred_blas_library()
     try:
-        if library:
-            torch.backends.cuda.preferred_blas_library(library)
+        if blas:
+            torch.backends.cuda.preferred_blas_library(blas)
         yield
     finally:
-        if library:
+        if blas:
             torch.backends.cuda.preferred_blas_library(before)
 
 

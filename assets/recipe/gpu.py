@@ -45,9 +45,9 @@ class Sizes(NamedTuple):
     trial: int = loras.TRIAL
     chunk: int = 256
     flux: tuple[flux.Settings, ...] = (
-        flux.Settings(768), flux.Settings(768, half_text=False), flux.Settings(256, half_text=False, library="cublaslt"),
+        flux.Settings(768), flux.Settings(768, half_text=False), flux.Settings(256, half_text=False, blas="cublaslt"),
         flux.Settings(256, half_text=False, compiled=False), flux.Settings(256, half=False, compiled=False),
-        flux.Settings(64, half=False, compiled=False, library="cublas"),
+        flux.Settings(64, half=False, compiled=False, blas="cublas"),
     )  # fmt: skip
 
 
