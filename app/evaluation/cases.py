@@ -62,7 +62,7 @@ class Problem:
         return f"line {self.line}: {self.why}" if self.line else f"{self.where}: {self.why}"
 
 
-def shortened(words: str, most: int = 400) -> str:
+def clipped(words: str, most: int = 400) -> str:
     """Words of which a stranger's file may have chosen the length."""
     return words if len(words) <= most else f"{words[: most // 2]}...{words[-most // 2 :]}"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import sentence
-from app.evaluation.cases import Case, CollectedCases, ExpectedConcept, Problem, shortened
+from app.evaluation.cases import Case, CollectedCases, ExpectedConcept, Problem, clipped
 from app.evaluation.variants import SUPPLIED
 from composition import Receipt, Refused, Request, manifest
 
@@ -38,7 +38,7 @@ def read(source: Path, inspect: Callable[[str], Receipt | None], model: str = "p
         try:
             case = _case(manifest.row_of(line), path.parent, inspect, model, number)
         except Exception as error:  # a name that the system refuses, a file that no reader foresaw: one line's trouble
-            collected.problems.append(Problem(str(path), shortened(sentence(error)), number))
+            collected.problems.append(Problem(str(path), clipped(sentence(error)), number))
             continue
         taken = seen.setdefault((case.group, case.method), set())
         free = case.seed if case.seed >= 0 and case.seed not in taken else max(taken, default=-1) + 1  # no two pictures of one case

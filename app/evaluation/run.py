@@ -14,7 +14,7 @@ from rich.console import Console
 from app import engines
 from app.errors import sentence
 from app.evaluation import manifest, mllm, report, statistics, testbed
-from app.evaluation.cases import Case, CollectedCases, ExpectedConcept, Problem, shortened
+from app.evaluation.cases import Case, CollectedCases, ExpectedConcept, Problem, clipped
 from app.evaluation.generate import Picture, generate, supplied
 from app.evaluation.summary import per_concept, summary
 from app.evaluation.variants import NONE, SUPPLIED, Row, Variants, equal, interleaved, title
@@ -130,7 +130,7 @@ class Evaluation:
         try:
             library.find(name, self.config.like.model, self.config.place.folders)
         except Exception as error:  # a name too long for the system is one LoRA's trouble too
-            lost[name] = shortened(sentence(error))
+            lost[name] = clipped(sentence(error))
             return False
         return True
 
@@ -259,7 +259,7 @@ class Evaluation:
         try:
             return mllm.compare(config.endpoint, config.folder, rows, variants, config.pairs, resamples=config.resamples, seed=config.seed)
         except Exception as error:
-            problems.append(Problem("the second opinion", f"{shortened(sentence(error))}; the answers so far are kept"))
+            problems.append(Problem("the second opinion", f"{clipped(sentence(error))}; the answers so far are kept"))
             return None
 
     def _document(

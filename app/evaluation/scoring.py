@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from app.errors import sentence
-from app.evaluation.cases import ExpectedConcept, Problem, shortened
+from app.evaluation.cases import ExpectedConcept, Problem, clipped
 from app.evaluation.generate import Picture
 from composition import pictures as door
 from retrieval.judge import SCALES, Judge, clip_score, sides, threshold
@@ -102,14 +102,14 @@ class Scorer:
         try:
             yield
         except Exception as error:
-            why = f"{picture.path} could not be judged: {shortened(sentence(error))}"
+            why = f"{picture.path} could not be judged: {clipped(sentence(error))}"
             self.problems.append(Problem(str(picture.path), why, picture.row.case.line))
 
     def _open(self, picture: Picture) -> Image.Image | None:
         try:
             return door.load(picture.path).convert("RGB")
         except Exception as error:
-            why = f"is no readable picture: {shortened(sentence(error))}" if os.path.lexists(picture.path) else "is missing"
+            why = f"is no readable picture: {clipped(sentence(error))}" if os.path.lexists(picture.path) else "is missing"
         self.problems.append(Problem(str(picture.path), f"{picture.path} {why}", picture.row.case.line))
         return None
 
@@ -208,7 +208,7 @@ def gather(pictures: Sequence[Picture], seen: Mapping[int, Seen], judge: Judge, 
             try:
                 images.append(judge.see([door.load(Path(path)).convert("RGB")])[0])
             except Exception as error:
-                problems.append(Problem(str(path), f"a reference of {shortened(concept.name)} cannot be read: {shortened(sentence(error))}"))
+                problems.append(Problem(str(path), f"a reference of {clipped(concept.name)} cannot be read: {clipped(sentence(error))}"))
         if images:
             vectors[concept.name] = images
     return {name: torch.stack(rows) for name, rows in vectors.items()}, problems
