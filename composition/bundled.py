@@ -13,12 +13,12 @@ class Bundle:
     model: str
     loras: str
     testbed: str
-    profiles: str = "pocket/profiles"
+    profiles: str
 
 
 BUNDLES: Mapping[str, Bundle] = {
-    "pocket": Bundle(model="pocket/sd", loras="pocket/loras", testbed="pocket/testbed.json"),
-    "pocket-flux": Bundle(model="pocket/flux", loras="pocket/flux-loras", testbed="pocket/testbed-flux.json"),
+    "pocket": Bundle("pocket128/sd", "pocket128/loras", "pocket128/testbed.json", "pocket128/profiles"),
+    "pocket-flux": Bundle("pocket/flux", "pocket/flux-loras", "pocket/testbed-flux.json", "pocket/profiles"),
 }
 
 

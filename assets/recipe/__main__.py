@@ -49,7 +49,7 @@ SHARES = {"autoencoder": 0.1, "base": 0.25, "polish": 0.1, "judge": 0.1, "flux":
 FIRST = ("art", "autoencoder", "base", "polish", "export", "judge", "loras", "previews", "measure")
 SECOND = ("flux", "flux-loras", "flux-previews", "flux-measure")
 STAGES = (*FIRST, *SECOND)
-POCKET = Path(__file__).parents[1] / "pocket"
+POCKET = Path(__file__).parents[1] / "pocket128"
 POLISHED = 10**8  # scene numbers from here on are what the decoder is polished on
 
 

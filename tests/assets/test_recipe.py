@@ -187,7 +187,7 @@ def test_the_lora_plan_names_known_layers():
     assert set(loras.PLAN.targets) <= set(TARGETS)
 
 
-SD = Path(__file__).parents[2] / "assets/pocket/sd"
+SD = Path(__file__).parents[2] / "assets/pocket128/sd"
 
 
 @pytest.fixture(scope="module")
