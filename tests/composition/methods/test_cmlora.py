@@ -376,7 +376,7 @@ def test_on_pocket():
 
     with Engine.open("pocket", device="cpu") as engine:
         request = asked([Lora("raccoon"), Lora("moon"), Lora("ink")], steps=10, order="category")
-        result = engine.run(replace(request, guidance=4.5))
+        result = engine.run(replace(request, guidance=4.5, size=(64, 64)))
         told = result.notes["cmlora"]
         assert told["high"] == ["raccoon", "ink"] and told["low"] == ["moon"]
         assert told["leaders"][0] == "raccoon" and told["leaders"][-1] in ("ink", "moon")
