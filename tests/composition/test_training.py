@@ -34,7 +34,7 @@ def toy(dtype=torch.float64, make=toys.sd, **more):
     return backbone, Adapters(backbone.components, family=backbone.family, block=backbone.block)
 
 
-def concept(name, seed=0, count=6, dtype=torch.float64, side=16):
+def concept(name, seed=0, count=6, dtype=torch.float64, side=8):
     latents = torch.randn(count, 4, side, side, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     return Concept(name, latents, [f"a {name} {i % 3}" for i in range(count)], {"title": name, "trigger_words": name},
                    origin=f"{seed} {count}", others=["an owl", ""])  # fmt: skip
