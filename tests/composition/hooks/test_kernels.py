@@ -3,9 +3,10 @@
 On a processor cuDNN's never runs; what is seen here is that it is switched off there, not what it computes.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.backends import cuda
 
 from composition.hooks.kernels import FEW, attention_for
@@ -34,17 +35,17 @@ def before(request):
         cuda.enable_cudnn_sdp(kept)
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """Of every attention that is computed: whether gradients were on, and whether cuDNN's kernel was allowed."""
-    honest, calls = F.scaled_dot_product_attention, []
-
-    def attention(*args, **more):
-        calls.append((torch.is_grad_enabled(), cuda.cudnn_sdp_enabled()))
-        return honest(*args, **more)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    return calls
+@contextmanager
+def watched(denoiser):
+    """Of every attention layer that is evaluated: whether gradients were on, and whether cuDNN's kernel was allowed."""
+    calls = []
+    handles = [module.to_q.register_forward_pre_hook(lambda *_: calls.append((torch.is_grad_enabled(), cuda.cudnn_sdp_enabled())))
+               for module in denoiser.modules() if hasattr(module, "to_q")]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @pytest.mark.parametrize("device, more, left", [
@@ -65,22 +66,21 @@ def test_what_is_allowed_inside_and_afterwards(device, more, left, before):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_in_training(checkpointing, tmp_path, seen, before):
+def test_in_training(checkpointing, tmp_path, before):
     """In the backward pass, too, where it computes activations again."""
     backbone, adapters = toy(torch.float32, toys.flux)
-    seen.clear()
-    train(backbone, adapters, [concept("fox", dtype=torch.float32)], Plan(rank=2, steps=1, batch=1), tmp_path, checkpointing=checkpointing)
+    with watched(backbone.denoiser) as calls:
+        train(backbone, adapters, [concept("fox", dtype=torch.float32)], Plan(rank=2, steps=1, batch=1), tmp_path, checkpointing=checkpointing)
     adapters.close()
-    with_gradients = [cudnn for gradients, cudnn in seen if gradients]
-    assert len(with_gradients) == (2 if checkpointing else 1) * 4 and not any(with_gradients)
+    assert [cudnn for gradients, cudnn in calls if gradients] == [False] * 4 * (2 if checkpointing else 1)
     assert allowed() == before
 
 
 @pytest.mark.parametrize("two_phase", [True, False])
-def test_in_cloras_gradient_alone(two_phase, engines, lora_files, seen, before, shapes_unchecked):
+def test_in_cloras_gradient_alone(two_phase, engines, lora_files, before, shapes_unchecked):
     options = {"maps": "attention", "until": 0.5, "rounds": 0, "stop": 0.0, "two_phase": two_phase}
-    engines["flux"].run(laws.request("clora", *laws.loras_of(lora_files["flux"][:2]), options=options, steps=2))
-    with_gradients = [cudnn for gradients, cudnn in seen if gradients]
-    assert with_gradients and not any(with_gradients)
-    assert all(cudnn == ("cudnn" in before) for gradients, cudnn in seen if not gradients)
+    with watched(engines["flux"].backbone.denoiser) as calls:
+        engines["flux"].run(laws.request("clora", *laws.loras_of(lora_files["flux"][:2]), options=options, steps=2))
+    with_gradients, without = ({cudnn for gradients, cudnn in calls if gradients is on} for on in (True, False))
+    assert with_gradients == {False} and without == {"cudnn" in before}
     assert allowed() == before
