@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from assets.recipe import autoencoder, base, flux, judge, loras, testbed, tokenizer, unigram
+from assets.recipe import autoencoder, base, export, flux, judge, loras, testbed, tokenizer, unigram
 from assets.recipe.labelled import Named
 from assets.recipe.loop import Loop
 from assets.recipe.muon import Muon, orthogonal
@@ -237,3 +237,14 @@ def test_t5_begins_with_what_clip_says_of_each_piece():
     state = clip(tokens).last_hidden_state[0, last]
     torch.testing.assert_close(row, state / state.pow(2).mean().sqrt())
     assert torch.equal(t5.encoder.embed_tokens.weight, t5.shared.weight)
+
+
+def test_a_second_base_begins_with_the_weights_of_a_folder(tmp_path):
+    vae = AutoencoderKL.from_pretrained(SD / "vae", dtype=torch.float32)
+    clip, t5 = CLIPTokenizer.from_pretrained(SD / "tokenizer"), unigram.build(["a fox in the snow"] * 60)
+    shape = {"width": 32, "double": 1, "single": 1}
+    torch.manual_seed(1)
+    held, other = flux.build(vae, clip, t5, **shape), flux.build(vae, clip, t5, **shape)
+    export.export_flux(held, vae, clip, t5, tmp_path / "flux")
+    flux.load(other, tmp_path / "flux")
+    assert all(torch.equal(mine.half(), theirs) for mine, theirs in zip(other.parameters(), held.parameters(), strict=True))
