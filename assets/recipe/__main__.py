@@ -43,6 +43,7 @@ from .drawing import drawn_ahead
 from .labelled import ALSO, START, Source
 from .loop import Loop
 from .places import HELD_PLACES, PLACES, variants
+from .shorten import shorten
 from .world import World, batch, strange_words
 
 SHARES = {"autoencoder": 0.1, "base": 0.25, "polish": 0.1, "judge": 0.1, "flux": 0.45}  # of the budget
@@ -157,6 +158,9 @@ def _first(args: argparse.Namespace, stages: Sequence[str], world: World) -> Non
     pipe.set_progress_bar_config(disable=True)
     if "loras" in stages:
         loras.make(pipe, world, names, files, args.work, plan=_plan(args, loras.PLAN), together=args.together, workers=args.workers)
+        for name in names:
+            if loras.CARDS[name].category != "character":
+                shorten(files / f"{loras.stem(name)}.safetensors", loras.SHORT)
         testbed.write(args.out / "testbed.json")
     if "previews" in stages:
         previews.make(pipe, names, files, Judge.open(str(args.out / "clip"), args.device))
