@@ -121,6 +121,26 @@ class FluxBackbone(PipelineBackbone):
             img_ids=places(latents), return_dict=False)[0]
         return unpacked(out, latents.shape[-2:]).unflatten(0, (rows, count))
 
+    def read_alone(
+        self, tokens: Float[Tensor, "rows N c"], ids: Float[Tensor, "N 3"], t: Num[Tensor, ""] | Num[Tensor, "rows"], cond: Conditioning
+    ) -> Float[Tensor, "rows N c"]:
+        """One evaluation of tokens by themselves, with ids of their own and no prompt: what a condition's bank is filled by.
+
+        tokens: of one row, or of R B. Of `cond` the pooled prompt and the guidance are read, which modulate every layer. The answer is of
+        no use to a condition.
+        """
+        pooled = cond.values["pooled"].flatten(0, 1).to(tokens.dtype)
+        rows = max(tokens.shape[0], pooled.shape[0])
+        time = t.to(tokens.dtype).expand(rows) / 1000
+        guidance = None
+        if self.distilled:
+            each = cond.values.get("guidance")
+            guidance = torch.ones_like(time) if each is None else each.expand(*cond.values["pooled"].shape[:2]).flatten().float()
+        return self.denoiser(
+            hidden_states=tokens.expand(rows, -1, -1), timestep=time, guidance=guidance,
+            encoder_hidden_states=tokens.new_zeros(rows, 0, self.denoiser.config.joint_attention_dim),
+            pooled_projections=pooled.expand(rows, -1), txt_ids=ids.new_zeros(0, 3), img_ids=ids, return_dict=False)[0]
+
     def axis(self, layer: str) -> Axis:
         if _NONE.search(layer):
             return Axis("none")
