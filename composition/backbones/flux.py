@@ -60,10 +60,15 @@ class FluxBackbone(PipelineBackbone):
         """Tokens of a prompt that T5 is given, padding included."""
         return min(LONGEST_FAST if self.fast else LONGEST, self.pipeline.tokenizer_2.model_max_length)
 
+    @property
+    def pixels_per_token(self) -> int:
+        """The side of the square that one token of the picture stands for."""
+        return 2 * self.pipeline.vae_scale_factor
+
     def size(self, request: Request) -> tuple[int, int]:
         own = self.pipeline.vae.config.sample_size
         size = request.size or (own, own)
-        if wrong := vae.fitting(size, 2 * self.pipeline.vae_scale_factor):
+        if wrong := vae.fitting(size, self.pixels_per_token):
             raise Refused(wrong)
         return size
 

@@ -39,6 +39,9 @@ class Update(NamedTuple):
         return y + F.linear(F.linear(read, self.down.to(y)), self.up.to(y)) * self.scale
 
 
+Change = Callable[[Tensor, Tensor], Tensor]  # a layer's input and output -> its output: an Update, or anything that is called like one
+
+
 class Stored(NamedTuple):
     """One layer's keys and values, as its attention had them: after LoRA, norm and rotary embedding."""
 
@@ -77,7 +80,7 @@ class Appended(NamedTuple):
 class _Act:
     """What is done while a context lasts: updates of layers, by path, and an override of attention. repeat: that for a recomputation."""
 
-    updates: Mapping[str, Update]
+    updates: Mapping[str, Change]
     override: AttentionOverride
     repeat: AttentionOverride
 
@@ -90,7 +93,7 @@ class Banks:
         self._acting: tuple[_Act, ...] = ()
 
     @contextmanager
-    def extracting(self, updates: Mapping[str, Update] | None = None) -> Iterator[Bank]:
+    def extracting(self, updates: Mapping[str, Change] | None = None) -> Iterator[Bank]:
         """While it lasts, one forward of the condition's tokens alone (`Backbone.read_alone`) fills the bank that is yielded.
 
         updates: the condition's LoRA, by path of the linear layer. Raises RuntimeError at its end for an attention layer or an updated one
@@ -158,7 +161,7 @@ class Banks:
         def override(call: Attention, attend: Attend) -> Tensor:
             return act.override(call, attend) if act in self._acting else attend(call)
 
-        def updating(path: str, update: Update) -> Callable[..., Tensor | None]:
+        def updating(path: str, update: Change) -> Callable[..., Tensor | None]:
             def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
                 if act not in self._acting:
                     return None
