@@ -5,7 +5,7 @@ validated once, when it is built; nothing below this file checks it again.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
@@ -21,6 +21,7 @@ from composition.sampler_names import canonical
 SCHEMA_VERSION = 1
 MAX_PIXELS = 4096 * 4096
 MAX_LORAS = 64
+MAX_CONDITIONS = 16
 SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
 DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write
@@ -28,7 +29,22 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)]
 Category = Literal["", "character", "clothing", "style", "place", "object", "pose", "other"]
 
+ConditionKind = Literal["", "spatial", "subject"]
+
 _config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+def _stem(source: str) -> str:
+    return re.sub(r"(?i)\.safetensors$", "", PurePath(source.replace("\\", "/")).name)
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    """In order: a second "owl" is "owl#2"."""
+    unique: list[str] = []
+    for name in names:
+        same = sum(other == name or other.startswith(f"{name}#") for other in unique)
+        unique.append(f"{name}#{same + 1}" if same else name)
+    return tuple(unique)
 
 
 @dataclass(frozen=True, config=_config)
@@ -76,7 +92,7 @@ class Lora:
     @property
     def name(self) -> str:
         """The last part of the source without its ending: "loras/owl.safetensors" is "owl"."""
-        return re.sub(r"(?i)\.safetensors$", "", PurePath(self.source.replace("\\", "/")).name)
+        return _stem(self.source)
 
     @property
     def scheduled(self) -> bool:
@@ -95,14 +111,45 @@ class Lora:
 
 @dataclass(frozen=True, config=_config)
 class Condition:
-    """One picture that steers the layout (edges, depth, pose, subject), with the condition LoRA that reads it."""
+    """One picture that controls what is drawn (edges, a layout, a subject), with what reads it.
+
+    source: a condition LoRA (FLUX): a bundled name ("canny"), a path to a .safetensors file, or a name in one of the LoRA folders; or a
+    ControlNet (Stable Diffusion): a folder or a file.
+    image: the path of a picture, or a data URL. annotator: the name of what makes the picture that is read out of it (composition.annotators);
+    "": it is that picture already. kind: how a condition LoRA reads it, "spatial" (stretched over the picture) or "subject" (a thing by
+    itself); "": as its file says. weight: factor on the condition LoRA's alpha/rank. strength: how much the picture counts, as if there were
+    that many of it; 1 is what was trained, 0 removes it exactly. start, end: the part of the steps in which it is on, as of a Lora.
+    """
 
     source: Annotated[str, Field(min_length=1)]
     image: Annotated[str, Field(min_length=1)]
-    kind: str = ""
+    annotator: Annotated[str, Field(max_length=100)] = ""
     weight: Weight = 1.0
+    strength: Annotated[float, Field(ge=0.0, le=10.0, allow_inf_nan=False)] = 1.0
     start: Fraction = 0.0
     end: Fraction = 1.0
+    kind: ConditionKind = ""
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _earlier(cls, kind: Any) -> Any:
+        """Records of earlier versions had the words of what is seen."""
+        return "spatial" if kind in ("edges", "depth", "pose") else kind
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Condition":
+        if self.start >= self.end:
+            raise ValueError(f"condition {self.name!r:.200}: start {self.start} must lie before end {self.end}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The last part of the source without its ending."""
+        return _stem(self.source)
+
+    def on(self, index: int, count: int) -> bool:
+        """Whether it acts at step `index` (from 0) of `count`."""
+        return self.strength > 0.0 and self.start <= index / count < self.end
 
 
 @dataclass(frozen=True, config=_config)
@@ -122,7 +169,7 @@ class Request:
     prompt: Annotated[str, Field(max_length=20_000)]
     negative: Annotated[str, Field(max_length=20_000)] = ""
     loras: Annotated[Sequence[Lora], Field(max_length=MAX_LORAS), AfterValidator(tuple)] = ()
-    conditions: Annotated[Sequence[Condition], AfterValidator(tuple)] = ()
+    conditions: Annotated[Sequence[Condition], Field(max_length=MAX_CONDITIONS), AfterValidator(tuple)] = ()
     model: Annotated[str, Field(min_length=1)] = "pocket"
     method: str = "merge"
     options: Mapping[str, Any] = Field(default_factory=dict)
@@ -161,11 +208,15 @@ class Request:
     @property
     def names(self) -> tuple[str, ...]:
         """One name per LoRA, in order, unique: a second "owl" is "owl#2"."""
-        names: list[str] = []
-        for lora in self.loras:
-            same = sum(other == lora.name or other.startswith(f"{lora.name}#") for other in names)
-            names.append(f"{lora.name}#{same + 1}" if same else lora.name)
-        return tuple(names)
+        return _unique(lora.name for lora in self.loras)
+
+    @property
+    def controls(self) -> dict[str, Condition]:
+        """The conditions that act in at least one of the steps, by unique name, in order."""
+        count = self.steps or 1000
+        names = _unique(condition.name for condition in self.conditions)
+        return {name: condition for name, condition in zip(names, self.conditions, strict=True)
+                if any(condition.on(index, count) for index in range(count))}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -271,13 +322,15 @@ class Receipt:
 
 @dataclass(frozen=True, config=_config)
 class Result:
-    """Pictures, the request they came from, and what happened: notes by the method, seconds by stage, receipts."""
+    """Pictures, the request they came from, and what happened: notes by the method, seconds by stage, receipts of its LoRAs, and of the
+    files that its conditions were read with, by name."""
 
     images: tuple[Image.Image, ...]
     request: Request
     notes: Mapping[str, Any]
     seconds: Mapping[str, float]
     receipts: tuple[Receipt, ...]
+    condition_receipts: Mapping[str, Receipt] = Field(default_factory=dict)
 
 
 _REQUEST = TypeAdapter(Request)

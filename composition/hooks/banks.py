@@ -56,6 +56,10 @@ class Bank:
     layers: dict[str, Stored] = field(default_factory=dict)
 
     @property
+    def rows(self) -> int:
+        return next(iter(self.layers.values())).key.shape[0]
+
+    @property
     def tokens(self) -> int:
         return next(iter(self.layers.values())).key.shape[-2]
 
@@ -113,10 +117,11 @@ class Banks:
             yield bank
 
     @contextmanager
-    def appended(self, banks: Sequence[Appended]) -> Iterator[None]:
+    def appended(self, banks: Sequence[Appended], *, skips: Callable[[str], bool] = lambda path: False) -> Iterator[None]:
         """While it lasts, every attention layer reads these banks too, in whichever order they are; those of strength 0 are left out.
 
-        Without any left the denoiser is the stock one. Raises RuntimeError for a layer that did not run or that a bank lacks.
+        Without any left the denoiser is the stock one. skips: says of a layer's path that it will not run. Raises RuntimeError for another
+        that did not run, or that a bank lacks.
         """
         banks = [item for item in banks if item.strength > 0]
         if not banks:
@@ -129,7 +134,7 @@ class Banks:
         def append(call: Attention, attend: Attend) -> Tensor:
             return attend(_with(call, banks))
 
-        with self._hooked(_Act({}, append, append)):
+        with self._hooked(_Act({}, append, append), skips=skips):
             yield
 
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -154,7 +159,7 @@ class Banks:
             self._acting = now
 
     @contextmanager
-    def _hooked(self, act: _Act, whole: bool = True) -> Iterator[None]:
+    def _hooked(self, act: _Act, *, whole: bool = True, skips: Callable[[str], bool] = lambda path: False) -> Iterator[None]:
         """The hooks of an act, which do nothing while it is not acting. whole: every layer has to run."""
         before, handles, updated = self._acting, [], set[str]()
 
@@ -174,7 +179,7 @@ class Banks:
             self._acting = (*before, act)
             for path, update in act.updates.items():
                 handles.append(self.denoiser.get_submodule(path).register_forward_hook(updating(path, update)))
-            with attention.override(self.denoiser, self.layers, override, whole=whole):
+            with attention.override(self.denoiser, [name for name in self.layers if not skips(name)], override, whole=whole):
                 yield
         finally:
             self._acting = before
