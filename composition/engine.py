@@ -137,15 +137,17 @@ class Engine:
     def settle(self, request: Request) -> tuple[Request, dict[str, Any]]:
         """The request with everything that it leaves open made explicit, and notes on what was decided.
 
-        Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; a mask is read, once, into the request;
+        Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; masks and pictures of conditions are
+        read, once, into the request;
         the methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A
-        settled request settles to itself. Raises Refused for a LoRA or a mask that is not there.
+        settled request settles to itself. Raises Refused for a LoRA, a mask or a picture that is not there.
         """
         request, tagged = prompt_syntax.settled(request, self.find)
         notes: dict[str, Any] = {prompt_syntax.TAGGED: tagged} if tagged else {}
         loras = [replace(lora, region=pictures.mask_as_text(lora.region, lora.name)) if isinstance(lora.region, str) else lora
                  for lora in request.loras]
-        request = replace(request, model=self.name, loras=loras).settled(*self.backbone.defaults)
+        conditions = [replace(condition, image=pictures.condition_as_text(condition.image, condition.name)) for condition in request.conditions]
+        request = replace(request, model=self.name, loras=loras, conditions=conditions).settled(*self.backbone.defaults)
         options = methods.find(request.method).options.__dataclass_fields__
         if not measured_order.concerns(request, options):
             return request, notes
