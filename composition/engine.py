@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from composition import backbones, conditions, methods, pictures, prompt_syntax
+from composition import annotators, backbones, conditions, methods, pictures, prompt_syntax
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone, ReadsConditions
@@ -164,15 +164,17 @@ class Engine:
     def settle(self, request: Request) -> tuple[Request, dict[str, Any]]:
         """The request with everything that it leaves open made explicit, and notes on what was decided.
 
-        Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; a mask is read, once, into the request;
+        Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; masks and pictures of conditions are
+        read, once, into the request;
         the methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A
-        settled request settles to itself. Raises Refused for a LoRA or a mask that is not there.
+        settled request settles to itself. Raises Refused for a LoRA, a mask or a picture that is not there.
         """
         request, tagged = prompt_syntax.settled(request, self.find)
         notes: dict[str, Any] = {prompt_syntax.TAGGED: tagged} if tagged else {}
         loras = [replace(lora, region=pictures.mask_as_text(lora.region, lora.name)) if isinstance(lora.region, str) else lora
                  for lora in request.loras]
-        request = replace(request, model=self.name, loras=loras).settled(*self.backbone.defaults)
+        conditions = [replace(condition, image=pictures.condition_as_text(condition.image, condition.name)) for condition in request.conditions]
+        request = replace(request, model=self.name, loras=loras, conditions=conditions).settled(*self.backbone.defaults)
         options = methods.find(request.method).options.__dataclass_fields__
         if not measured_order.concerns(request, options):
             return request, notes
@@ -266,7 +268,11 @@ class Engine:
         files = {key: self._condition_files.get(key) or condition.read(key[0], self.backbone.denoiser) for key in files}
         self._condition_files = files
         loras = {name: files[path, *library.stamp(path)] for name, path in paths.items()}
-        drawn = {name: pictures.condition(control.image, name) for name, control in request.controls.items()}
+        drawn = {}
+        for name, control in request.controls.items():
+            annotator = loras[name].settings.annotator if control.annotator is None else control.annotator
+            picture = pictures.condition(control.image, name)
+            drawn[name] = annotators.annotate(annotator, picture) if annotator else picture
         reads = conditions.read(self.backbone, request.controls, loras, drawn, size)
         steady = method.steady and not any(lora.scheduled for lora in request.loras)
         return Conditions(self.backbone, reads, isolated=not steady, shelf=shelf)

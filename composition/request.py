@@ -22,29 +22,28 @@ SCHEMA_VERSION = 1
 MAX_PIXELS = 4096 * 4096
 MAX_LORAS = 64
 MAX_CONDITIONS = 16
+MAX_IMAGE = 16_000_000  # letters of a picture as a data URL
 SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
 DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)]
-Category = Literal["", "character", "clothing", "style", "place", "object", "pose", "other"]
-
 ConditionKind = Literal["", "spatial", "subject"]
+Category = Literal["", "character", "clothing", "style", "place", "object", "pose", "other"]
 
 _config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
-def _stem(source: str) -> str:
+def _last_part(source: str) -> str:
     return re.sub(r"(?i)\.safetensors$", "", PurePath(source.replace("\\", "/")).name)
 
 
-def _unique(names: Iterable[str]) -> tuple[str, ...]:
-    """In order: a second "owl" is "owl#2"."""
-    unique: list[str] = []
-    for name in names:
-        same = sum(other == name or other.startswith(f"{name}#") for other in unique)
-        unique.append(f"{name}#{same + 1}" if same else name)
-    return tuple(unique)
+def _unique(all_names: Iterable[str]) -> tuple[str, ...]:
+    names: list[str] = []
+    for name in all_names:
+        same = sum(other == name or other.startswith(f"{name}#") for other in names)
+        names.append(f"{name}#{same + 1}" if same else name)
+    return tuple(names)
 
 
 @dataclass(frozen=True, config=_config)
@@ -92,7 +91,7 @@ class Lora:
     @property
     def name(self) -> str:
         """The last part of the source without its ending: "loras/owl.safetensors" is "owl"."""
-        return _stem(self.source)
+        return _last_part(self.source)
 
     @property
     def scheduled(self) -> bool:
@@ -111,41 +110,41 @@ class Lora:
 
 @dataclass(frozen=True, config=_config)
 class Condition:
-    """One picture that controls what is drawn (edges, a layout, a subject), with what reads it.
+    """One picture that controls, with what reads it: a condition LoRA or a ControlNet.
 
-    source: a condition LoRA (FLUX): a bundled name ("canny"), a path to a .safetensors file, or a name in one of the LoRA folders; or a
-    ControlNet (Stable Diffusion): a folder or a file.
-    image: the path of a picture, or a data URL. annotator: the name of what makes the picture that is read out of it (composition.annotators);
-    "": it is that picture already. kind: how a condition LoRA reads it, "spatial" (stretched over the picture) or "subject" (a thing by
-    itself); "": as its file says. weight: factor on the condition LoRA's alpha/rank. strength: how much the picture counts, as if there were
-    that many of it; 1 is what was trained, 0 removes it exactly. start, end: the part of the steps in which it is on, as of a Lora.
+    source: a bundled name ("canny"), a path, or a name in one of the LoRA folders; of a ControlNet its folder or file.
+    image: the path of a picture, or the picture as a data URL. annotator: what makes the condition from it, a name in
+    composition.annotators; "" when it is drawn for the condition already, None: as the file of the source says.
+    kind: "spatial" (it lies over the picture) or "subject" (it shows what is to appear); "": as the file says.
+    weight: factor on alpha/rank of a condition LoRA. strength: how much heed is paid to it; 0 removes it exactly, 1 is as trained.
+    start, end: the part of the steps in which it is on, as fractions: on while start <= step/steps < end.
     """
 
-    source: Annotated[str, Field(min_length=1)]
-    image: Annotated[str, Field(min_length=1)]
-    annotator: Annotated[str, Field(max_length=100)] = ""
+    source: Annotated[str, Field(min_length=1, max_length=4096)]
+    image: Annotated[str, Field(min_length=1, max_length=MAX_IMAGE)]
+    annotator: Annotated[str, Field(max_length=100)] | None = None
+    kind: ConditionKind = ""
     weight: Weight = 1.0
     strength: Annotated[float, Field(ge=0.0, le=10.0, allow_inf_nan=False)] = 1.0
     start: Fraction = 0.0
     end: Fraction = 1.0
-    kind: ConditionKind = ""
 
     @field_validator("kind", mode="before")
     @classmethod
     def _earlier(cls, kind: Any) -> Any:
-        """Records of earlier versions had the words of what is seen."""
+        """Records of earlier versions name what is seen."""
         return "spatial" if kind in ("edges", "depth", "pose") else kind
 
     @model_validator(mode="after")
     def _ordered(self) -> "Condition":
         if self.start >= self.end:
-            raise ValueError(f"condition {self.name!r:.200}: start {self.start} must lie before end {self.end}")
+            raise ValueError(f"condition {self.name!r}: start {self.start} must lie before end {self.end}")
         return self
 
     @property
     def name(self) -> str:
-        """The last part of the source without its ending."""
-        return _stem(self.source)
+        """The last part of the source without its ending: "conditions/canny.safetensors" is "canny"."""
+        return _last_part(self.source)
 
     def on(self, index: int, count: int) -> bool:
         """Whether it acts at step `index` (from 0) of `count`."""
@@ -211,11 +210,15 @@ class Request:
         return _unique(lora.name for lora in self.loras)
 
     @property
+    def condition_names(self) -> tuple[str, ...]:
+        """One name per condition, in order, unique as those of LoRAs are."""
+        return _unique(condition.name for condition in self.conditions)
+
+    @property
     def controls(self) -> dict[str, Condition]:
-        """The conditions that act in at least one of the steps, by unique name, in order."""
+        """The conditions that act in at least one of the steps, by name, in order: one of strength 0 is as if it were not there."""
         count = self.steps or 1000
-        names = _unique(condition.name for condition in self.conditions)
-        return {name: condition for name, condition in zip(names, self.conditions, strict=True)
+        return {name: condition for name, condition in zip(self.condition_names, self.conditions, strict=True)
                 if any(condition.on(index, count) for index in range(count))}
 
     @property
@@ -322,8 +325,8 @@ class Receipt:
 
 @dataclass(frozen=True, config=_config)
 class Result:
-    """Pictures, the request they came from, and what happened: notes by the method, seconds by stage, receipts of its LoRAs, and of the
-    files that its conditions were read with, by name."""
+    """Pictures, the request they came from, and what happened: notes by the method, seconds by stage, receipts of its LoRAs, and of what its
+    conditions were read with, by name."""
 
     images: tuple[Image.Image, ...]
     request: Request
