@@ -185,11 +185,14 @@ def sd3(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusion3Pi
     return _ready(pipe, dtype)
 
 
-def controlnet(pipe, seed: int = 0) -> ControlNetModel:
-    """A ControlNet for a toy of Stable Diffusion or SDXL, with the attention of its UNet, nothing in it zero."""
+def controlnet(pipe, seed: int = 0, channels: Sequence[int] = (8, 8)) -> ControlNetModel:
+    """A ControlNet for a toy of Stable Diffusion or SDXL, with the attention of its UNet, nothing in it zero.
+
+    channels: of what reads the picture, which halves its sides between them.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8), load_weights_from_unet=False)
+        net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=tuple(channels), load_weights_from_unet=False)
         for weight in net.parameters():
             if not weight.any():
                 nn.init.normal_(weight, std=0.1)
