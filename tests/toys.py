@@ -199,6 +199,13 @@ def controlnet(pipe, seed: int = 0, channels: Sequence[int] = (8, 8)) -> Control
     return nn.Module.to(net.eval().requires_grad_(False), pipe.unet.dtype)
 
 
+def write_controlnet(net: ControlNetModel, path: Path, metadata: dict[str, str] | None = None) -> Path:
+    """As one file in diffusers' layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(net.state_dict(), path, metadata=metadata)
+    return path
+
+
 def denoiser(pipe) -> tuple[str, nn.Module]:
     """The name and the module of what a pipe denoises with."""
     name = "transformer" if hasattr(pipe, "transformer") else "unet"

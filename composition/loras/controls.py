@@ -1,18 +1,26 @@
 """What a file or folder that controls a picture is, by its names alone: a ControlNet, a control LoRA, or one of their kin.
 
-Only the first two are applied; for every other kind there is a sentence that says what it is.
+Only the first two are applied; for every other kind there is a sentence that says what it is. ControlNets are found by name as LoRAs are:
+"canny" is a folder or file of that name, or of the name "controlnet-canny".
 """
 
-from collections.abc import Collection
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from composition import untrusted
 from composition.loras.safetensors import ENDING, load_header
 from composition.refusal import Refused
+from composition.request import Receipt
 
 Kind = Literal["", "controlnet", "control-lora"]
 CONFIG = "config.json"
+PREFIX = "controlnet-"
+ANNOTATOR = "condition.annotator"  # in the header of a file: what makes the pictures that it reads
+DEPTH = 2  # folders below a place that are searched
 
 
 class Found(NamedTuple):
@@ -91,3 +99,99 @@ def _of_folder(folder: Path) -> Found:
         return Found(trouble=f"is not a ControlNet itself but holds one: give {inner[0]} in it") if inner else Found()
     name = config.get("_class_name") if isinstance(config, dict) else None
     return _CLASSES.get(name, Found()) if isinstance(name, str) else Found()
+
+
+# by name ---------------------------------------------------------------------------------------------------------------
+
+
+def find(source: str, places: Sequence[Path]) -> Path:
+    """A ControlNet by its path, or by its name in one of these folders. Raises Refused, with the nearest names."""
+    path = Path(source).expanduser()
+    if os.path.exists(path) and (path.is_dir() or path.suffix.lower() == ENDING):
+        return path
+    for wanted in (source, f"{PREFIX}{source}"):
+        found = nets(places, wanted)
+        if len(found) > 1:
+            raise Refused(f"{len(found)} ControlNets are named {source!r}: give the path of one of " + ", ".join(map(str, found)))
+        if found:
+            return found[0]
+    names = sorted({name_of(path) for path in nets(places)})
+    near = get_close_matches(source, names, 3, 0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(names) or 'none'}"
+    raise Refused(f"no ControlNet is named {source[:200]!r} and none is there; {hint} (give the path of its folder or .safetensors file)")
+
+
+def nets(places: Sequence[Path], name: str = "") -> list[Path]:
+    """Every ControlNet in these folders, or those of this name, folders and files, in order; what cannot be read is passed over."""
+    found: dict[str, Path] = {}
+    for place in places:
+        for path in _below(place, DEPTH):
+            if name and name not in (path.name, _stem(path)):
+                continue
+            try:
+                if recognise(path).kind == "controlnet":
+                    found.setdefault(os.path.realpath(path), path)
+            except (Refused, OSError):
+                continue
+    return list(found.values())
+
+
+def name_of(path: Path) -> str:
+    """What it is called for short: "controlnet-canny" is "canny"."""
+    return _stem(path).removeprefix(PREFIX)
+
+
+def weights(path: Path) -> list[Path]:
+    """The safetensors files of a ControlNet."""
+    return sorted(path.glob(f"*{ENDING}")) if path.is_dir() else [path]
+
+
+def annotator(path: Path) -> str:
+    """What makes the pictures that it reads, as its file says; "" where it does not."""
+    try:
+        return next((word for file in weights(path) if (word := load_header(file).metadata.get(ANNOTATOR))), "")
+    except Refused:
+        return ""
+
+
+def stamp(path: Path) -> tuple[object, ...]:
+    """What changes when its files do."""
+    stats = [(str(file), file.stat()) for file in ([path / CONFIG] if path.is_dir() else []) + weights(path) if file.is_file()]
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+
+
+def receipt(path: Path, family: str) -> Receipt:
+    """What was read: all of its tensors. sha256: of its one file, or of several's, one after the other."""
+    whole, data, count = hashlib.sha256(), hashlib.sha256(), 0
+    for file in weights(path):
+        count += len(load_header(file).tensors)
+        with file.open("rb") as opened:
+            start = opened.read(8)
+            head = start + opened.read(int.from_bytes(start, "little"))
+            whole.update(head)
+            while part := opened.read(2**22):
+                whole.update(part)
+                data.update(part)
+    return Receipt(
+        name=name_of(path), path=str(path), sha256=whole.hexdigest(), tensor_sha256=data.hexdigest(), family=family, layout="controlnet",
+        tensors=count, applied=count, components={"controlnet": {"tensors": count, "modules": 0}}, data_sha256=data.hexdigest())
+
+
+def _stem(path: Path) -> str:
+    return path.name[: -len(ENDING)] if path.name.lower().endswith(ENDING) else path.name
+
+
+def _below(folder: Path, depth: int) -> Iterator[Path]:
+    """Folders that hold a config and safetensors files, down to this depth."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return
+    for path in entries:
+        if path.is_dir():
+            if (path / CONFIG).is_file():
+                yield path
+            elif depth > 1:
+                yield from _below(path, depth - 1)
+        elif path.suffix.lower() == ENDING:
+            yield path

@@ -89,8 +89,8 @@ def test_order_does_not_matter(case):
     laws.same(*pictures, tolerance=1e-12)
 
 
-@pytest.mark.parametrize(("method", "family"), [("merge", "sd"), ("composite", "sdxl"), ("switch", "sd"), ("cmlora", "sd"), ("clora", "sdxl"),
-                                                ("regions", "sd")])
+@pytest.mark.parametrize(("method", "family"), [("merge", "sdxl"), ("composite", "sdxl"), ("switch", "sd"), ("cmlora", "sd"),
+                                                ("clora", "sd"), ("regions", "sd")])
 def test_rows_of_every_kind(method, family, engines, nets, lora_files):
     """Rows at once or one by one, two pictures in one batch or by themselves: the same."""
     engine, loras = engines[family], laws.loras_of(lora_files[family])[:2]
