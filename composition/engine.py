@@ -303,9 +303,9 @@ class Engine:
         for name, stamp in stamps.items():
             self._nets[stamp] = self._nets.get(stamp) or held.get(stamp) or controlnets.open(paths[name], self.backbone)
         drawn = {}
-        for name, condition in asked.items():
-            annotator = controls.annotator(paths[name]) if condition.annotator is None else condition.annotator
-            drawn[name] = annotators.annotate(annotator, pictures.condition(condition.image, name))
+        for name, control in asked.items():
+            annotator = controls.annotator(paths[name]) if control.annotator is None else control.annotator
+            drawn[name] = annotators.annotate(annotator, pictures.condition(control.image, name))
         return controlnets.read(self.backbone, asked, {name: self._nets[stamp] for name, stamp in stamps.items()}, drawn, size)
 
     def _prepare(

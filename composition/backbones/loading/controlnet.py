@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from composition import untrusted
-from composition.backbones.base import Backbone
 from composition.backbones.loading import single_file
 from composition.loras import controls, family
 from composition.refusal import Refused
@@ -28,8 +27,8 @@ _HINT = "controlnet_cond_embedding."
 _NETS = "a ControlNet made for a model of other sizes"
 
 
-def open(path: Path, backbone: Backbone) -> Any:
-    """diffusers' ControlNetModel, frozen, in the UNet's number type and where it computes. Raises Refused for what is not one that fits."""
+def open(path: Path, backbone: Any) -> Any:
+    """diffusers' ControlNetModel for a UNetBackbone, frozen, in the UNet's number type and where it computes. Raises Refused for what is not one that fits."""
     if controls.usable(path) != "controlnet":
         raise Refused(f"{path.name} is no ControlNet: one is a diffusers folder with a config.json that says so, or a .safetensors file")
     try:
@@ -43,7 +42,7 @@ def open(path: Path, backbone: Backbone) -> Any:
     return nn.Module.to(net.eval().requires_grad_(False), backbone.device, backbone.dtype)
 
 
-def _of_folder(folder: Path, backbone: Backbone) -> Any:
+def _of_folder(folder: Path, backbone: Any) -> Any:
     _fits(folder.name, untrusted.parse_file(folder / controls.CONFIG), backbone)
     names = [file.name for file in folder.glob("*.safetensors")]
     if not names and any(file.suffix in (".bin", ".pt", ".pth") for file in folder.iterdir()):
@@ -52,7 +51,7 @@ def _of_folder(folder: Path, backbone: Backbone) -> Any:
     return ControlNetModel.from_pretrained(folder, dtype=backbone.dtype, use_safetensors=True, local_files_only=True, variant="fp16" if half else None)
 
 
-def _of_file(path: Path, backbone: Backbone) -> Any:
+def _of_file(path: Path, backbone: Any) -> Any:
     shapes, _ = single_file.header(path)
     settings = _settings(shapes, backbone)
     _fits(path.name, settings, backbone, shapes)
@@ -62,7 +61,7 @@ def _of_file(path: Path, backbone: Backbone) -> Any:
         return ControlNetModel.from_single_file(tensors, config=folder, dtype=backbone.dtype, local_files_only=True)
 
 
-def _settings(shapes: single_file.Header, backbone: Backbone) -> dict[str, Any]:
+def _settings(shapes: single_file.Header, backbone: Any) -> dict[str, Any]:
     """A file's settings: the UNet's, with the attention and the picture's reader that the file has."""
     own = backbone.denoiser.config
     settings = {name: own[name] for name in _SETTINGS if name in own}
@@ -94,7 +93,7 @@ def _reader(shapes: single_file.Header) -> tuple[list[int], int]:
     return [numbered[0][0], *(numbered[place][0] for place in inner[1::2])], numbered[0][1]
 
 
-def _fits(name: str, settings: Mapping[str, Any], backbone: Backbone, shapes: single_file.Header | None = None) -> None:
+def _fits(name: str, settings: Mapping[str, Any], backbone: Any, shapes: single_file.Header | None = None) -> None:
     """Raises Refused for settings of a ControlNet for another base. shapes: of a file, whose settings are the base's own."""
     own = backbone.denoiser.config
     theirs = {key: settings.get(key, default.default) for key, default in inspect.signature(ControlNetModel.__init__).parameters.items()}
