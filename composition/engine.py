@@ -16,23 +16,24 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from composition import annotators, backbones, conditions, methods, pictures, prompt_syntax
+from composition import annotators, backbones, conditions, controlnets, methods, pictures, prompt_syntax
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone, ReadsConditions
 from composition.backbones.encodings import Encodings
 from composition.backbones.loading import placement
-from composition.conditions import Conditions, Shelf
-from composition.hooks import attention, cache
+from composition.conditions import Acting, Conditions, Shelf
+from composition.controlnets import ControlNets
+from composition.hooks import attention, cache, controlnet
 from composition.loop import NotFinite, Step, sample
-from composition.loras import condition, library, reader
+from composition.loras import condition, controls, library, reader
 from composition.loras.condition import ConditionLora
 from composition.methods import Method
 from composition.methods.shared import measured_order
 from composition.notes import opening_notes, overflow
 from composition.profiles.store import ProfileStore
 from composition.refusal import Refused
-from composition.request import Lora, Receipt, Request, Result
+from composition.request import Condition, Lora, Receipt, Request, Result
 from composition.run import Run
 
 _LOCKS: dict[str, threading.RLock] = {}  # one per device: two engines on one device take turns
@@ -89,6 +90,7 @@ class Engine:
         self._group_state: _Prepared = _Prepared()
         self._exclusive = False
         self._running: tuple[int, bool] | None = None  # when the run that is not over began, and whether gradients were on
+        self._nets: dict[Any, controlnets.Net] = {}  # ControlNets of the last request, likewise
         self._condition_files: dict[Any, ConditionLora] = {}  # of the last request, by path and state on disk
         self._lock = _LOCKS.setdefault(str(backbone.device), threading.RLock())
 
@@ -144,15 +146,29 @@ class Engine:
         return self._resolve(source)
 
     def find_condition(self, source: str) -> Path:
-        """The file of a condition LoRA by name or path: one bundled with this model, or one in the folders. Raises Refused as `find`."""
+        """What a condition is read with, by name or path: a ControlNet or a condition LoRA, bundled with this model or in the folders.
+
+        Raises Refused as `find`.
+        """
+        if self._has_nets:
+            return controls.find(source, [*library.condition_places(self.name), *self.folders])
         return library.find(source, self.name, self.folders, conditions=True)
 
     def conditions(self) -> list[Control]:
         """What can be named as the source of a condition: those bundled with this model, then those in the folders."""
+        if self._has_nets:
+            own = library.condition_places(self.name)
+            return [Control(path, controls.name_of(path), "spatial", controls.annotator(path), "controlnet", any(path.is_relative_to(place) for place in own))
+                    for path in controls.nets([*own, *self.folders])]
         if not isinstance(self.backbone, ReadsConditions):
             return []
         return [Control(path, path.stem, settings.kind, settings.annotator, "lora", owned)
                 for path, settings, owned in library.condition_loras(self.name, self.folders)]
+
+    @property
+    def _has_nets(self) -> bool:
+        """Whether conditions are read by ControlNets."""
+        return self.family in ("sd", "sdxl")
 
     def inspect(self, source: str) -> Receipt:
         """What of a LoRA file would be applied to this model; nothing is refused for being partial."""
@@ -228,8 +244,9 @@ class Engine:
         """
         method = methods.find(request.method)
         method.read(request.options)
-        if request.conditions and not isinstance(self.backbone, ReadsConditions):
-            raise Refused(f"this request has conditions, which {self.name} cannot read: condition LoRAs need a FLUX model")
+        if request.conditions and not (self._has_nets or isinstance(self.backbone, ReadsConditions)):
+            raise Refused(f"this request has conditions, which {self.name} cannot read: ControlNets need Stable Diffusion or SDXL, condition "
+                          "LoRAs FLUX")
         size = self.backbone.size(request)
         request, settled = self.settle(request)
         loras = [(name, lora, self.find(lora.source)) for name, lora in zip(request.names, request.loras, strict=True)]
@@ -255,15 +272,17 @@ class Engine:
                 images += self._pictures(run, method, options, first, on_step, seconds)
                 notes |= run.notes if first == 0 else {}
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
-            read_with = {name: read.lora.receipt for name, read in conditions.reads.items()} if conditions else {}
-            return Result(tuple(images), request, notes, seconds, receipts, read_with)
+            return Result(tuple(images), request, notes, seconds, receipts, conditions.receipts if conditions else {})
 
     def _controlled(
         self, request: Request, method: Method, paths: Mapping[str, Path], size: tuple[int, int], shelf: Shelf,
-    ) -> Conditions | None:
+    ) -> Acting | None:
         """The request's conditions, their files and pictures read; None without any."""
         if not request.controls:
+            self._nets = {}
             return None
+        if self._has_nets:
+            return self._controlled_by_nets(request.controls, paths, size)
         files = {(path, *library.stamp(path)): None for path in paths.values()}
         files = {key: self._condition_files.get(key) or condition.read(key[0], self.backbone.denoiser) for key in files}
         self._condition_files = files
@@ -276,6 +295,18 @@ class Engine:
         reads = conditions.read(self.backbone, request.controls, loras, drawn, size)
         steady = method.steady and not any(lora.scheduled for lora in request.loras)
         return Conditions(self.backbone, reads, isolated=not steady, shelf=shelf)
+
+    def _controlled_by_nets(self, asked: Mapping[str, Condition], paths: Mapping[str, Path], size: tuple[int, int]) -> ControlNets:
+        """The same on Stable Diffusion. The last request's ControlNets are kept."""
+        stamps = {name: controls.stamp(path) for name, path in paths.items()}
+        held, self._nets = self._nets, {}
+        for name, stamp in stamps.items():
+            self._nets[stamp] = self._nets.get(stamp) or held.get(stamp) or controlnets.open(paths[name], self.backbone)
+        drawn = {}
+        for name, control in asked.items():
+            annotator = controls.annotator(paths[name]) if control.annotator is None else control.annotator
+            drawn[name] = annotators.annotate(annotator, pictures.condition(control.image, name))
+        return controlnets.read(self.backbone, asked, {name: self._nets[stamp] for name, stamp in stamps.items()}, drawn, size)
 
     def _prepare(
         self, own: ExitStack, request: Request, method: Method, loras: Sequence[tuple[str, Lora, Path]]
@@ -326,6 +357,7 @@ class Engine:
         if run is not None and run is self._running:
             attention.abandon(self.backbone.denoiser, run[0])
             cache.abandon(self.backbone.denoiser)
+            controlnet.abandon(self.backbone.denoiser)
             torch.set_grad_enabled(run[1])
             self._group_key = None  # the next request of the group gets gates that no interrupted context will touch
             self._running = None

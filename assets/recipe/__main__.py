@@ -1,9 +1,9 @@
 """``python -m assets.recipe STAGE``: makes Pocket again from the npm art packages alone, resuming unfinished stages.
 
 Stages: art (rendered from the packages), autoencoder, base, polish (of the decoder), export, judge, loras, previews (in the LoRAs'
-headers, and their profiles), measure, and then flux, flux-loras, flux-previews and flux-measure for the second base, which has the
+headers, and their profiles), measure, controlnet and controlnet-measure, and then flux, flux-loras, flux-previews and flux-measure for the second base, which has the
 first one's autoencoder and is taught by it; or all of them in order. ``--budget`` is minutes of training for autoencoder, base,
-polish, judge and flux together (their shares are below), compiling not counted, and a larger budget on a later call takes them
+polish, judge, controlnet and flux together (their shares are below), compiling not counted, and a larger budget on a later call takes them
 further; the LoRAs' number of steps is not part of it. The same code trains on a processor and on a GPU.
 """
 
@@ -28,6 +28,7 @@ from . import (
     autoencoder,
     base,
     confusion,
+    controlnet,
     export,
     flux,
     judge,
@@ -45,8 +46,8 @@ from .loop import Loop
 from .places import HELD_PLACES, PLACES, variants
 from .world import World, batch, strange_words
 
-SHARES = {"autoencoder": 0.1, "base": 0.25, "polish": 0.1, "judge": 0.1, "flux": 0.45}  # of the budget
-FIRST = ("art", "autoencoder", "base", "polish", "export", "judge", "loras", "previews", "measure")
+SHARES = {"autoencoder": 0.1, "base": 0.25, "polish": 0.1, "judge": 0.1, "controlnet": 0.05, "flux": 0.4}  # of the budget
+FIRST = ("art", "autoencoder", "base", "polish", "export", "judge", "loras", "previews", "measure", "controlnet", "controlnet-measure")
 SECOND = ("flux", "flux-loras", "flux-previews", "flux-measure")
 STAGES = (*FIRST, *SECOND)
 POCKET = Path(__file__).parents[1] / "pocket"
@@ -97,9 +98,10 @@ def main() -> None:
     _base(args, stages, folder, grounds)
     if "judge" in stages:
         _judge(args, Source(folder, args.size, objects=args.objects, places=args.places, grounds=grounds))
-    if {"loras", "previews", "measure", *SECOND} & set(stages):
+    if {"loras", "previews", "measure", "controlnet", "controlnet-measure", *SECOND} & set(stages):
         world = _world(args, folder, grounds, also=ALSO)
         _first(args, stages, world)
+        _controlnet(args, stages, world)
         if set(SECOND) & set(stages):
             _second(args, stages, folder, world)
 
@@ -161,6 +163,14 @@ def _first(args: argparse.Namespace, stages: Sequence[str], world: World) -> Non
         loras.profiled(pipe, names, files, args.out / "profiles")
     if "measure" in stages:
         _measured(args, "base", "loras", pipe, world, files, names)
+
+
+def _controlnet(args: argparse.Namespace, stages: Sequence[str], world: World) -> None:
+    """The first base's ControlNet, and its figures."""
+    folder = args.out / controlnet.FOLDER
+    if "controlnet" in stages:
+        controlnet.train(world, args.out / "sd", args.work, folder, minutes=_minutes(args, "controlnet"), device=torch.device(args.device),
+                         workers=args.workers)  # fmt: skip
 
 
 def _second(args: argparse.Namespace, stages: Sequence[str], art: Path, world: World) -> None:
