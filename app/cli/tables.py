@@ -142,6 +142,8 @@ def result(console: Console, of: Result, drawn: bool) -> None:
         console.print(Text(f"seed {request.seed} (drawn; give --seed {request.seed} to make this again)"))
     for receipt in of.receipts:
         console.print(Text(printable(receipt.line())))
+    for line in remarks.controls(request):
+        console.print(Text(line))
     for line in remarks.remarks(of.notes):
         console.print(Text(printable(line), style="yellow"))
 

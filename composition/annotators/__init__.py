@@ -32,7 +32,7 @@ class Annotator:
 
 ANNOTATORS: Mapping[str, Annotator] = {
     "canny": Annotator("edges as thin white lines on black", lines.canny),
-    "scribble": Annotator("outlines as soft thick lines on black, as if drawn by hand", lines.scribble),
+    "scribble": Annotator("outlines as soft thick white lines on black", lines.scribble),
     "grey": Annotator("the picture without its colours", tones.grey),
     "blur": Annotator("the picture out of focus: colours and large forms", tones.blur),
     "tile": Annotator("the picture at an eighth of its size, enlarged again", tones.tile),
