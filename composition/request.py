@@ -28,6 +28,7 @@ DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)]
+ConditionKind = Literal["", "spatial", "subject"]
 Category = Literal["", "character", "clothing", "style", "place", "object", "pose", "other"]
 
 _config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -122,11 +123,17 @@ class Condition:
     source: Annotated[str, Field(min_length=1, max_length=4096)]
     image: Annotated[str, Field(min_length=1, max_length=MAX_IMAGE)]
     annotator: Annotated[str, Field(max_length=100)] | None = None
-    kind: Literal["", "spatial", "subject"] = ""
+    kind: ConditionKind = ""
     weight: Weight = 1.0
     strength: Annotated[float, Field(ge=0.0, le=10.0, allow_inf_nan=False)] = 1.0
     start: Fraction = 0.0
     end: Fraction = 1.0
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _earlier(cls, kind: Any) -> Any:
+        """Records of earlier versions name what is seen."""
+        return "spatial" if kind in ("edges", "depth", "pose") else kind
 
     @model_validator(mode="after")
     def _ordered(self) -> "Condition":
@@ -138,6 +145,10 @@ class Condition:
     def name(self) -> str:
         """The last part of the source without its ending: "conditions/canny.safetensors" is "canny"."""
         return _last_part(self.source)
+
+    def on(self, index: int, count: int) -> bool:
+        """Whether it acts at step `index` (from 0) of `count`."""
+        return self.strength > 0.0 and self.start <= index / count < self.end
 
 
 @dataclass(frozen=True, config=_config)
@@ -202,6 +213,13 @@ class Request:
     def condition_names(self) -> tuple[str, ...]:
         """One name per condition, in order, unique as those of LoRAs are."""
         return _unique(condition.name for condition in self.conditions)
+
+    @property
+    def controls(self) -> dict[str, Condition]:
+        """The conditions that act in at least one of the steps, by name, in order: one of strength 0 is as if it were not there."""
+        count = self.steps or 1000
+        return {name: condition for name, condition in zip(self.condition_names, self.conditions, strict=True)
+                if any(condition.on(index, count) for index in range(count))}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -307,13 +325,15 @@ class Receipt:
 
 @dataclass(frozen=True, config=_config)
 class Result:
-    """Pictures, the request they came from, and what happened: notes by the method, seconds by stage, receipts."""
+    """Pictures, the request they came from, and what happened: notes by the method, seconds by stage, receipts of its LoRAs, and of what its
+    conditions were read with, by name."""
 
     images: tuple[Image.Image, ...]
     request: Request
     notes: Mapping[str, Any]
     seconds: Mapping[str, float]
     receipts: tuple[Receipt, ...]
+    condition_receipts: Mapping[str, Receipt] = Field(default_factory=dict)
 
 
 _REQUEST = TypeAdapter(Request)
