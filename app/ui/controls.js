@@ -1,5 +1,5 @@
 // The pictures that control. props.sources: what can read one, [{key, title, annotator}]; props.annotators: [{key, about}];
-// props.drawn: what the server drew of one, {id, picture, trouble}; props.value: [{source, image, annotator, strength, start, end}].
+// props.drawn: what the server drew of one, {turn, picture, trouble}; props.value: [{source, image, annotator, strength, start, end}].
 // A picture is shrunk here and travels as text inside the request: nothing is uploaded. Names of files become text nodes.
 const SIDE = 1024, HEAVY = 600_000, MOST = 700_000, FILE = 200_000_000;  // pixels; bytes as PNG, at all, of a file that is opened
 const list = element.querySelector(".list");
@@ -80,10 +80,22 @@ function named(key) {
   return (props.sources ?? []).find((source) => source.key === key);
 }
 
+const waiting = [];  // rows whose picture is to be drawn: one is asked for at a time, so that no answer overtakes another
+let asked = null, turn = 0, patience = 0;
+
 function look(row) {
   row.parts.drawn.removeAttribute("src");
   row.parts.trouble.textContent = "";
-  trigger("look", { id: row.id, image: row.image, annotator: row.annotator ?? named(row.source)?.annotator ?? "" });
+  if (!waiting.includes(row)) waiting.push(row);
+  if (!asked) ask();
+}
+
+function ask() {
+  clearTimeout(patience);
+  asked = waiting.shift() ?? null;
+  if (!asked) return;
+  patience = setTimeout(ask, 20_000);
+  trigger("look", { turn: ++turn, image: asked.image, annotator: asked.annotator ?? named(asked.source)?.annotator ?? "" });
 }
 
 function choices(row) {  // what makes the condition: as its reader was trained, the picture itself, or by choice
@@ -127,11 +139,12 @@ function show(row) {
 }
 
 watch("drawn", () => {
-  const { id, picture, trouble } = props.drawn ?? {};
-  const row = rows.find((each) => each.id === id);
-  if (!row) return;
-  if (picture) row.parts.drawn.src = picture;
-  row.parts.trouble.textContent = trouble ?? "";
+  if (!asked || props.drawn?.turn !== turn) return;
+  if (!waiting.includes(asked)) {
+    if (props.drawn.picture) asked.parts.drawn.src = props.drawn.picture;
+    asked.parts.trouble.textContent = props.drawn.trouble;
+  }
+  ask();
 });
 watch("sources", () => {
   for (const row of [...rows]) if (!named(row.source)) { rows.splice(rows.indexOf(row), 1); list.querySelector(`[data-id="${row.id}"]`)?.remove(); }

@@ -39,17 +39,17 @@ def sources(engine: "Engine") -> list[dict[str, str]]:
     """What the page offers to read a picture: the model's bundled ones first, by name, never by path."""
     kinds = {"lora": "condition LoRA", "controlnet": "ControlNet"}
     listed = sorted(engine.conditions(), key=lambda each: not each.bundled)
-    return [{"key": each.name, "title": printable(f"{each.name} ({kinds.get(each.what, each.what)})"), "annotator": each.annotator} for each in listed]
+    return [{"key": each.name, "title": printable(f"{each.name} ({kinds[each.sort]})"), "annotator": each.annotator} for each in listed]
 
 
-def look(image: Any, annotator: Any, number: Any) -> dict[str, Any]:
-    """What an annotator makes of a picture of the page, small: {id, picture, trouble}."""
+def look(image: Any, annotator: Any, turn: Any) -> dict[str, Any]:
+    """What an annotator makes of a picture of the page, small: {turn, picture, trouble}. turn: the page's number for its question."""
     try:
         drawn = annotate(str(annotator or ""), pictures.condition(_text(image)))
     except Exception as error:  # the row gets a sentence, the page stays
-        return {"id": number, "picture": "", "trouble": sentence(error)}
+        return {"turn": turn, "picture": "", "trouble": sentence(error)}
     drawn.thumbnail((SIDE, SIDE))
-    return {"id": number, "picture": data_url(drawn), "trouble": ""}
+    return {"turn": turn, "picture": data_url(drawn), "trouble": ""}
 
 
 def conditions(value: Any, offered: Iterable[str]) -> Sequence[Condition]:
