@@ -7,6 +7,7 @@ come out of it as text too, small pictures as data URLs, so that a request holds
 import base64
 import binascii
 import io
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -244,6 +245,12 @@ def opaque(picture: Image.Image) -> Image.Image:
     light = (np.asarray(picture.convert("RGB").convert("L"), np.float64) * seen).sum() / max(seen.sum(), 1.0)
     ground = Image.new("RGBA", picture.size, (0, 0, 0, 255) if light >= LIGHT else (255, 255, 255, 255))
     return Image.alpha_composite(ground, picture).convert("RGB")
+
+
+def covering(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture made smaller until it just covers (width, height), its shape kept; one that is smaller stays as it is."""
+    scale = max(wanted / side for wanted, side in zip(size, picture.size, strict=True))
+    return _within(picture, math.ceil(max(picture.size) * scale)) if scale < 1.0 else picture
 
 
 def with_hole(picture: Image.Image, hole: Image.Image) -> Image.Image:

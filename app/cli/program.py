@@ -115,7 +115,7 @@ def generate(
                     drawn_places.append(session.places(path, result))
                 if original and len(results) == 1:
                     receipts = dict(zip(request.names, result.receipts, strict=True))
-                    for line in record.differences(original, receipts, record.versions()):
+                    for line in record.differences(original, receipts, record.versions(), result.condition_receipts):
                         err.print(Text(printable(line), style="yellow"))
     if json:
         out.document(tables.generated(request, results, drawn))

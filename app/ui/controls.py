@@ -42,10 +42,11 @@ def sources(engine: "Engine") -> list[dict[str, str]]:
     return [{"key": each.name, "title": printable(f"{each.name} ({kinds[each.sort]})"), "annotator": each.annotator} for each in listed]
 
 
-def look(image: Any, annotator: Any, turn: Any) -> dict[str, Any]:
-    """What an annotator makes of a picture of the page, small: {turn, picture, trouble}. turn: the page's number for its question."""
+def look(image: Any, annotator: Any, turn: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """What an annotator makes of a picture of the page, small: {turn, picture, trouble}. turn: the page's number for its question.
+    size: of the picture to be made."""
     try:
-        drawn = annotate(str(annotator or ""), pictures.condition(_text(image)))
+        drawn = annotate(str(annotator or ""), pictures.condition(_text(image)), size)
     except Exception as error:  # the row gets a sentence, the page stays
         return {"turn": turn, "picture": "", "trouble": sentence(error)}
     drawn.thumbnail((SIDE, SIDE))

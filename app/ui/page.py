@@ -114,7 +114,7 @@ class Page:
         gr.on([self.prompt.change, self.cards.change], self._hint, [self.prompt, self.cards], [self.lacking, self.hint],
               trigger_mode="always_last", **swift)
         self.add.click(self._add, [self.prompt, self.cards], self.prompt, **swift)
-        self.controls.look(self._look, None, self.controls, trigger_mode="multiple", **swift)
+        self.controls.look(self._look, self.size, self.controls, trigger_mode="multiple", **swift)
         self.blocks.load(lambda: (gr.HTML(cards=[card.shown() for card in self._shelf().values()]), gr.HTML(sources=controls.sources(self._engine))),
                          None, [self.cards, self.controls], **swift)
 
@@ -221,9 +221,14 @@ class Page:
     def _word(self, prompt: str, event: gr.EventData) -> str:
         return with_words(prompt or "", [str(event.word)])
 
-    def _look(self, event: gr.EventData) -> Any:
-        """What an annotator makes of a picture that was dropped."""
-        return gr.HTML(drawn=controls.look(event.image, event.annotator, event.turn))
+    def _look(self, size: str, event: gr.EventData) -> Any:
+        """What an annotator makes of a picture that was dropped, for a picture of this size."""
+        own = self._engine.backbone.size(Request(prompt=""))
+        try:
+            wanted = _size(size) or own
+        except Refused:  # Generate will say so
+            wanted = own
+        return gr.HTML(drawn=controls.look(event.image, event.annotator, event.turn, wanted))
 
     def _lacking(self, prompt: str, value: Any) -> list[Card]:
         shelf = self._shelf()

@@ -54,7 +54,7 @@ def settled(page) -> None:
 
 def expected(image: str, annotator: str) -> str:
     """What the page should show of a picture."""
-    drawn = annotate(annotator, pictures.condition(image))
+    drawn = annotate(annotator, pictures.condition(image), (64, 64))
     drawn.thumbnail((controls.SIDE, controls.SIDE))
     return data_url(drawn)
 
@@ -77,7 +77,7 @@ def test_pictures_that_control_travel_into_the_record(server, tab, tmp_path):  #
     generate(page)
     done(page)
     report = page.locator("#report").inner_text()
-    assert "edges by me.png, strength 0.8" in report and "figure by it.png, strength 1, from 20% to 75% of the steps" in report
+    assert "edges by me.png through canny, strength 0.8" in report and "figure by it.png, strength 1, from 20% to 75% of the steps" in report
     path = download(page, tmp_path / "got.png")
     first, second = record.read(path).conditions
     assert (first.source, first.annotator, first.strength, first.start, first.end) == ("edges", "canny", 0.8, 0, 1)
@@ -128,7 +128,7 @@ def test_a_dropped_photo_is_turned_and_shrunk(tab, tmp_path):  # noqa: F811
 
 def test_rough_photos_fit_through_the_door(tab, tmp_path):  # noqa: F811
     page = tab()
-    noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3)).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "rough.png")
     for number in range(controls.MOST):
         choose(page, tmp_path / "rough.png")
@@ -190,9 +190,8 @@ def test_a_path_in_place_of_a_picture_is_refused_on_the_wire(server, tmp_path):
     visitor.join(prompt="a fox", controls=[row(image=str(photo(tmp_path / "secret.png")))])
     with visitor.listening() as events:
         assert "drop it anew" in shown_until(events, "process_completed")
-    assert controls.look(str(tmp_path / "secret.png"), "canny", 7) == {
-        "turn": 7, "picture": "", "trouble": controls.look("", "", 7)["trouble"]}
-    assert "did you mean" in controls.look(picture(), "cany", 1)["trouble"]
+    assert "drop it anew" in controls.look(str(tmp_path / "secret.png"), "canny", 7, (64, 64))["trouble"]
+    assert "did you mean" in controls.look(picture(), "cany", 1, (64, 64))["trouble"]
 
 
 def test_bundled_ones_come_first_and_no_path_is_shown():
