@@ -181,16 +181,16 @@ class Engine:
         """The request with everything that it leaves open made explicit, and notes on what was decided.
 
         Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; masks and pictures of conditions are
-        read, once, into the request;
-        the methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A
+        read, once, into the request, and what draws the latter is named; the methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A
         settled request settles to itself. Raises Refused for a LoRA, a mask or a picture that is not there.
         """
         request, tagged = prompt_syntax.settled(request, self.find)
         notes: dict[str, Any] = {prompt_syntax.TAGGED: tagged} if tagged else {}
         loras = [replace(lora, region=pictures.mask_as_text(lora.region, lora.name)) if isinstance(lora.region, str) else lora
                  for lora in request.loras]
-        conditions = [replace(condition, image=pictures.condition_as_text(condition.image, condition.name)) for condition in request.conditions]
-        request = replace(request, model=self.name, loras=loras, conditions=conditions).settled(*self.backbone.defaults)
+        controls = [replace(control, image=pictures.condition_as_text(control.image, control.name), annotator=self._annotator(control))
+                    for control in request.conditions]
+        request = replace(request, model=self.name, loras=loras, conditions=controls).settled(*self.backbone.defaults)
         options = methods.find(request.method).options.__dataclass_fields__
         if not measured_order.concerns(request, options):
             return request, notes
@@ -198,6 +198,12 @@ class Engine:
         request, order = measured_order.pinned(
             request, options, {name: self.profiles.frequency(tensors, self.name) for name, tensors in hashes.items()})
         return request, notes | ({"order": order} if order else {})
+
+    def _annotator(self, control: Condition) -> str | None:
+        """What makes the condition of its picture: the request's choice, else its file's."""
+        if control.annotator is not None or not isinstance(self.backbone, ReadsConditions):
+            return control.annotator
+        return condition.describe(self.find_condition(control.source))[0].annotator
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -291,7 +297,10 @@ class Engine:
         for name, control in request.controls.items():
             annotator = loras[name].settings.annotator if control.annotator is None else control.annotator
             picture = pictures.condition(control.image, name)
-            drawn[name] = annotators.annotate(annotator, picture) if annotator else picture
+            try:
+                drawn[name] = annotators.annotate(annotator, picture, size) if annotator else picture
+            except Refused as error:
+                raise Refused(f"condition {name}: {error}") from None
         reads = conditions.read(self.backbone, request.controls, loras, drawn, size)
         steady = method.steady and not any(lora.scheduled for lora in request.loras)
         return Conditions(self.backbone, reads, isolated=not steady, shelf=shelf)
