@@ -14,11 +14,13 @@ class Bundle:
     loras: str
     testbed: str
     profiles: str = "pocket/profiles"
+    conditions: str = ""  # condition LoRAs, "" where there are none
 
 
 BUNDLES: Mapping[str, Bundle] = {
     "pocket": Bundle(model="pocket/sd", loras="pocket/loras", testbed="pocket/testbed.json"),
-    "pocket-flux": Bundle(model="pocket/flux", loras="pocket/flux-loras", testbed="pocket/testbed-flux.json"),
+    "pocket-flux": Bundle(model="pocket/flux", loras="pocket/flux-loras", testbed="pocket/testbed-flux.json",
+                          conditions="pocket/flux-conditions"),
 }
 
 

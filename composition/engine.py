@@ -7,24 +7,26 @@ or for a whole group of requests.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from composition import backbones, methods, pictures, prompt_syntax
+from composition import annotators, backbones, conditions, methods, pictures, prompt_syntax
 from composition.adapters import Adapters
 from composition.backbones import schedulers
-from composition.backbones.base import Backbone
+from composition.backbones.base import Backbone, ReadsConditions
 from composition.backbones.encodings import Encodings
 from composition.backbones.loading import placement
+from composition.conditions import Conditions, Shelf
 from composition.hooks import attention, cache
 from composition.loop import NotFinite, Step, sample
-from composition.loras import library, reader
+from composition.loras import condition, library, reader
+from composition.loras.condition import ConditionLora
 from composition.methods import Method
 from composition.methods.shared import measured_order
 from composition.notes import opening_notes, overflow
@@ -46,12 +48,25 @@ class Event(NamedTuple):
     latents: Tensor
 
 
+class Control(NamedTuple):
+    """What a condition can be read with. kind: "spatial" or "subject". annotator: what makes its pictures, "" where its file does not say.
+    bundled: with the model."""
+
+    path: Path
+    name: str
+    kind: str
+    annotator: str
+    sort: Literal["lora", "controlnet"]
+    bundled: bool
+
+
 class _Prepared(NamedTuple):
     """What a run finds when its LoRAs are in place. fold: what a user should know of it."""
 
     receipts: tuple[Receipt, ...] = ()
     encodings: dict[Any, Tensor] = {}
     fold: str = ""
+    shelf: Shelf = {}
 
 
 class Engine:
@@ -74,6 +89,7 @@ class Engine:
         self._group_state: _Prepared = _Prepared()
         self._exclusive = False
         self._running: tuple[int, bool] | None = None  # when the run that is not over began, and whether gradients were on
+        self._condition_files: dict[Any, ConditionLora] = {}  # of the last request, by path and state on disk
         self._lock = _LOCKS.setdefault(str(backbone.device), threading.RLock())
 
     @classmethod
@@ -127,6 +143,17 @@ class Engine:
         """The file of a LoRA by name or path. Raises Refused with the nearest names."""
         return self._resolve(source)
 
+    def find_condition(self, source: str) -> Path:
+        """The file of a condition LoRA by name or path: one bundled with this model, or one in the folders. Raises Refused as `find`."""
+        return library.find(source, self.name, self.folders, conditions=True)
+
+    def conditions(self) -> list[Control]:
+        """What can be named as the source of a condition: those bundled with this model, then those in the folders."""
+        if not isinstance(self.backbone, ReadsConditions):
+            return []
+        return [Control(path, path.stem, settings.kind, settings.annotator, "lora", owned)
+                for path, settings, owned in library.condition_loras(self.name, self.folders)]
+
     def inspect(self, source: str) -> Receipt:
         """What of a LoRA file would be applied to this model; nothing is refused for being partial."""
         with self._lock:
@@ -137,15 +164,17 @@ class Engine:
     def settle(self, request: Request) -> tuple[Request, dict[str, Any]]:
         """The request with everything that it leaves open made explicit, and notes on what was decided.
 
-        Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; a mask is read, once, into the request;
+        Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; masks and pictures of conditions are
+        read, once, into the request;
         the methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A
-        settled request settles to itself. Raises Refused for a LoRA or a mask that is not there.
+        settled request settles to itself. Raises Refused for a LoRA, a mask or a picture that is not there.
         """
         request, tagged = prompt_syntax.settled(request, self.find)
         notes: dict[str, Any] = {prompt_syntax.TAGGED: tagged} if tagged else {}
         loras = [replace(lora, region=pictures.mask_as_text(lora.region, lora.name)) if isinstance(lora.region, str) else lora
                  for lora in request.loras]
-        request = replace(request, model=self.name, loras=loras).settled(*self.backbone.defaults)
+        conditions = [replace(condition, image=pictures.condition_as_text(condition.image, condition.name)) for condition in request.conditions]
+        request = replace(request, model=self.name, loras=loras, conditions=conditions).settled(*self.backbone.defaults)
         options = methods.find(request.method).options.__dataclass_fields__
         if not measured_order.concerns(request, options):
             return request, notes
@@ -199,17 +228,19 @@ class Engine:
         """
         method = methods.find(request.method)
         method.read(request.options)
-        if request.conditions:
-            raise Refused("this request has conditions; condition LoRAs need a FLUX model and are not part of this version")
-        self.backbone.size(request)
+        if request.conditions and not isinstance(self.backbone, ReadsConditions):
+            raise Refused(f"this request has conditions, which {self.name} cannot read: condition LoRAs need a FLUX model")
+        size = self.backbone.size(request)
         request, settled = self.settle(request)
         loras = [(name, lora, self.find(lora.source)) for name, lora in zip(request.names, request.loras, strict=True)]
+        paths = {name: self.find_condition(condition.source) for name, condition in request.controls.items()}
         options = method.read(request.options)
         seconds: dict[str, float] = {}
         with self._lock, self._undisturbed(), ExitStack() as own:
             with _timed(seconds, "load"):
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
-                receipts, encodings, fold = self._prepare(own, request, method, loras)
+                receipts, encodings, fold, shelf = self._prepare(own, request, method, loras)
+                conditions = self._controlled(request, method, paths, size, shelf)
             notes = opening_notes(request, receipts, self.backbone) | settled | ({"fold": fold} if fold else {})
             rows = list(zip(request.names, request.loras, receipts, strict=True))
             categories = {name: lora.category or receipt.category for name, lora, receipt in rows}
@@ -219,11 +250,32 @@ class Engine:
                 part = request.seeds[first : first + self.together]
                 run = Run(
                     self.backbone, self.adapters, request, scheduler, encodings=encodings, cancel=cancel,
-                    generators=[Generator().manual_seed(seed) for seed in part], categories=categories, triggers=triggers)
+                    generators=[Generator().manual_seed(seed) for seed in part], categories=categories, triggers=triggers,
+                    conditions=conditions)
                 images += self._pictures(run, method, options, first, on_step, seconds)
                 notes |= run.notes if first == 0 else {}
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
-            return Result(tuple(images), request, notes, seconds, receipts)
+            read_with = {name: read.lora.receipt for name, read in conditions.reads.items()} if conditions else {}
+            return Result(tuple(images), request, notes, seconds, receipts, read_with)
+
+    def _controlled(
+        self, request: Request, method: Method, paths: Mapping[str, Path], size: tuple[int, int], shelf: Shelf,
+    ) -> Conditions | None:
+        """The request's conditions, their files and pictures read; None without any."""
+        if not request.controls:
+            return None
+        files = {(path, *library.stamp(path)): None for path in paths.values()}
+        files = {key: self._condition_files.get(key) or condition.read(key[0], self.backbone.denoiser) for key in files}
+        self._condition_files = files
+        loras = {name: files[path, *library.stamp(path)] for name, path in paths.items()}
+        drawn = {}
+        for name, control in request.controls.items():
+            annotator = loras[name].settings.annotator if control.annotator is None else control.annotator
+            picture = pictures.condition(control.image, name)
+            drawn[name] = annotators.annotate(annotator, picture) if annotator else picture
+        reads = conditions.read(self.backbone, request.controls, loras, drawn, size)
+        steady = method.steady and not any(lora.scheduled for lora in request.loras)
+        return Conditions(self.backbone, reads, isolated=not steady, shelf=shelf)
 
     def _prepare(
         self, own: ExitStack, request: Request, method: Method, loras: Sequence[tuple[str, Lora, Path]]
@@ -248,7 +300,7 @@ class Engine:
     ) -> "_Prepared":
         self._repair()
         receipts = stack.enter_context(self.adapters.session(loras, allow_partial=request.allow_partial))
-        return _Prepared(receipts, Encodings(), self._fold(stack, request) if fold else "")
+        return _Prepared(receipts, Encodings(), self._fold(stack, request) if fold else "", {})
 
     def _repair(self) -> None:
         """Undo what a run has left that was interrupted while it cleaned up; the session of a training that is at work stays."""
@@ -306,6 +358,9 @@ class Engine:
                 on_step(Event(done, step.count * batches, first, step.latents))
 
         try:
+            if run.conditions is not None:
+                with _timed(seconds, "conditions"):
+                    run.read_conditions()
             with _timed(seconds, "denoise"):
                 latents, timesteps = self.backbone.start(run.request, run.scheduler, run.generators)
                 with method.compose(run, options) as predict:

@@ -60,10 +60,15 @@ class FluxBackbone(PipelineBackbone):
         """Tokens of a prompt that T5 is given, padding included."""
         return min(LONGEST_FAST if self.fast else LONGEST, self.pipeline.tokenizer_2.model_max_length)
 
+    @property
+    def pixels_per_token(self) -> int:
+        """The side of the square that one token of the picture stands for."""
+        return 2 * self.pipeline.vae_scale_factor
+
     def size(self, request: Request) -> tuple[int, int]:
         own = self.pipeline.vae.config.sample_size
         size = request.size or (own, own)
-        if wrong := vae.fitting(size, 2 * self.pipeline.vae_scale_factor):
+        if wrong := vae.fitting(size, self.pixels_per_token):
             raise Refused(wrong)
         return size
 
@@ -121,14 +126,12 @@ class FluxBackbone(PipelineBackbone):
             img_ids=places(latents), return_dict=False)[0]
         return unpacked(out, latents.shape[-2:]).unflatten(0, (rows, count))
 
+    def tokens(self, latents: Float[Tensor, "rows C H W"]) -> Float[Tensor, "rows N c"]:
+        return packed(latents)
+
     def read_alone(
         self, tokens: Float[Tensor, "rows N c"], ids: Float[Tensor, "N 3"], t: Num[Tensor, ""] | Num[Tensor, "rows"], cond: Conditioning
-    ) -> Float[Tensor, "rows N c"]:
-        """One evaluation of tokens by themselves, with ids of their own and no prompt: what a condition's bank is filled by.
-
-        tokens: of one row, or of R B. Of `cond` the pooled prompt and the guidance are read, which modulate every layer. The answer is of
-        no use to a condition.
-        """
+    ) -> Float[Tensor, "_ N c"]:
         pooled = cond.values["pooled"].flatten(0, 1).to(tokens.dtype)
         rows = max(tokens.shape[0], pooled.shape[0])
         time = t.to(tokens.dtype).expand(rows) / 1000

@@ -39,6 +39,9 @@ class Update(NamedTuple):
         return y + F.linear(F.linear(read, self.down.to(y)), self.up.to(y)) * self.scale
 
 
+Change = Callable[[Tensor, Tensor], Tensor]  # a layer's input and output -> its output: an Update, or anything that is called like one
+
+
 class Stored(NamedTuple):
     """One layer's keys and values, as its attention had them: after LoRA, norm and rotary embedding."""
 
@@ -51,6 +54,10 @@ class Bank:
     """What one condition leaves in every attention layer; complete once the context that fills it has ended."""
 
     layers: dict[str, Stored] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return next(iter(self.layers.values())).key.shape[0]
 
     @property
     def tokens(self) -> int:
@@ -77,7 +84,7 @@ class Appended(NamedTuple):
 class _Act:
     """What is done while a context lasts: updates of layers, by path, and an override of attention. repeat: that for a recomputation."""
 
-    updates: Mapping[str, Update]
+    updates: Mapping[str, Change]
     override: AttentionOverride
     repeat: AttentionOverride
 
@@ -90,7 +97,7 @@ class Banks:
         self._acting: tuple[_Act, ...] = ()
 
     @contextmanager
-    def extracting(self, updates: Mapping[str, Update] | None = None) -> Iterator[Bank]:
+    def extracting(self, updates: Mapping[str, Change] | None = None) -> Iterator[Bank]:
         """While it lasts, one forward of the condition's tokens alone (`Backbone.read_alone`) fills the bank that is yielded.
 
         updates: the condition's LoRA, by path of the linear layer. Raises RuntimeError at its end for an attention layer or an updated one
@@ -110,10 +117,11 @@ class Banks:
             yield bank
 
     @contextmanager
-    def appended(self, banks: Sequence[Appended]) -> Iterator[None]:
+    def appended(self, banks: Sequence[Appended], *, skips: Callable[[str], bool] = lambda path: False) -> Iterator[None]:
         """While it lasts, every attention layer reads these banks too, in whichever order they are; those of strength 0 are left out.
 
-        Without any left the denoiser is the stock one. Raises RuntimeError for a layer that did not run or that a bank lacks.
+        Without any left the denoiser is the stock one. skips: says of a layer's path that it will not run. Raises RuntimeError for another
+        that did not run, or that a bank lacks.
         """
         banks = [item for item in banks if item.strength > 0]
         if not banks:
@@ -126,7 +134,7 @@ class Banks:
         def append(call: Attention, attend: Attend) -> Tensor:
             return attend(_with(call, banks))
 
-        with self._hooked(_Act({}, append, append)):
+        with self._hooked(_Act({}, append, append), skips=skips):
             yield
 
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -151,14 +159,14 @@ class Banks:
             self._acting = now
 
     @contextmanager
-    def _hooked(self, act: _Act, whole: bool = True) -> Iterator[None]:
+    def _hooked(self, act: _Act, *, whole: bool = True, skips: Callable[[str], bool] = lambda path: False) -> Iterator[None]:
         """The hooks of an act, which do nothing while it is not acting. whole: every layer has to run."""
         before, handles, updated = self._acting, [], set[str]()
 
         def override(call: Attention, attend: Attend) -> Tensor:
             return act.override(call, attend) if act in self._acting else attend(call)
 
-        def updating(path: str, update: Update) -> Callable[..., Tensor | None]:
+        def updating(path: str, update: Change) -> Callable[..., Tensor | None]:
             def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
                 if act not in self._acting:
                     return None
@@ -171,7 +179,7 @@ class Banks:
             self._acting = (*before, act)
             for path, update in act.updates.items():
                 handles.append(self.denoiser.get_submodule(path).register_forward_hook(updating(path, update)))
-            with attention.override(self.denoiser, self.layers, override, whole=whole):
+            with attention.override(self.denoiser, [name for name in self.layers if not skips(name)], override, whole=whole):
                 yield
         finally:
             self._acting = before

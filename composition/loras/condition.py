@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from PIL import ImageColor
@@ -45,8 +45,9 @@ class Settings:
 
     kind: "spatial" (edges, depth: stretched over the picture) or "subject" (a thing by itself, beside the picture). size: pixels of the side of
     what is encoded. alpha: None is the rank. base: the model that it was trained on. pad: colour around a subject and behind what is
-    transparent. annotator: what makes its pictures, by name. offset: rows between a subject and the picture's first. rounded: position ids
-    rounded to bfloat16, as the published code does. projection: False where proj is not applied (OmniConsistency).
+    transparent. annotator: what makes its pictures, by name. offset: rows between a subject and the picture's first; clear: more where the picture
+    has more rows of tokens, so that they do not meet (the published code lets them). rounded: position ids rounded to bfloat16, as the
+    published code does. projection: False where proj is not applied (OmniConsistency).
     """
 
     kind: Kind = "spatial"
@@ -56,6 +57,7 @@ class Settings:
     pad: str = "black"
     annotator: str = ""
     offset: int = OFFSET
+    clear: bool = True
     rounded: bool = False
     projection: bool = True
 
@@ -246,6 +248,6 @@ def _settings(path: Path, header: Mapping[str, str]) -> Settings:
     except ValueError:
         raise wrong("pad", "a colour, as black or #808080") from None
     return Settings(
-        kind=kind, size=whole("size", 8, MAX_SIZE, SIZE), alpha=alpha, base=text.get("base", "")[: metadata.MAX_LETTERS], pad=pad[:40],
+        kind=cast(Kind, kind), size=whole("size", 8, MAX_SIZE, SIZE), alpha=alpha, base=text.get("base", "")[: metadata.MAX_LETTERS], pad=pad[:40],
         annotator=text.get("annotator", "")[: metadata.MAX_LETTERS], offset=whole("offset", 0, 100_000, OFFSET),
-        rounded=flag("rounded", False), projection=flag("projection", True))
+        clear=flag("clear", True), rounded=flag("rounded", False), projection=flag("projection", True))

@@ -1,8 +1,8 @@
 """The record of a picture: the whole request inside its PNG, and a line in the folder's manifest.
 
 Two text chunks: `medley` is JSON (request of this one picture, receipts, notes, versions), `parameters` is what
-A1111-like tools read. No clock is in them, and no path unless it is asked for: LoRAs and the model are named, a mask is in it as
-a small picture. The same request gives the same bytes. The manifest stays on its machine and has the paths.
+A1111-like tools read. No clock is in them, and no path unless it is asked for: LoRAs and the model are named, masks and
+the pictures of conditions are in it as small pictures. The same request gives the same bytes. The manifest stays on its machine and has the paths.
 """
 
 import json

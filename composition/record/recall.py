@@ -1,7 +1,7 @@
 """A request without the paths of one machine, for a record that travels; and a travelled request made again on another.
 
-A path says nothing to anybody else and something about its owner, so a record has names and hashes, and a mask as its own small
-picture. Recalled, a name is looked up, and the file it means is compared with the hash.
+A path says nothing to anybody else and something about its owner, so a record has names and hashes, and masks and pictures of conditions
+as small pictures of its own. Recalled, a name is looked up, and the file it means is compared with the hash.
 """
 
 import re
@@ -56,10 +56,11 @@ def is_path(model: str) -> bool:
 
 
 def without_paths(request: Request) -> Request:
-    """The request with names in place of paths, and its masks in it. Raises Refused for a mask that cannot be read any more."""
+    """The request with names in place of paths, its masks and the pictures of its conditions in it. Raises Refused for one that cannot be
+    read any more."""
     loras = [replace(lora, source=lora.name, region=pictures.without_name(pictures.mask_as_text(lora.region, lora.name))
                      if isinstance(lora.region, str) else lora.region) for lora in request.loras]
-    conditions = [replace(condition, source=last_part(condition.source), image=last_part(condition.image))
+    conditions = [replace(condition, source=condition.name, image=pictures.condition_as_text(condition.image, condition.name))
                   for condition in request.conditions]
     return replace(request, loras=loras, conditions=conditions, model=model_name(request.model))
 
@@ -71,12 +72,14 @@ def by_name(request: Request) -> Request:
         if isinstance(lora.region, str) and not lora.region.startswith("data:"):
             raise Refused(f"the record names {lora.region!r:.200}, a file of this machine, as the region of LoRA {lora.name}: if that is yours, "
                           "give --allow-paths")
-    if request.conditions:
-        raise Refused(f"the record names {request.conditions[0].image!r:.200}, a file of this machine, as the picture of a condition: if that is "
-                      "yours, give --allow-paths")
+    for condition in request.conditions:
+        if not condition.image.startswith("data:"):
+            raise Refused(f"the record names {condition.image!r:.200}, a file of this machine, as the picture of condition {condition.name}: if that "
+                          "is yours, give --allow-paths")
     prompt, tags = prompt_syntax.untagged(request.prompt)  # a settled request has no tags; a stranger's may name files by them
     loras = [replace(lora, source=lora.name) for lora in (*request.loras, *(tag.lora for tag in tags))]
-    return replace(request, prompt=prompt, loras=loras, model=model_name(request.model))
+    conditions = [replace(condition, source=condition.name) for condition in request.conditions]
+    return replace(request, prompt=prompt, loras=loras, conditions=conditions, model=model_name(request.model))
 
 
 def located(request: Request, record: Record, files: Sequence[Path], find: Callable[[str], Path]) -> Request:

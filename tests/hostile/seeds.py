@@ -49,7 +49,8 @@ REQUEST: dict[str, Any] = {
     "prompt": "an owl, (feathers:1.2) <lora:raccoon:0.5>", "negative": "rain",
     "loras": [{"source": "owl", "weight": 0.8, "text_weight": 0.5, "blocks": {"down": 0.5}, "start": 0.1, "end": 0.9, "binds": "owl",
                "region": [0, 0, 0.5, 1], "category": "character", "triggers": ["owl"]}],
-    "conditions": [{"source": "edges", "image": "a.png", "kind": "edges", "weight": 1}],
+    "conditions": [{"source": "edges", "image": "a.png", "annotator": "canny", "kind": "spatial", "weight": 1, "strength": 0.8,
+                    "start": 0, "end": 0.5}],
     "model": "pocket", "method": "merge", "options": {"a": 1}, "sampler": "Euler a", "steps": 5, "guidance": 4, "true_guidance": 1, "size": [64, 64],
     "seed": 1, "count": 1, "batched": True, "allow_partial": False, "schema_version": 1,
 }  # fmt: skip
