@@ -85,7 +85,7 @@ def train(
         state = State(trained, [pairs], plan)
         if checkpoint and checkpoint.is_file():
             state.load(checkpoint)
-        learning = Learning(backbone, banks, trained, plan)
+        learning = Learning(backbone, banks, trained, plan, pairs.settings.factor)
         rows = Rows(backbone, pairs, plan)
 
         def told(losses: Float[Tensor, "1"]) -> None:
@@ -141,8 +141,9 @@ def _grid(latents: Float[Tensor, "n C H W"]) -> tuple[int, int]:
 class Learning:
     """Computes the gradients of a step."""
 
-    def __init__(self, backbone: Any, banks: Banks, trained: Trainable, plan: ConditionPlan) -> None:
-        self.backbone, self.banks, self.trained, self.plan = backbone, banks, trained, plan
+    def __init__(self, backbone: Any, banks: Banks, trained: Trainable, plan: ConditionPlan, strength: float = 1.0) -> None:
+        """strength: at which the banks are read."""
+        self.backbone, self.banks, self.trained, self.plan, self.strength = backbone, banks, trained, plan, strength
         self.paths = list(next(iter(trained.layers.values())))
         self.lent = HalfBase(backbone.denoiser, backbone.device, plan.half)
 
@@ -184,7 +185,7 @@ class Learning:
                 with self.banks.extracting(self.learning_updates(like)) as bank:
                     self.backbone.read_alone(packed(rows.conditions), rows.ids, rows.t.new_zeros(()), rows.alone)
                 read = tuple(pair for pair in range(len(rows.conditions)) for _ in range(self.plan.views))
-                with self.banks.appended([Appended(bank, rows=read)]):
+                with self.banks.appended([Appended(bank, self.strength, read)]):
                     guess = self.backbone.denoise(rows.noisy, rows.t, rows.cond)[0]
             loss = F.mse_loss(guess.to(goal), goal)
             loss.backward()
