@@ -33,6 +33,7 @@ from .objects import article
 from .world import World
 
 FIRST = 8 * 10**9  # scene numbers of the training
+PAIRS = 1600  # of each condition
 SHAPES = ((8, 8, 10), (10, 8, 2), (8, 10, 2), (8, 6, 2), (6, 8, 2), (10, 10, 2))  # width and height in eighths of a side; parts of all pairs
 LARGER = 10 / 8  # side of a scene over the side of the pictures
 SIZE = 3 / 4  # side of a condition picture over the side of the pictures
@@ -60,7 +61,7 @@ CARDS = {
     "subject": Card("A subject on plain ground", "subject", "", "white"),
 }
 
-PLAN = ConditionPlan(rank=16, rate=3e-3, steps=400, batch=4, views=4, noise=(0.8, 1.2), empty=0.2, drop=0.0, warm=20)
+PLAN = ConditionPlan(rank=32, rate=5e-3, steps=400, batch=4, views=4, noise=(0.8, 1.2), empty=0.2, drop=0.0, warm=20)
 
 
 class Pair(NamedTuple):
@@ -154,7 +155,7 @@ def pairs(backbone: Any, world: World, own: Sequence[str], name: str, count: int
 
 
 def make(pipe: Any, world: World, own: Sequence[str], names: Sequence[str], folder: Path, work: Path, *, plan: ConditionPlan = PLAN,
-         count: int = 1600, workers: int = 0, report: Callable[[str], None] = print) -> None:  # fmt: skip
+         count: int = PAIRS, workers: int = 0, report: Callable[[str], None] = print) -> None:  # fmt: skip
     """Train each condition LoRA that has no file yet, resuming from ``work``. own: the base's objects."""
     backbone = backbones.of(pipe, opening.family(pipe))
     plan = replace(plan, half=halves(backbone.device, backbone.dtype))
