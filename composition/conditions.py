@@ -198,7 +198,7 @@ class Conditions:
             count = bank.rows
             picked = range(count) if rows == count else [count - 1] * rows  # the positive row alone
             each = None if count == 1 else tuple(row for _ in range(call.passes) for row in picked for _ in range(pictures))
-            banks.append(Appended(bank, self.reads[name].condition.strength, each))
+            banks.append(Appended(bank, self.reads[name].condition.strength * self.reads[name].lora.settings.factor, each))
         with self._banks.appended(banks, skips=call.skips):
             yield
 

@@ -7,6 +7,7 @@ come out of it as text too, small pictures as data URLs, so that a request holds
 import base64
 import binascii
 import io
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -184,21 +185,22 @@ def _grey(picture: Image.Image) -> Image.Image:
 # pictures of conditions ------------------------------------------------------------------------------------------------
 
 
-def condition(image: str, name: str) -> Image.Image:
-    """The picture of the condition of this name, from a path or a data URL: upright, 8 bits a channel, its longer side at most
+def condition(image: str, name: str = "") -> Image.Image:
+    """The picture of the condition of this name ("": of none yet), from a path or a data URL: upright, 8 bits a channel, its longer side at most
     CONDITION_SIDE pixels, mode "RGB", or "RGBA" where some of it is transparent.
 
     Raises Refused for what cannot be read, is under LEAST_SIDE pixels high or wide, or is transparent altogether.
     """
+    what = f"the picture of condition {name}" if name else "the picture"
     try:
         picture = _within(_in_colour(_opened(image)), CONDITION_SIDE)
     except Refused as error:
-        raise Refused(f"the picture of condition {name} cannot be used: {error}") from None
+        raise Refused(f"{what} cannot be used: {error}") from None
     if min(picture.size) < LEAST_SIDE:
-        raise Refused(f"the picture of condition {name} is too small or too narrow: made to fit into {CONDITION_SIDE} pixels it has "
+        raise Refused(f"{what} is too small or too narrow: made to fit into {CONDITION_SIDE} pixels it has "
                       f"{picture.width}x{picture.height}, and at least {LEAST_SIDE} are needed each way")
     if picture.mode == "RGBA" and not picture.getchannel("A").getbbox():
-        raise Refused(f"the picture of condition {name} is transparent everywhere: there is nothing in it to follow")
+        raise Refused(f"{what} is transparent everywhere: there is nothing in it to follow")
     return picture
 
 
@@ -206,16 +208,25 @@ def condition_as_text(image: str, name: str) -> str:
     """The picture as a data URL with the name of its file, without folders: PNG, or WebP of quality 95 where that would be over
     LOSSLESS bytes. Text that this function made stays as it is. Raises Refused as `condition`.
     """
-    picture, file = condition(image, name), origin(image)
-    named = f";name={quote(file, safe='')}" if file else ""
+    picture = condition(image, name)
     if (head := _PICTURE.match(image)) and len(image) < MAX_TEXT and max(_opened(image).size) <= CONDITION_SIDE:
-        return f"data:image/{head[1]}{named};base64,{image[head.end():]}"
+        return _head(head[1], origin(image)) + image[head.end():]
+    return as_text(picture, origin(image))
+
+
+def as_text(picture: Image.Image, file: str = "") -> str:
+    """A picture from `condition` as such text. file: the name that it gets."""
     stream, kind = io.BytesIO(), "png"
     picture.save(stream, format="PNG")
     if stream.tell() > LOSSLESS:
         stream, kind = io.BytesIO(), "webp"
         picture.save(stream, format="WEBP", quality=95)
-    return f"data:image/{kind}{named};base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return _head(kind, file) + base64.b64encode(stream.getvalue()).decode()
+
+
+def _head(kind: str, file: str) -> str:
+    named = f";name={quote(file, safe='')}" if file else ""
+    return f"data:image/{kind}{named};base64,"
 
 
 def origin(image: str) -> str:
@@ -234,6 +245,12 @@ def opaque(picture: Image.Image) -> Image.Image:
     light = (np.asarray(picture.convert("RGB").convert("L"), np.float64) * seen).sum() / max(seen.sum(), 1.0)
     ground = Image.new("RGBA", picture.size, (0, 0, 0, 255) if light >= LIGHT else (255, 255, 255, 255))
     return Image.alpha_composite(ground, picture).convert("RGB")
+
+
+def covering(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture made smaller until it just covers (width, height), its shape kept; one that is smaller stays as it is."""
+    scale = max(wanted / side for wanted, side in zip(size, picture.size, strict=True))
+    return _within(picture, math.ceil(max(picture.size) * scale)) if scale < 1.0 else picture
 
 
 def with_hole(picture: Image.Image, hole: Image.Image) -> Image.Image:

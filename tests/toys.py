@@ -334,6 +334,20 @@ def lora(
     return path
 
 
+def condition(transformer: nn.Module, path: Path, seed: int = 0, rank: int = 2, scale: float = 0.05, **settings: object) -> Path:
+    """A condition LoRA of this FLUX transformer in EasyControl's layout, random; settings become its header (kind, size, annotator, ...)."""
+    rng, tensors = torch.Generator().manual_seed(seed), {}
+    roles = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj"}
+    for name, module in transformer.named_modules():
+        block, inside, layer = name.partition(".attn.")
+        if inside and layer in roles and isinstance(module, nn.Linear):
+            width = module.out_features if roles[layer] == "proj" else module.in_features  # proj acts on the layer's output
+            for role, shape in (("down", (rank, width)), ("up", (module.out_features, rank))):
+                tensors[f"{block}.attn.processor.{roles[layer]}_loras.0.{role}.weight"] = scale * torch.randn(shape, generator=rng)
+    save_file(tensors, path, metadata={f"condition.{name}": str(value) for name, value in settings.items()})
+    return path
+
+
 def difference(a: Tensor, b: Tensor) -> float:
     """How far two pictures or latents lie apart, in units of the first one's spread."""
     return math.sqrt(float((a.double() - b.double()).square().mean())) / float(a.double().std())

@@ -32,10 +32,11 @@ class Annotator:
 
 ANNOTATORS: Mapping[str, Annotator] = {
     "canny": Annotator("edges as thin white lines on black", lines.canny),
-    "scribble": Annotator("outlines as soft thick lines on black, as if drawn by hand", lines.scribble),
+    "scribble": Annotator("outlines as soft thick white lines on black", lines.scribble),
     "grey": Annotator("the picture without its colours", tones.grey),
     "blur": Annotator("the picture out of focus: colours and large forms", tones.blur),
     "tile": Annotator("the picture at an eighth of its size, enlarged again", tones.tile),
+    "layout": Annotator("a few flat regions of colour", tones.layout),
     "hole": Annotator("the picture with black where it is transparent", tones.hole, transparent=True),
 } | {name: Annotator(plugin.about, plugin.make, extra=plugin.extra, licence=plugin.licence) for name, plugin in plugins.PLUGINS.items()}
 
@@ -49,13 +50,15 @@ def find(name: str) -> Annotator:
     raise Refused(f"no annotator is named {name!r:.200}; {hint}")
 
 
-def annotate(name: str, picture: Image.Image) -> Image.Image:
+def annotate(name: str, picture: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
     """What the annotator of this name makes of a picture from `pictures.condition`: the same size, mode "RGB".
 
-    name "": the picture is drawn for its condition already, and only what is transparent gets a ground. Raises Refused for an unknown
-    name, and for a picture in which that annotator finds nothing.
+    name "": the picture is drawn for its condition already, and only what is transparent gets a ground. size: (width, height) of the
+    picture that it is to control; a larger one is made smaller first, until it just covers that: lines of one pixel would fade. Raises
+    Refused for an unknown name, and for a picture in which that annotator finds nothing.
     """
     if not name:
         return pictures.opaque(picture)
     annotator = find(name)
+    picture = pictures.covering(picture, size) if size else picture
     return annotator.make(picture if annotator.transparent else pictures.opaque(picture))

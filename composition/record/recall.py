@@ -22,7 +22,7 @@ FEWEST_DIGITS = 8  # of a hash that is compared
 class Record:
     """What a picture file says about itself.
 
-    receipts: name of each LoRA to what was applied of it. model: its name as the writer knew it. remarks: what could
+    receipts: name of each LoRA to what was applied of it; condition_receipts the same of what conditions were read with. model: its name as the writer knew it. remarks: what could
     not be read. ours: False when another tool wrote it (then the model's name and the LoRAs' are that tool's). hashes: of such a
     tool's LoRAs, by name.
     """
@@ -35,6 +35,7 @@ class Record:
     remarks: tuple[str, ...] = ()
     ours: bool = True
     hashes: Mapping[str, str] = field(default_factory=dict)
+    condition_receipts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def last_part(path: str) -> str:
@@ -120,17 +121,20 @@ def fits(digits: str, receipt: Receipt | None) -> bool:
     return any(value.lower().startswith(digits.lower()) for value in known if value)
 
 
-def differences(record: Record, receipts: Mapping[str, Receipt], versions: Mapping[str, str]) -> list[str]:
-    """How a run differs from the recorded one, in sentences: LoRA files that are others, other versions of the libraries."""
+def differences(
+    record: Record, receipts: Mapping[str, Receipt], versions: Mapping[str, str], condition_receipts: Mapping[str, Receipt] | None = None,
+) -> list[str]:
+    """How a run differs from the recorded one, in sentences: files of LoRAs and conditions that are others, other versions of the libraries."""
     lines = []
     for name, digits in record.hashes.items():
         if name in receipts and re.fullmatch(rf"[0-9a-fA-F]{{{FEWEST_DIGITS},64}}", digits) and not fits(digits, receipts[name]):
             lines.append(f"LoRA {name} is not the file it was made with (hash {digits}, here "
                          f"{receipts[name].data_sha256[:infotext.HASH_DIGITS]}); the picture will differ")
-    for name, before in record.receipts.items():
-        if name in receipts and before.get("sha256") != receipts[name].sha256:
-            same = before.get("tensor_sha256") == receipts[name].tensor_sha256
-            lines.append(f"LoRA {name} is not the file it was made with (sha256 {str(before.get('sha256'))[:12]}, now "
-                         f"{receipts[name].sha256[:12]})" + ("; its tensors are the same" if same else "; the picture will differ"))
+    for kind, recorded, now in (("LoRA", record.receipts, receipts), ("condition", record.condition_receipts, condition_receipts or {})):
+        for name, before in recorded.items():
+            if name in now and before.get("sha256") != now[name].sha256:
+                same = before.get("tensor_sha256") == now[name].tensor_sha256
+                lines.append(f"{kind} {name} is not the file it was made with (sha256 {str(before.get('sha256'))[:12]}, now "
+                             f"{now[name].sha256[:12]})" + ("; its tensors are the same" if same else "; the picture will differ"))
     return lines + [f"made with {name} {before}, this is {versions[name]}" for name, before in record.versions.items()
                     if versions.get(name, before) != before]

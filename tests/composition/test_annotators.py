@@ -126,6 +126,14 @@ def test_a_picture_of_one_colour_has_tones_and_no_lines(colour):
         assert (np.asarray(annotate(name, picture)) == colour).all()
 
 
+def test_a_large_picture_is_annotated_at_the_size_of_what_it_controls():
+    """Its edges are one pixel wide there, where those of the large one would fade into grey."""
+    large, small = scene(1600, 1200), (64, 48)
+    for size, fitted in (((64, 48), (64, 48)), ((64, 64), (86, 64)), ((30, 48), (64, 48)), ((1024, 1024), (1366, 1024)), ((4000, 3000), (1600, 1200))):
+        assert annotate("canny", large, size).size == fitted
+    assert (np.asarray(annotate("canny", large, small)) == np.asarray(annotate("canny", large.resize(small, Image.Resampling.BOX)))).all()
+
+
 def test_an_unknown_annotator_is_refused_with_the_nearest():
     with pytest.raises(Refused, match="no annotator is named 'cany'; did you mean 'canny'"):
         annotate("cany", scene())

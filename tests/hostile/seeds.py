@@ -55,7 +55,8 @@ REQUEST: dict[str, Any] = {
     "seed": 1, "count": 1, "batched": True, "allow_partial": False, "schema_version": 1,
 }  # fmt: skip
 DOCUMENT: dict[str, Any] = {
-    "schema_version": 1, "request": REQUEST, "receipts": {"owl": {"sha256": "0" * 64, "tensor_sha256": "1" * 64}}, "notes": {"order": "as given"},
+    "schema_version": 1, "request": REQUEST, "receipts": {"owl": {"sha256": "0" * 64, "tensor_sha256": "1" * 64}},
+    "condition_receipts": {"edges": {"sha256": "2" * 64, "tensor_sha256": "3" * 64}}, "notes": {"order": "as given"},
     "versions": {"medley": "0.1", "torch": "2"}}  # fmt: skip
 ADAPTER: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "alpha_pattern": {"attn1.to_q": 2},
                            "rank_pattern": {"to_k": 2}, "target_modules": ["to_q", "to_k"]}  # fmt: skip
