@@ -14,11 +14,11 @@ class Bundle:
     loras: str
     testbed: str
     profiles: str = "pocket/profiles"
-    conditions: str = ""  # condition LoRAs, "" where there are none
+    conditions: str = ""  # condition LoRAs or ControlNets, "" where there are none
 
 
 BUNDLES: Mapping[str, Bundle] = {
-    "pocket": Bundle(model="pocket/sd", loras="pocket/loras", testbed="pocket/testbed.json"),
+    "pocket": Bundle(model="pocket/sd", loras="pocket/loras", testbed="pocket/testbed.json", conditions="pocket128"),
     "pocket-flux": Bundle(model="pocket/flux", loras="pocket/flux-loras", testbed="pocket/testbed-flux.json",
                           conditions="pocket/flux-conditions"),
 }

@@ -7,9 +7,9 @@ steps, seeds and batches, keyed by all that it depends on.
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from torch import Tensor
 from composition.adapters import Adapters
 from composition.backbones import vae
 from composition.hooks.banks import Appended, Bank, Banks, easycontrol
+from composition.hooks.regional import Segments
 from composition.loop import Conditioning, Step
 from composition.loras.condition import ConditionLora, Settings
 from composition.refusal import Refused
-from composition.request import Condition
+from composition.request import Condition, Receipt
 
 Grid = tuple[int, int]  # (rows, columns) of tokens
 
@@ -91,7 +92,7 @@ def flattened(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image
 class Call(NamedTuple):
     """One evaluation of the denoiser.
 
-    passes: how many predictions its rows hold, one after the other. words: tokens of one segment of a joined prompt, None for a plain one.
+    passes: how many predictions its rows hold, one after the other. segments: of a joined prompt, None for a plain one.
     skips: says of a layer, by its path, that this evaluation leaves it out.
     """
 
@@ -99,7 +100,7 @@ class Call(NamedTuple):
     latents: Float[Tensor, "B *S"]
     cond: Conditioning
     passes: int = 1
-    words: int | None = None
+    segments: Segments | None = None
     skips: Callable[[str], bool] = lambda path: False
 
 
@@ -112,6 +113,31 @@ class Read:
     adapter: int
     tokens: Float[Tensor, "1 N c"]
     ids: Float[Tensor, "N 3"]
+
+
+@runtime_checkable
+class Acting(Protocol):
+    """Conditions of one request, whatever reads them, as a run uses them.
+
+    isolated: what is read ahead is read without the request's LoRAs. receipts: of what they are read with, by name.
+    """
+
+    isolated: bool
+
+    @property
+    def receipts(self) -> Mapping[str, Receipt]: ...
+
+    def live(self, step: Step) -> tuple[str, ...]:
+        """The names of those that act at this step."""
+        ...
+
+    def fill(self, cond: Conditioning, adapters: Adapters, use: Mapping[str, float], before: Callable[[], None]) -> None:
+        """Compute whatever is the same at every step, once, before the first."""
+        ...
+
+    def acting(self, call: Call) -> AbstractContextManager[None]:
+        """While it lasts, one evaluation of the denoiser has those that act at its step."""
+        ...
 
 
 Shelf = dict[Any, Any]  # of what the last request needed and the next may need again, by all that it depends on
@@ -129,6 +155,11 @@ class Conditions:
         self._banks = Banks(backbone.denoiser, tuple(backbone.prompt_attention()))
         self._shelf = {} if shelf is None else shelf
         self._filled: dict[str, Bank] = {}
+
+    @property
+    def receipts(self) -> dict[str, Receipt]:
+        """What each was read with, by name."""
+        return {name: read.lora.receipt for name, read in self.reads.items()}
 
     def live(self, step: Step) -> tuple[str, ...]:
         """The names of those that act at this step."""
@@ -167,7 +198,7 @@ class Conditions:
             count = bank.rows
             picked = range(count) if rows == count else [count - 1] * rows  # the positive row alone
             each = None if count == 1 else tuple(row for _ in range(call.passes) for row in picked for _ in range(pictures))
-            banks.append(Appended(bank, self.reads[name].condition.strength, each))
+            banks.append(Appended(bank, self.reads[name].condition.strength * self.reads[name].lora.settings.factor, each))
         with self._banks.appended(banks, skips=call.skips):
             yield
 

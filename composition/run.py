@@ -13,12 +13,12 @@ from torch import Generator, Tensor
 from composition.adapters import Adapters
 from composition.adapters.gates import Combine
 from composition.backbones.base import Backbone
-from composition.conditions import Call, Conditions
+from composition.conditions import Acting, Call
 from composition.guidance import guide
 from composition.hooks.attention import AllRecorded, recorded
 from composition.hooks.cache import Cache
 from composition.hooks.costs import layer_costs, share_until
-from composition.hooks.regional import joined, regional
+from composition.hooks.regional import Segments, joined, regional
 from composition.loop import Conditioning, Step
 from composition.refusal import Cancelled
 from composition.request import Lora, Request
@@ -66,7 +66,7 @@ class Run:
     cancel: threading.Event | None = None
     categories: Mapping[str, str] = field(default_factory=dict)
     triggers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    conditions: Conditions | None = None
+    conditions: Acting | None = None
     _shares: dict[Any, float] = field(default_factory=dict)
     _slots: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by name of a cache's slot: the conditions it was filled with
 
@@ -184,13 +184,13 @@ class Run:
     ) -> Float[Tensor, "R B *S"]:
         """One evaluation in which each pass, with its LoRAs and prompt, has its share of every place (shares sum to 1 over N)."""
         conds = [item.cond for item in passes]
-        words = conds[0].values["text"].shape[2]
+        segments = Segments(shares, conds[0].rows, grid(step, 0), conds[0].values["text"].shape[2])
         weights = {name: weight for item in passes for name, weight in item.use.items()}
         if step.index == step.stage == 0 and (names := [name for name in self.adapters.placeless() if name in weights]):
             self.notes["acts everywhere in part"] = names
-        with regional(self.backbone, self.adapters, weights, [set(item.use) for item in passes], shares, rows=conds[0].rows,
-                    size=grid(step, 0), tokens=words):
-            return self._evaluate(step, joined(conds, shares), 1, words=words)
+        with regional(self.backbone, self.adapters, weights, [set(item.use) for item in passes], shares, rows=segments.rows,
+                    size=segments.size, tokens=segments.tokens):
+            return self._evaluate(step, joined(conds, shares), 1, segments=segments)
 
     # attention maps --------------------------------------------------------------------------------------------------
 
@@ -279,7 +279,7 @@ class Run:
         return self._shares[cache]
 
     def _evaluate(
-        self, step: Step, cond: Conditioning, predictions: float, *, passes: int = 1, words: int | None = None,
+        self, step: Step, cond: Conditioning, predictions: float, *, passes: int = 1, segments: Segments | None = None,
         skips: Callable[[str], bool] = _none,
     ) -> Float[Tensor, "R B *S"]:
         """The denoiser, with the conditions that act at this step. predictions: what it counts for; the others as of a `Call`."""
@@ -288,7 +288,7 @@ class Run:
         self.notes["evaluations"] = self.notes.get("evaluations", 0) + (int(predictions) if predictions % 1 == 0 else predictions)
         if self.conditions is None:
             return self.backbone.denoise(latents, step.t, cond)
-        with self.conditions.acting(Call(step, latents, cond, passes, words, skips)):
+        with self.conditions.acting(Call(step, latents, cond, passes, segments, skips)):
             return self.backbone.denoise(latents, step.t, cond)
 
     def _check_cancel(self) -> None:

@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -182,6 +183,27 @@ def sd3(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusion3Pi
         vae=vae, text_encoder=text, tokenizer=words, text_encoder_2=text_2, tokenizer_2=words_2, text_encoder_3=text_3,
         tokenizer_3=words_3, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
     return _ready(pipe, dtype)
+
+
+def controlnet(pipe, seed: int = 0, channels: Sequence[int] = (8, 8)) -> ControlNetModel:
+    """A ControlNet for a toy of Stable Diffusion or SDXL, with the attention of its UNet, nothing in it zero.
+
+    channels: of what reads the picture, which halves its sides between them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=tuple(channels), load_weights_from_unet=False)
+        for weight in net.parameters():
+            if not weight.any():
+                nn.init.normal_(weight, std=0.1)
+    return nn.Module.to(net.eval().requires_grad_(False), pipe.unet.dtype)
+
+
+def write_controlnet(net: ControlNetModel, path: Path, metadata: dict[str, str] | None = None) -> Path:
+    """As one file in diffusers' layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(net.state_dict(), path, metadata=metadata)
+    return path
 
 
 def denoiser(pipe) -> tuple[str, nn.Module]:

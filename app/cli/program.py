@@ -17,7 +17,7 @@ from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
 from app import engines, options, remarks, settings, workbench
-from app.cli import annotate, batch, evaluate, flags, recalled, session, tables, train
+from app.cli import annotate, batch, evaluate, flags, recalled, session, tables, train, train_condition
 from app.errors import sentence
 from app.terminal import Terminal, closed, err, forgiving, gone, out, printable
 from composition import Cancelled, Lora, Request, __version__, record
@@ -25,6 +25,7 @@ from composition.backbones.loading import catalog
 from composition.refusal import MAX_QUOTED, shortened
 
 app = typer.Typer(help="Medley composes several LoRAs into one picture.", no_args_is_help=True, add_completion=False)
+train.sub.command(epilog=train_condition.EPILOG)(train_condition.condition)
 app.add_typer(train.sub, name="train")
 
 DEMO = Request(prompt="a raccoon and a fox on the moon, neon lights",

@@ -36,6 +36,7 @@ ANNOTATORS: Mapping[str, Annotator] = {
     "grey": Annotator("the picture without its colours", tones.grey),
     "blur": Annotator("the picture out of focus: colours and large forms", tones.blur),
     "tile": Annotator("the picture at an eighth of its size, enlarged again", tones.tile),
+    "layout": Annotator("a few flat regions of colour", tones.layout),
     "hole": Annotator("the picture with black where it is transparent", tones.hole, transparent=True),
 } | {name: Annotator(plugin.about, plugin.make, extra=plugin.extra, licence=plugin.licence) for name, plugin in plugins.PLUGINS.items()}
 

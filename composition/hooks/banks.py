@@ -34,7 +34,7 @@ class Update(NamedTuple):
     scale: float = 1.0
     of_output: bool = False
 
-    def __call__(self, x: Float[Tensor, "rows N in"], y: Float[Tensor, "rows N out"]) -> Float[Tensor, "rows N out"]:
+    def __call__(self, x: Float[Tensor, "*rows in"], y: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows out"]:
         read = y if self.of_output else x.to(y)
         return y + F.linear(F.linear(read, self.down.to(y)), self.up.to(y)) * self.scale
 
@@ -103,6 +103,8 @@ class Banks:
         updates: the condition's LoRA, by path of the linear layer. Raises RuntimeError at its end for an attention layer or an updated one
         that did not run. A seam for keys and values of nothing else: use it inside no other override of the same layers.
         """
+        if self._acting:
+            raise RuntimeError("a bank cannot be filled while others are read or filled: its tokens attend to themselves alone")
         bank = Bank()
 
         def keep(call: Attention, attend: Attend) -> Tensor:

@@ -31,7 +31,7 @@ PREFIX = "condition."  # of our keys in a header
 VERSION = 1
 SIZE = 512  # pixels: what released files were trained at
 OFFSET = 64  # rows that a subject stands below the picture's first
-MAX_SIZE, MAX_RANK, MAX_ADAPTERS = 4096, 4096, 16
+MAX_SIZE, MAX_RANK, MAX_ADAPTERS, MAX_BIAS = 4096, 4096, 16, 20
 LAYOUT, HEADER = "easycontrol", "the file's header"
 NO_PROJECTION = "its header says that proj is not applied"
 _KEY = re.compile(r"(?:transformer\.)?((?:single_)?transformer_blocks\.\d{1,4}\.attn)\.processor\.(q|k|v|proj)_loras\.(\d{1,4})\.(down|up)\.weight")
@@ -47,7 +47,8 @@ class Settings:
     what is encoded. alpha: None is the rank. base: the model that it was trained on. pad: colour around a subject and behind what is
     transparent. annotator: what makes its pictures, by name. offset: rows between a subject and the picture's first; clear: more where the picture
     has more rows of tokens, so that they do not meet (the published code lets them). rounded: position ids rounded to bfloat16, as the
-    published code does. projection: False where proj is not applied (OmniConsistency).
+    published code does. projection: False where proj is not applied (OmniConsistency). bias: added to the logits of its tokens wherever they are
+    read, as it was trained: a condition that is hardly seen at first does not have to be unlearned before it is learned.
     """
 
     kind: Kind = "spatial"
@@ -60,11 +61,17 @@ class Settings:
     clear: bool = True
     rounded: bool = False
     projection: bool = True
+    bias: float = 0.0
 
     def words(self) -> dict[str, str]:
         """As a header states them; what is as usual in released files is stated too."""
-        values: dict[str, Any] = {"version": VERSION, **vars(self), "alpha": "" if self.alpha is None else f"{self.alpha:g}"}
+        values: dict[str, Any] = {"version": VERSION, **vars(self), "alpha": "" if self.alpha is None else f"{self.alpha:g}", "bias": f"{self.bias:g}"}
         return {f"{PREFIX}{name}": str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
+
+    @property
+    def factor(self) -> float:
+        """What a strength of 1 amounts to: the bias as a number of times that each token counts."""
+        return math.exp(self.bias)
 
     @property
     def colour(self) -> tuple[int, int, int]:
@@ -242,6 +249,12 @@ def _settings(path: Path, header: Mapping[str, str]) -> Settings:
         raise wrong("alpha", "a number") from None
     if alpha is not None and not (math.isfinite(alpha) and abs(alpha) <= 1e6):
         raise wrong("alpha", "a number of at most a million")
+    try:
+        bias = float(text.get("bias", "0"))
+    except ValueError:
+        raise wrong("bias", "a number") from None
+    if not abs(bias) <= MAX_BIAS:
+        raise wrong("bias", f"a number from -{MAX_BIAS} to {MAX_BIAS}")
     pad = text.get("pad", usual.pad)
     try:
         ImageColor.getrgb(pad[:40])
@@ -250,4 +263,4 @@ def _settings(path: Path, header: Mapping[str, str]) -> Settings:
     return Settings(
         kind=cast(Kind, kind), size=whole("size", 8, MAX_SIZE, SIZE), alpha=alpha, base=text.get("base", "")[: metadata.MAX_LETTERS], pad=pad[:40],
         annotator=text.get("annotator", "")[: metadata.MAX_LETTERS], offset=whole("offset", 0, 100_000, OFFSET),
-        clear=flag("clear", True), rounded=flag("rounded", False), projection=flag("projection", True))
+        clear=flag("clear", True), rounded=flag("rounded", False), projection=flag("projection", True), bias=bias)

@@ -155,6 +155,11 @@ def stamp(path: Path) -> tuple[int, int]:
     return stat.st_mtime_ns, stat.st_size
 
 
+def condition_places(model: str) -> list[Path]:
+    """The folders of what reads conditions that came with this model."""
+    return _places(model, (), conditions=True)
+
+
 def _places(model: str, folders: Sequence[Path], conditions: bool = False) -> list[Path]:
     own = (BUNDLES[model].conditions if conditions else BUNDLES[model].loras) if model in BUNDLES else ""
     return [*([bundled.path(own)] if own else []), *map(Path, folders)]
