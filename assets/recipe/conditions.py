@@ -37,6 +37,7 @@ from .world import World
 FIRST = 8 * 10**9  # scene numbers of the training
 PAIRS = 1600  # of each condition
 SHAPES = ((8, 8, 10), (10, 8, 2), (8, 10, 2), (8, 6, 2), (6, 8, 2), (10, 10, 2))  # width and height in eighths of a side; parts of all pairs
+NEW_SHAPES = ((12, 8), (8, 12), (10, 6), (12, 12))  # never trained on
 LARGER = 10 / 8  # side of a scene over the side of the pictures
 SIZE = 3 / 4  # side of a condition picture over the side of the pictures
 OFFSET = 16  # rows of tokens that a subject stands below the picture's first: as many as a picture of twice the side has
