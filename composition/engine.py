@@ -7,33 +7,32 @@ or for a whole group of requests.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from composition import annotators, backbones, conditions, controlnets, methods, pictures, prompt_syntax
+from composition import backbones, methods, pictures, prompt_syntax
 from composition.adapters import Adapters
 from composition.backbones import schedulers
-from composition.backbones.base import Backbone, ReadsConditions
+from composition.backbones.base import Backbone
 from composition.backbones.encodings import Encodings
 from composition.backbones.loading import placement
-from composition.conditions import Acting, Conditions, Shelf
-from composition.controlnets import ControlNets
+from composition.condition_sources import ConditionSources, Control
+from composition.conditions import Shelf
 from composition.hooks import attention, cache, controlnet
 from composition.loop import NotFinite, Step, sample
-from composition.loras import condition, controls, library, reader
-from composition.loras.condition import ConditionLora
+from composition.loras import library, reader
 from composition.methods import Method
 from composition.methods.shared import measured_order
 from composition.notes import opening_notes, overflow
 from composition.profiles.store import ProfileStore
 from composition.refusal import Refused
-from composition.request import Condition, Lora, Receipt, Request, Result
+from composition.request import Lora, Receipt, Request, Result
 from composition.run import Run
 
 _LOCKS: dict[str, threading.RLock] = {}  # one per device: two engines on one device take turns
@@ -47,18 +46,6 @@ class Event(NamedTuple):
     count: int
     picture: int
     latents: Tensor
-
-
-class Control(NamedTuple):
-    """What a condition can be read with. kind: "spatial" or "subject". annotator: what makes its pictures, "" where its file does not say.
-    bundled: with the model."""
-
-    path: Path
-    name: str
-    kind: str
-    annotator: str
-    sort: Literal["lora", "controlnet"]
-    bundled: bool
 
 
 class _Prepared(NamedTuple):
@@ -90,8 +77,7 @@ class Engine:
         self._group_state: _Prepared = _Prepared()
         self._exclusive = False
         self._running: tuple[int, bool] | None = None  # when the run that is not over began, and whether gradients were on
-        self._nets: dict[Any, controlnets.Net] = {}  # ControlNets of the last request, likewise
-        self._condition_files: dict[Any, ConditionLora] = {}  # of the last request, by path and state on disk
+        self._controls = ConditionSources(backbone, name, self.folders)
         self._lock = _LOCKS.setdefault(str(backbone.device), threading.RLock())
 
     @classmethod
@@ -146,29 +132,12 @@ class Engine:
         return self._resolve(source)
 
     def find_condition(self, source: str) -> Path:
-        """What a condition is read with, by name or path: a ControlNet or a condition LoRA, bundled with this model or in the folders.
-
-        Raises Refused as `find`.
-        """
-        if self._has_nets:
-            return controls.find(source, [*library.condition_places(self.name), *self.folders])
-        return library.find(source, self.name, self.folders, conditions=True)
+        """What a condition is read with, by name or path: a condition LoRA or a ControlNet. Raises Refused as `find`."""
+        return self._controls.find(source)
 
     def conditions(self) -> list[Control]:
         """What can be named as the source of a condition: those bundled with this model, then those in the folders."""
-        if self._has_nets:
-            own = library.condition_places(self.name)
-            return [Control(path, controls.name_of(path), "spatial", controls.annotator(path), "controlnet", any(path.is_relative_to(place) for place in own))
-                    for path in controls.nets([*own, *self.folders])]
-        if not isinstance(self.backbone, ReadsConditions):
-            return []
-        return [Control(path, path.stem, settings.kind, settings.annotator, "lora", owned)
-                for path, settings, owned in library.condition_loras(self.name, self.folders)]
-
-    @property
-    def _has_nets(self) -> bool:
-        """Whether conditions are read by ControlNets."""
-        return self.family in ("sd", "sdxl")
+        return self._controls.listed()
 
     def inspect(self, source: str) -> Receipt:
         """What of a LoRA file would be applied to this model; nothing is refused for being partial."""
@@ -188,7 +157,7 @@ class Engine:
         notes: dict[str, Any] = {prompt_syntax.TAGGED: tagged} if tagged else {}
         loras = [replace(lora, region=pictures.mask_as_text(lora.region, lora.name)) if isinstance(lora.region, str) else lora
                  for lora in request.loras]
-        controls = [replace(control, image=pictures.condition_as_text(control.image, control.name), annotator=self._annotator(control))
+        controls = [replace(control, image=pictures.condition_as_text(control.image, control.name), annotator=self._controls.annotator(control))
                     for control in request.conditions]
         request = replace(request, model=self.name, loras=loras, conditions=controls).settled(*self.backbone.defaults)
         options = methods.find(request.method).options.__dataclass_fields__
@@ -198,12 +167,6 @@ class Engine:
         request, order = measured_order.pinned(
             request, options, {name: self.profiles.frequency(tensors, self.name) for name, tensors in hashes.items()})
         return request, notes | ({"order": order} if order else {})
-
-    def _annotator(self, control: Condition) -> str | None:
-        """What makes the condition of its picture: the request's choice, else its file's."""
-        if control.annotator is not None or not isinstance(self.backbone, ReadsConditions):
-            return control.annotator
-        return condition.describe(self.find_condition(control.source))[0].annotator
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -250,20 +213,18 @@ class Engine:
         """
         method = methods.find(request.method)
         method.read(request.options)
-        if request.conditions and not (self._has_nets or isinstance(self.backbone, ReadsConditions)):
-            raise Refused(f"this request has conditions, which {self.name} cannot read: ControlNets need Stable Diffusion or SDXL, condition "
-                          "LoRAs FLUX")
+        self._controls.check(request)
         size = self.backbone.size(request)
         request, settled = self.settle(request)
         loras = [(name, lora, self.find(lora.source)) for name, lora in zip(request.names, request.loras, strict=True)]
-        paths = {name: self.find_condition(condition.source) for name, condition in request.controls.items()}
+        paths = {name: self._controls.find(condition.source) for name, condition in request.controls.items()}
         options = method.read(request.options)
         seconds: dict[str, float] = {}
         with self._lock, self._undisturbed(), ExitStack() as own:
             with _timed(seconds, "load"):
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
                 receipts, encodings, fold, shelf = self._prepare(own, request, method, loras)
-                conditions = self._controlled(request, method, paths, size, shelf)
+                conditions = self._controls.opened(request, paths, size, isolated=not _steady(request, method), shelf=shelf)
             notes = opening_notes(request, receipts, self.backbone) | settled | ({"fold": fold} if fold else {})
             rows = list(zip(request.names, request.loras, receipts, strict=True))
             categories = {name: lora.category or receipt.category for name, lora, receipt in rows}
@@ -280,48 +241,11 @@ class Engine:
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
             return Result(tuple(images), request, notes, seconds, receipts, conditions.receipts if conditions else {})
 
-    def _controlled(
-        self, request: Request, method: Method, paths: Mapping[str, Path], size: tuple[int, int], shelf: Shelf,
-    ) -> Acting | None:
-        """The request's conditions, their files and pictures read; None without any."""
-        if not request.controls:
-            self._nets = {}
-            return None
-        if self._has_nets:
-            return self._controlled_by_nets(request.controls, paths, size)
-        files = {(path, *library.stamp(path)): None for path in paths.values()}
-        files = {key: self._condition_files.get(key) or condition.read(key[0], self.backbone.denoiser) for key in files}
-        self._condition_files = files
-        loras = {name: files[path, *library.stamp(path)] for name, path in paths.items()}
-        drawn = {}
-        for name, control in request.controls.items():
-            annotator = loras[name].settings.annotator if control.annotator is None else control.annotator
-            picture = pictures.condition(control.image, name)
-            try:
-                drawn[name] = annotators.annotate(annotator, picture, size) if annotator else picture
-            except Refused as error:
-                raise Refused(f"condition {name}: {error}") from None
-        reads = conditions.read(self.backbone, request.controls, loras, drawn, size)
-        steady = method.steady and not any(lora.scheduled for lora in request.loras)
-        return Conditions(self.backbone, reads, isolated=not steady, shelf=shelf)
-
-    def _controlled_by_nets(self, asked: Mapping[str, Condition], paths: Mapping[str, Path], size: tuple[int, int]) -> ControlNets:
-        """The same on Stable Diffusion. The last request's ControlNets are kept."""
-        stamps = {name: controls.stamp(path) for name, path in paths.items()}
-        held, self._nets = self._nets, {}
-        for name, stamp in stamps.items():
-            self._nets[stamp] = self._nets.get(stamp) or held.get(stamp) or controlnets.open(paths[name], self.backbone)
-        drawn = {}
-        for name, control in asked.items():
-            annotator = controls.annotator(paths[name]) if control.annotator is None else control.annotator
-            drawn[name] = annotators.annotate(annotator, pictures.condition(control.image, name))
-        return controlnets.read(self.backbone, asked, {name: self._nets[stamp] for name, stamp in stamps.items()}, drawn, size)
-
     def _prepare(
         self, own: ExitStack, request: Request, method: Method, loras: Sequence[tuple[str, Lora, Path]]
     ) -> "_Prepared":
         """Open the session (and the fold, where it serves) on the group's stack or on this request's own."""
-        steady = method.steady and not any(lora.scheduled for lora in request.loras)
+        steady = _steady(request, method)
         worth = self._group is not None or request.length * request.count >= FOLD_FROM
         fold = self.fold and steady and worth and bool(loras)
         key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, reader.stamp(path))
@@ -414,6 +338,11 @@ class Engine:
             raise Refused(overflow(error, run.request, self.adapters, self.backbone)) from None
         finally:
             self.backbone.release()
+
+
+def _steady(request: Request, method: Method) -> bool:
+    """Whether every evaluation has the same LoRAs on at the same weights."""
+    return method.steady and not any(lora.scheduled for lora in request.loras)
 
 
 @contextmanager
