@@ -227,7 +227,7 @@ def _third(args: argparse.Namespace, stages: Sequence[str], art: Path) -> None:
         conditions.make(pipe, world, own, names, files, args.work, plan=plan, count=args.pairs, workers=args.workers)
     if "flux-conditions-measure" in stages:
         judge = Judge.open(str(args.judge or args.out / "clip"), args.device)
-        _keep(args.work, "conditions", controlled.figures(pipe, judge, world, own, files, names, partial(_share, args)))
+        _keep(args.work, "conditions", controlled.figures(pipe, judge, world, own, files, names, partial(_share, args), args.work / "sheets"))
 
 
 def _flux(args: argparse.Namespace, art: Path, world: World, folder: Path) -> None:
