@@ -209,9 +209,11 @@ class Identity:
         self._digests: dict[tuple[Path, int, int], str] = {}
 
     def of(self, request: Request) -> str:
-        """The id, 20 hexadecimal digits, of a settled request, which has its masks in it. Raises Refused for a LoRA that is not there."""
+        """The id, 20 hexadecimal digits, of a settled request, which has its masks and the pictures of its conditions in it.
+
+        Raises Refused for a LoRA that is not there."""
         paths = [self._engine.find(lora.source) for lora in request.loras]
-        paths += [Path(name) for condition in request.conditions for name in (condition.source, condition.image)]
+        paths += [self._engine.find_condition(condition.source) for condition in request.conditions]
         digests = [self._digest(path) if os.path.isfile(path) else "" for path in paths]
         return hashlib.sha256(json.dumps([request.json(), digests, self._same], sort_keys=True).encode()).hexdigest()[:20]
 
