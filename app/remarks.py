@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.terminal import printable
-from composition import prompt_syntax
+from composition import Condition, Request, pictures, prompt_syntax
 
 
 def remarks(notes: Mapping[str, Any]) -> list[str]:
@@ -25,6 +25,8 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
         lines.append(f"the negative prompt was not read: {why}")
     if how := notes.get("fold"):
         lines.append(f"the LoRAs were {how}")
+    if notes.get("conditions isolated"):
+        lines.append("which LoRAs are on varies while this picture is made, so its conditions are read without them")
     if names := notes.get("acts everywhere in part"):
         lines.append(f"{', '.join(map(str, names))}: layers without a place (time embeddings) act on the whole picture")
     if notes.get("no regions"):
@@ -34,6 +36,20 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
     if isinstance(unread, Mapping):
         lines += [f"{name}: {what} are not read by method {notes.get('method')}" for name, what in unread.items()]
     return lines
+
+
+def controls(request: Request) -> list[str]:
+    """What controlled a picture besides its prompt: "canny by photo.png, strength 0.8"."""
+    return [printable(_control(name, condition)) for name, condition in zip(request.condition_names, request.conditions, strict=True)]
+
+
+def _control(name: str, of: Condition) -> str:
+    words = f"{name} by {pictures.origin(of.image) or 'a picture'}"
+    words += f" through {of.annotator}" if of.annotator and of.annotator != of.name else ""
+    words += f", strength {of.strength:g}" + (f", weight {of.weight:g}" if of.weight != 1.0 else "")
+    if of.start > 0.0 or of.end < 1.0:
+        words += f", from {of.start:.0%} to {of.end:.0%} of the steps"
+    return words
 
 
 def everywhere(notes: Mapping[str, Any]) -> list[str]:

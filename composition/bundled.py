@@ -14,11 +14,13 @@ class Bundle:
     loras: str
     testbed: str
     profiles: str
+    conditions: str = ""  # condition LoRAs or ControlNets, "" where there are none
 
 
 BUNDLES: Mapping[str, Bundle] = {
-    "pocket": Bundle("pocket128/sd", "pocket128/loras", "pocket128/testbed.json", "pocket128/profiles"),
-    "pocket-flux": Bundle("pocket/flux", "pocket/flux-loras", "pocket/testbed-flux.json", "pocket/profiles"),
+    "pocket": Bundle("pocket128/sd", "pocket128/loras", "pocket128/testbed.json", "pocket128/profiles", conditions="pocket128"),
+    "pocket-flux": Bundle("pocket/flux", "pocket/flux-loras", "pocket/testbed-flux.json", "pocket/profiles",
+                          conditions="pocket/flux-conditions"),
 }
 
 

@@ -22,7 +22,9 @@ from composition.backbones import schedulers
 from composition.backbones.base import Backbone
 from composition.backbones.encodings import Encodings
 from composition.backbones.loading import placement
-from composition.hooks import attention, cache
+from composition.condition_sources import ConditionSources, Control
+from composition.conditions import Shelf
+from composition.hooks import attention, banks, cache, control_lora, controlnet
 from composition.loop import NotFinite, Step, sample
 from composition.loras import library, reader
 from composition.methods import Method
@@ -52,6 +54,7 @@ class _Prepared(NamedTuple):
     receipts: tuple[Receipt, ...] = ()
     encodings: dict[Any, Tensor] = {}
     fold: str = ""
+    shelf: Shelf = {}
 
 
 class Engine:
@@ -74,6 +77,7 @@ class Engine:
         self._group_state: _Prepared = _Prepared()
         self._exclusive = False
         self._running: tuple[int, bool] | None = None  # when the run that is not over began, and whether gradients were on
+        self._controls = ConditionSources(backbone, name, self.folders)
         self._lock = _LOCKS.setdefault(str(backbone.device), threading.RLock())
 
     @classmethod
@@ -127,6 +131,14 @@ class Engine:
         """The file of a LoRA by name or path. Raises Refused with the nearest names."""
         return self._resolve(source)
 
+    def find_condition(self, source: str) -> Path:
+        """What a condition is read with, by name or path: a condition LoRA or a ControlNet. Raises Refused as `find`."""
+        return self._controls.find(source)
+
+    def conditions(self) -> list[Control]:
+        """What can be named as the source of a condition: those bundled with this model, then those in the folders."""
+        return self._controls.listed()
+
     def inspect(self, source: str) -> Receipt:
         """What of a LoRA file would be applied to this model; nothing is refused for being partial."""
         with self._lock:
@@ -137,15 +149,17 @@ class Engine:
     def settle(self, request: Request) -> tuple[Request, dict[str, Any]]:
         """The request with everything that it leaves open made explicit, and notes on what was decided.
 
-        Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; a mask is read, once, into the request;
-        the methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A
-        settled request settles to itself. Raises Refused for a LoRA or a mask that is not there.
+        Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; masks and pictures of conditions are
+        read, once, into the request, and what draws the latter is named; the methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A
+        settled request settles to itself. Raises Refused for a LoRA, a mask or a picture that is not there.
         """
         request, tagged = prompt_syntax.settled(request, self.find)
         notes: dict[str, Any] = {prompt_syntax.TAGGED: tagged} if tagged else {}
         loras = [replace(lora, region=pictures.mask_as_text(lora.region, lora.name)) if isinstance(lora.region, str) else lora
                  for lora in request.loras]
-        request = replace(request, model=self.name, loras=loras).settled(*self.backbone.defaults)
+        controls = [replace(control, image=pictures.condition_as_text(control.image, control.name), annotator=self._controls.annotator(control))
+                    for control in request.conditions]
+        request = replace(request, model=self.name, loras=loras, conditions=controls).settled(*self.backbone.defaults)
         options = methods.find(request.method).options.__dataclass_fields__
         if not measured_order.concerns(request, options):
             return request, notes
@@ -199,18 +213,21 @@ class Engine:
         """
         method = methods.find(request.method)
         method.read(request.options)
-        if request.conditions:
-            raise Refused("this request has conditions; condition LoRAs need a FLUX model and are not part of this version")
-        self.backbone.size(request)
+        self._controls.check(request)
+        size = self.backbone.size(request)
         request, settled = self.settle(request)
         loras = [(name, lora, self.find(lora.source)) for name, lora in zip(request.names, request.loras, strict=True)]
+        paths = {name: self._controls.find(condition.source) for name, condition in request.controls.items()}
         options = method.read(request.options)
         seconds: dict[str, float] = {}
         with self._lock, self._undisturbed(), ExitStack() as own:
             with _timed(seconds, "load"):
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
-                receipts, encodings, fold = self._prepare(own, request, method, loras)
+                receipts, encodings, fold, shelf = self._prepare(own, request, method, loras)
+                conditions = self._controls.opened(request, paths, size, isolated=not _steady(request, method), shelf=shelf)
             notes = opening_notes(request, receipts, self.backbone) | settled | ({"fold": fold} if fold else {})
+            if conditions is not None:
+                notes |= conditions.notes | ({"conditions isolated": True} if conditions.isolated and request.active else {})
             rows = list(zip(request.names, request.loras, receipts, strict=True))
             categories = {name: lora.category or receipt.category for name, lora, receipt in rows}
             triggers = {name: lora.triggers or receipt.triggers for name, lora, receipt in rows}
@@ -219,17 +236,18 @@ class Engine:
                 part = request.seeds[first : first + self.together]
                 run = Run(
                     self.backbone, self.adapters, request, scheduler, encodings=encodings, cancel=cancel,
-                    generators=[Generator().manual_seed(seed) for seed in part], categories=categories, triggers=triggers)
+                    generators=[Generator().manual_seed(seed) for seed in part], categories=categories, triggers=triggers,
+                    conditions=conditions)
                 images += self._pictures(run, method, options, first, on_step, seconds)
                 notes |= run.notes if first == 0 else {}
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
-            return Result(tuple(images), request, notes, seconds, receipts)
+            return Result(tuple(images), request, notes, seconds, receipts, conditions.receipts if conditions else {})
 
     def _prepare(
         self, own: ExitStack, request: Request, method: Method, loras: Sequence[tuple[str, Lora, Path]]
     ) -> "_Prepared":
         """Open the session (and the fold, where it serves) on the group's stack or on this request's own."""
-        steady = method.steady and not any(lora.scheduled for lora in request.loras)
+        steady = _steady(request, method)
         worth = self._group is not None or request.length * request.count >= FOLD_FROM
         fold = self.fold and steady and worth and bool(loras)
         key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, reader.stamp(path))
@@ -248,7 +266,7 @@ class Engine:
     ) -> "_Prepared":
         self._repair()
         receipts = stack.enter_context(self.adapters.session(loras, allow_partial=request.allow_partial))
-        return _Prepared(receipts, Encodings(), self._fold(stack, request) if fold else "")
+        return _Prepared(receipts, Encodings(), self._fold(stack, request) if fold else "", {})
 
     def _repair(self) -> None:
         """Undo what a run has left that was interrupted while it cleaned up; the session of a training that is at work stays."""
@@ -273,7 +291,10 @@ class Engine:
         """Undo what is left of this run, unless it is over: an interrupted context may be closed at any time later."""
         if run is not None and run is self._running:
             attention.abandon(self.backbone.denoiser, run[0])
+            banks.abandon(self.backbone.denoiser, run[0])
             cache.abandon(self.backbone.denoiser)
+            controlnet.abandon(self.backbone.denoiser)
+            control_lora.abandon(self.backbone.denoiser)
             torch.set_grad_enabled(run[1])
             self._group_key = None  # the next request of the group gets gates that no interrupted context will touch
             self._running = None
@@ -306,6 +327,9 @@ class Engine:
                 on_step(Event(done, step.count * batches, first, step.latents))
 
         try:
+            if run.conditions is not None:
+                with _timed(seconds, "conditions"):
+                    run.read_conditions()
             with _timed(seconds, "denoise"):
                 latents, timesteps = self.backbone.start(run.request, run.scheduler, run.generators)
                 with method.compose(run, options) as predict:
@@ -318,6 +342,11 @@ class Engine:
             raise Refused(overflow(error, run.request, self.adapters, self.backbone)) from None
         finally:
             self.backbone.release()
+
+
+def _steady(request: Request, method: Method) -> bool:
+    """Whether every evaluation has the same LoRAs on at the same weights."""
+    return method.steady and not any(lora.scheduled for lora in request.loras)
 
 
 @contextmanager

@@ -1,18 +1,19 @@
 """The one entry for pictures from elsewhere: regular files only, few formats, few enough pixels, upright, plain errors.
 
-Every picture from outside is opened here: masks, records, training pictures. A mask comes out of it as text too, a small grey
-PNG as a data URL, so that a request holds it whole and needs no path.
+Every picture from outside is opened here: masks, records, training pictures, pictures of conditions. Masks and pictures of conditions
+come out of it as text too, small pictures as data URLs, so that a request holds them whole and needs no path.
 """
 
 import base64
 import binascii
 import io
+import math
 import re
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -26,7 +27,13 @@ MAX_BYTES = 512 * 2**20
 MAX_QUOTED = 200  # letters of a path in a refusal
 MASK_SIDE = 1024  # pixels of a mask's longer side: eight times the latents of most pictures
 _EXIF, _COMMENT, _DESCRIPTION, _MAKE, _MODEL = 0x8769, 0x9286, 0x010E, 0x010F, 0x0110
+CONDITION_SIDE = 1024  # pixels of the longer side of a condition's picture: EasyControl reads 512, SDXL's ControlNets 1024
+LEAST_SIDE = 8  # pixels of its shorter side
+LOSSLESS = 300_000  # bytes up to which it is kept as PNG: drawn lines and flat colours are, photos become WebP
+MAX_TEXT = 6_000_000  # letters of such text that stays as it is
+LIGHT = 192  # mean of what can be seen of a transparent picture, from which its ground is black
 _DATA = re.compile(r"data:image/png(?:;name=[^;,]*)?;base64,")
+_PICTURE = re.compile(r"data:image/(png|webp|jpeg)(?:;name=([^;,]*))?;base64,")
 _BOX = ("give a box [left, top, right, bottom] in fractions of the picture, as [0, 0, 0.5, 1] for its left half, or the path of a "
         "black and white image")
 
@@ -173,3 +180,114 @@ def _grey(picture: Image.Image) -> Image.Image:
         clear = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", clear.size, (0, 0, 0, 255)), clear)
     return picture.convert("L")
+
+
+# pictures of conditions ------------------------------------------------------------------------------------------------
+
+
+def condition(image: str, name: str = "") -> Image.Image:
+    """The picture of the condition of this name ("": of none yet), from a path or a data URL: upright, 8 bits a channel, its longer side at most
+    CONDITION_SIDE pixels, mode "RGB", or "RGBA" where some of it is transparent.
+
+    Raises Refused for what cannot be read, is under LEAST_SIDE pixels high or wide, or is transparent altogether.
+    """
+    what = f"the picture of condition {name}" if name else "the picture"
+    try:
+        picture = _within(_in_colour(_opened(image)), CONDITION_SIDE)
+    except Refused as error:
+        raise Refused(f"{what} cannot be used: {error}") from None
+    if min(picture.size) < LEAST_SIDE:
+        raise Refused(f"{what} is too small or too narrow: made to fit into {CONDITION_SIDE} pixels it has "
+                      f"{picture.width}x{picture.height}, and at least {LEAST_SIDE} are needed each way")
+    if picture.mode == "RGBA" and not picture.getchannel("A").getbbox():
+        raise Refused(f"{what} is transparent everywhere: there is nothing in it to follow")
+    return picture
+
+
+def condition_as_text(image: str, name: str) -> str:
+    """The picture as a data URL with the name of its file, without folders: PNG, or WebP of quality 95 where that would be over
+    LOSSLESS bytes. Text that this function made stays as it is. Raises Refused as `condition`.
+    """
+    picture = condition(image, name)
+    if (head := _PICTURE.match(image)) and len(image) < MAX_TEXT and max(_opened(image).size) <= CONDITION_SIDE:
+        return _head(head[1], origin(image)) + image[head.end():]
+    return as_text(picture, origin(image))
+
+
+def as_text(picture: Image.Image, file: str = "") -> str:
+    """A picture from `condition` as such text. file: the name that it gets."""
+    stream, kind = io.BytesIO(), "png"
+    picture.save(stream, format="PNG")
+    if stream.tell() > LOSSLESS:
+        stream, kind = io.BytesIO(), "webp"
+        picture.save(stream, format="WEBP", quality=95)
+    return _head(kind, file) + base64.b64encode(stream.getvalue()).decode()
+
+
+def _head(kind: str, file: str) -> str:
+    named = f";name={quote(file, safe='')}" if file else ""
+    return f"data:image/{kind}{named};base64,"
+
+
+def origin(image: str) -> str:
+    """The name of the file that a condition's picture came from, "" where its text has none."""
+    if image.startswith("data:"):
+        head = _PICTURE.match(image)
+        image = unquote(head[2] or "") if head else ""
+    return re.split(r"[\\/]", image.rstrip("\\/"))[-1]
+
+
+def opaque(picture: Image.Image) -> Image.Image:
+    """The picture on a ground that sets off what can be seen of it: white, or black where that is light itself. Mode "RGB"."""
+    if picture.mode != "RGBA":
+        return picture.convert("RGB")
+    seen = np.asarray(picture.getchannel("A"), np.float64)
+    light = (np.asarray(picture.convert("RGB").convert("L"), np.float64) * seen).sum() / max(seen.sum(), 1.0)
+    ground = Image.new("RGBA", picture.size, (0, 0, 0, 255) if light >= LIGHT else (255, 255, 255, 255))
+    return Image.alpha_composite(ground, picture).convert("RGB")
+
+
+def covering(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture made smaller until it just covers (width, height), its shape kept; one that is smaller stays as it is."""
+    scale = max(wanted / side for wanted, side in zip(size, picture.size, strict=True))
+    return _within(picture, math.ceil(max(picture.size) * scale)) if scale < 1.0 else picture
+
+
+def with_hole(picture: Image.Image, hole: Image.Image) -> Image.Image:
+    """The picture transparent where the mask is white (stretched to it), mode "RGBA"."""
+    alpha = 255 - np.asarray(hole.convert("L").resize(picture.size, Image.Resampling.BILINEAR))
+    clear = picture.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.minimum(alpha, np.asarray(clear.getchannel("A")))))
+    return clear
+
+
+def _opened(image: str) -> Image.Image:
+    if not image.startswith("data:"):
+        return load(Path(image).expanduser())
+    head = _PICTURE.match(image)
+    if not head:
+        raise Refused(f"{image[:60]!r} is no data URL of a PNG, WebP or JPEG picture in base64")
+    try:
+        data = base64.b64decode(image[head.end():], validate=True)
+    except (binascii.Error, ValueError):
+        raise Refused("its text is damaged (base64)") from None
+    return load(data, origin(image) or "it", formats=("PNG", "JPEG", "WEBP"))
+
+
+def _in_colour(picture: Image.Image) -> Image.Image:
+    """The picture as RGB, or as RGBA where some of it is transparent; 16 bits a pixel become 8."""
+    if picture.mode.startswith("I"):
+        return _grey(picture).convert("RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        clear = picture.convert("RGBA")
+        return clear if np.asarray(clear.getchannel("A")).min() < 255 else clear.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _within(picture: Image.Image, side: int) -> Image.Image:
+    """The picture shrunk so that its longer side has at most `side` pixels; never enlarged."""
+    scale = side / max(picture.size)
+    if scale >= 1.0:
+        return picture
+    size = [max(1, round(length * scale)) for length in picture.size]
+    return picture.resize(size, Image.Resampling.BOX if scale < 0.5 else Image.Resampling.LANCZOS)

@@ -5,7 +5,7 @@ validated once, when it is built; nothing below this file checks it again.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
@@ -21,14 +21,29 @@ from composition.sampler_names import canonical
 SCHEMA_VERSION = 1
 MAX_PIXELS = 4096 * 4096
 MAX_LORAS = 64
+MAX_CONDITIONS = 16
+MAX_IMAGE = 16_000_000  # letters of a picture as a data URL
 SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
 DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)]
+ConditionKind = Literal["", "spatial", "subject"]
 Category = Literal["", "character", "clothing", "style", "place", "object", "pose", "other"]
 
 _config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+def _last_part(source: str) -> str:
+    return re.sub(r"(?i)\.safetensors$", "", PurePath(source.replace("\\", "/")).name)
+
+
+def _unique(all_names: Iterable[str]) -> tuple[str, ...]:
+    names: list[str] = []
+    for name in all_names:
+        same = sum(other == name or other.startswith(f"{name}#") for other in names)
+        names.append(f"{name}#{same + 1}" if same else name)
+    return tuple(names)
 
 
 @dataclass(frozen=True, config=_config)
@@ -76,7 +91,7 @@ class Lora:
     @property
     def name(self) -> str:
         """The last part of the source without its ending: "loras/owl.safetensors" is "owl"."""
-        return re.sub(r"(?i)\.safetensors$", "", PurePath(self.source.replace("\\", "/")).name)
+        return _last_part(self.source)
 
     @property
     def scheduled(self) -> bool:
@@ -95,14 +110,45 @@ class Lora:
 
 @dataclass(frozen=True, config=_config)
 class Condition:
-    """One picture that steers the layout (edges, depth, pose, subject), with the condition LoRA that reads it."""
+    """One picture that controls, with what reads it: a condition LoRA or a ControlNet.
 
-    source: Annotated[str, Field(min_length=1)]
-    image: Annotated[str, Field(min_length=1)]
-    kind: str = ""
+    source: a bundled name ("canny"), a path, or a name in one of the LoRA folders; of a ControlNet its folder or file.
+    image: the path of a picture, or the picture as a data URL. annotator: what makes the condition from it, a name in
+    composition.annotators; "" when it is drawn for the condition already, None: as the file of the source says.
+    kind: "spatial" (it lies over the picture) or "subject" (it shows what is to appear); "": as the file says.
+    weight: factor on alpha/rank of a condition LoRA. strength: how much heed is paid to it; 0 removes it exactly, 1 is as trained.
+    start, end: the part of the steps in which it is on, as fractions: on while start <= step/steps < end.
+    """
+
+    source: Annotated[str, Field(min_length=1, max_length=4096)]
+    image: Annotated[str, Field(min_length=1, max_length=MAX_IMAGE)]
+    annotator: Annotated[str, Field(max_length=100)] | None = None
+    kind: ConditionKind = ""
     weight: Weight = 1.0
+    strength: Annotated[float, Field(ge=0.0, le=10.0, allow_inf_nan=False)] = 1.0
     start: Fraction = 0.0
     end: Fraction = 1.0
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _earlier(cls, kind: Any) -> Any:
+        """Records of earlier versions name what is seen."""
+        return "spatial" if kind in ("edges", "depth", "pose") else kind
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Condition":
+        if self.start >= self.end:
+            raise ValueError(f"condition {self.name!r}: start {self.start} must lie before end {self.end}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The last part of the source without its ending: "conditions/canny.safetensors" is "canny"."""
+        return _last_part(self.source)
+
+    def on(self, index: int, count: int) -> bool:
+        """Whether it acts at step `index` (from 0) of `count`."""
+        return self.strength > 0.0 and self.start <= index / count < self.end
 
 
 @dataclass(frozen=True, config=_config)
@@ -122,7 +168,7 @@ class Request:
     prompt: Annotated[str, Field(max_length=20_000)]
     negative: Annotated[str, Field(max_length=20_000)] = ""
     loras: Annotated[Sequence[Lora], Field(max_length=MAX_LORAS), AfterValidator(tuple)] = ()
-    conditions: Annotated[Sequence[Condition], AfterValidator(tuple)] = ()
+    conditions: Annotated[Sequence[Condition], Field(max_length=MAX_CONDITIONS), AfterValidator(tuple)] = ()
     model: Annotated[str, Field(min_length=1)] = "pocket"
     method: str = "merge"
     options: Mapping[str, Any] = Field(default_factory=dict)
@@ -161,11 +207,19 @@ class Request:
     @property
     def names(self) -> tuple[str, ...]:
         """One name per LoRA, in order, unique: a second "owl" is "owl#2"."""
-        names: list[str] = []
-        for lora in self.loras:
-            same = sum(other == lora.name or other.startswith(f"{lora.name}#") for other in names)
-            names.append(f"{lora.name}#{same + 1}" if same else lora.name)
-        return tuple(names)
+        return _unique(lora.name for lora in self.loras)
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """One name per condition, in order, unique as those of LoRAs are."""
+        return _unique(condition.name for condition in self.conditions)
+
+    @property
+    def controls(self) -> dict[str, Condition]:
+        """The conditions that act in at least one of the steps, by name, in order: one of strength 0 is as if it were not there."""
+        count = self.steps or 1000
+        return {name: condition for name, condition in zip(self.condition_names, self.conditions, strict=True)
+                if any(condition.on(index, count) for index in range(count))}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -271,13 +325,15 @@ class Receipt:
 
 @dataclass(frozen=True, config=_config)
 class Result:
-    """Pictures, the request they came from, and what happened: notes by the method, seconds by stage, receipts."""
+    """Pictures, the request they came from, and what happened: notes by the method, seconds by stage, receipts of its LoRAs, and of what its
+    conditions were read with, by name."""
 
     images: tuple[Image.Image, ...]
     request: Request
     notes: Mapping[str, Any]
     seconds: Mapping[str, float]
     receipts: tuple[Receipt, ...]
+    condition_receipts: Mapping[str, Receipt] = Field(default_factory=dict)
 
 
 _REQUEST = TypeAdapter(Request)

@@ -13,11 +13,12 @@ from torch import Generator, Tensor
 from composition.adapters import Adapters
 from composition.adapters.gates import Combine
 from composition.backbones.base import Backbone
+from composition.conditions import Acting, Call
 from composition.guidance import guide
 from composition.hooks.attention import AllRecorded, recorded
 from composition.hooks.cache import Cache
 from composition.hooks.costs import layer_costs, share_until
-from composition.hooks.regional import joined, regional
+from composition.hooks.regional import Segments, joined, regional
 from composition.loop import Conditioning, Step
 from composition.refusal import Cancelled
 from composition.request import Lora, Request
@@ -36,6 +37,11 @@ class Pass(NamedTuple):
     name: str = ""
 
 
+def _none(path: str) -> bool:
+    """Of a whole evaluation: it leaves no layer out."""
+    return False
+
+
 def grid(step: Step, level: int) -> tuple[int, int]:
     """(h, w) of the layers at this level."""
     return -(-step.latents.shape[-2] // 2**level), -(-step.latents.shape[-1] // 2**level)
@@ -47,7 +53,7 @@ class Run:
 
     scheduler: this run's own instance. notes: what the method did, plain JSON values. encodings: of prompts
     already encoded, value by value, by prompt and text-LoRA weights. categories, triggers: of each LoRA by name, as the request or else
-    its file says.
+    its file says. conditions: those that act in every evaluation; `read_conditions` comes first.
     """
 
     backbone: Backbone
@@ -60,7 +66,9 @@ class Run:
     cancel: threading.Event | None = None
     categories: Mapping[str, str] = field(default_factory=dict)
     triggers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    conditions: Acting | None = None
     _shares: dict[Any, float] = field(default_factory=dict)
+    _slots: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by name of a cache's slot: the conditions it was filled with
 
     @property
     def loras(self) -> dict[str, Lora]:
@@ -106,6 +114,12 @@ class Run:
         return tuple(sorted((name, weight) for name, weight in weights.items()
                             if weight != 0.0 and any(self.adapters.touches(name, encoder) for encoder in encoders)))
 
+    def read_conditions(self) -> None:
+        """Let the conditions be read, once for all steps, before the first evaluation and outside any of them."""
+        if self.conditions is not None:
+            use = {} if self.conditions.isolated else {name: lora.weight for name, lora in self.loras.items()}
+            self.conditions.fill(self.encode(use=use), self.adapters, use, self._check_cancel)
+
     # predictions: one, several, one by regions -----------------------------------------------------------------------
 
     def denoise(
@@ -145,19 +159,23 @@ class Run:
         """A prediction for each pass, with its own LoRAs and prompt, in one batch of rows or one by one as the request says.
 
         cache: only the passes named in `full` are whole evaluations, which fill their slots; the others take the deep features from
-        theirs. Each of the two kinds is then one batch of rows, or one by one. Evaluations are counted in whole ones: a cached
-        one counts by its multiply-adds, attention products left out.
+        theirs. A slot that was filled with other conditions than act now is filled anew. Each of the two kinds is then one batch of rows, or
+        one by one. Evaluations are counted in whole ones: a cached one counts by its multiply-adds, attention products left out.
         """
         passes = _with(rows, passes)
         if cache is None:
             return self._several(step, passes, 1.0)
+        acting = self.conditions.live(step) if self.conditions is not None else ()
+        full = {*full, *(item.name for item in passes if self._slots.get(item.name, acting) != acting)}
+        self._slots |= dict.fromkeys(full, acting)
         values: dict[str, Tensor] = {}
         for kind in (True, False):
             chosen = [item for item in passes if (item.name in full) is kind]
             for group in [chosen] if self._batched(step) and chosen else [[item] for item in chosen]:
                 names = [item.name for item in group]
                 with cache.full(names) if kind else cache.cached(names):
-                    predictions = self._several(step, group, 1.0 if kind else self._cached_share(cache, step, group[0].cond))
+                    predictions = self._several(step, group, 1.0 if kind else self._cached_share(cache, step, group[0].cond),
+                                                skips=_none if kind else cache.skips)
                 values |= zip(names, predictions, strict=True)
         return torch.stack([values[item.name] for item in passes])
 
@@ -166,12 +184,13 @@ class Run:
     ) -> Float[Tensor, "R B *S"]:
         """One evaluation in which each pass, with its LoRAs and prompt, has its share of every place (shares sum to 1 over N)."""
         conds = [item.cond for item in passes]
+        segments = Segments(shares, conds[0].rows, grid(step, 0), conds[0].values["text"].shape[2])
         weights = {name: weight for item in passes for name, weight in item.use.items()}
         if step.index == step.stage == 0 and (names := [name for name in self.adapters.placeless() if name in weights]):
             self.notes["acts everywhere in part"] = names
-        with regional(self.backbone, self.adapters, weights, [set(item.use) for item in passes], shares, rows=conds[0].rows,
-                    size=grid(step, 0), tokens=conds[0].values["text"].shape[2]):
-            return self._evaluate(step, joined(conds, shares), 1)
+        with regional(self.backbone, self.adapters, weights, [set(item.use) for item in passes], shares, rows=segments.rows,
+                    size=segments.size, tokens=segments.tokens):
+            return self._evaluate(step, joined(conds, shares), 1, segments=segments)
 
     # attention maps --------------------------------------------------------------------------------------------------
 
@@ -230,17 +249,20 @@ class Run:
         large = step.latents.shape[-1] * step.latents.shape[-2] > PROCESSOR_BATCH
         return self.request.batched and not (large and self.backbone.device.type == "cpu")
 
-    def _several(self, step: Step, passes: Sequence[Pass], cost: float) -> Float[Tensor, "N R B *S"]:
-        """A prediction for each pass, in one batch of rows or one by one. cost: of each, in whole evaluations."""
+    def _several(
+        self, step: Step, passes: Sequence[Pass], cost: float, *, skips: Callable[[str], bool] = _none,
+    ) -> Float[Tensor, "N R B *S"]:
+        """A prediction for each pass, in one batch of rows or one by one. cost: of each, in whole evaluations. skips: as of a `Call`."""
         if not self._batched(step) or len(passes) == 1:
             predictions = []
             for item in passes:
                 self.adapters.use(item.use)
-                predictions.append(self._evaluate(step, item.cond, cost))
+                predictions.append(self._evaluate(step, item.cond, cost, skips=skips))
             return torch.stack(predictions)
         rows = passes[0].cond.rows
         with self.adapters.rows([item.use for item in passes for _ in range(rows * step.latents.shape[0])]):
-            out = self._evaluate(step, Conditioning.stacked([item.cond for item in passes]), cost * len(passes))
+            stacked = Conditioning.stacked([item.cond for item in passes])
+            out = self._evaluate(step, stacked, cost * len(passes), passes=len(passes), skips=skips)
             return out.unflatten(0, (len(passes), rows))
 
     def _share_until(self, layers: tuple[str, ...], step: Step, cond: Conditioning) -> float:
@@ -256,11 +278,18 @@ class Run:
             self._shares[cache] = cache.share(self.backbone.axis, tuple(step.latents.shape[-2:]), cond.values["text"].shape[2])
         return self._shares[cache]
 
-    def _evaluate(self, step: Step, cond: Conditioning, predictions: float) -> Float[Tensor, "R B *S"]:
+    def _evaluate(
+        self, step: Step, cond: Conditioning, predictions: float, *, passes: int = 1, segments: Segments | None = None,
+        skips: Callable[[str], bool] = _none,
+    ) -> Float[Tensor, "R B *S"]:
+        """The denoiser, with the conditions that act at this step. predictions: what it counts for; the others as of a `Call`."""
         self._check_cancel()
         latents = self.scaled(step)
         self.notes["evaluations"] = self.notes.get("evaluations", 0) + (int(predictions) if predictions % 1 == 0 else predictions)
-        return self.backbone.denoise(latents, step.t, cond)
+        if self.conditions is None:
+            return self.backbone.denoise(latents, step.t, cond)
+        with self.conditions.acting(Call(step, latents, cond, passes, segments, skips)):
+            return self.backbone.denoise(latents, step.t, cond)
 
     def _check_cancel(self) -> None:
         if self.cancel is not None and self.cancel.is_set():

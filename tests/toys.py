@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -185,6 +186,66 @@ def sd3(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusion3Pi
     return _ready(pipe, dtype)
 
 
+def controlnet(pipe, seed: int = 0, channels: Sequence[int] = (8, 8)) -> ControlNetModel:
+    """A ControlNet for a toy of Stable Diffusion or SDXL, with the attention of its UNet, nothing in it zero.
+
+    channels: of what reads the picture, which halves its sides between them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=tuple(channels), load_weights_from_unet=False)
+        for weight in net.parameters():
+            if not weight.any():
+                nn.init.normal_(weight, std=0.1)
+    return nn.Module.to(net.eval().requires_grad_(False), pipe.unet.dtype)
+
+
+def write_controlnet(net: ControlNetModel, path: Path, metadata: dict[str, str] | None = None) -> Path:
+    """As one file in diffusers' layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(net.state_dict(), path, metadata=metadata)
+    return path
+
+
+def control_lora(pipe, path: Path, layout: Literal["diffusers", "bfl"] = "diffusers", seed: int = 0, rank: int = 4, inputs: int = 2) -> Path:
+    """A control LoRA for a toy of FLUX, with biases and norms, in either layout with the same weights; none is zero.
+
+    inputs: how many times the latents' numbers its input projection reads.
+    """
+    rng, tensors = torch.Generator().manual_seed(seed), {}
+    both = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+    modules: dict[str, tuple[str, tuple[str, ...]]] = {"img_in": ("", ("x_embedder",)), "txt_in": ("", ("context_embedder",))}
+    norms = {}
+    for index in range(len(pipe.transformer.transformer_blocks)):
+        ours, theirs = f"transformer_blocks.{index}.", f"double_blocks.{index}."
+        for side, fused, end in (("img", both[0], ""), ("txt", both[1], "added_")):
+            modules[f"{theirs}{side}_attn.qkv"] = ours, fused
+            norms |= {f"{theirs}{side}_attn.norm.{name}_norm.scale": f"{ours}attn.norm_{end}{name[0]}.weight" for name in ("query", "key")}
+        modules |= {f"{theirs}img_attn.proj": (ours, ("attn.to_out.0",)), f"{theirs}txt_attn.proj": (ours, ("attn.to_add_out",)),
+                    f"{theirs}img_mlp.0": (ours, ("ff.net.0.proj",)), f"{theirs}img_mod.lin": (ours, ("norm1.linear",))}  # fmt: skip
+    for index in range(len(pipe.transformer.single_transformer_blocks)):
+        ours, theirs = f"single_transformer_blocks.{index}.", f"single_blocks.{index}."
+        modules |= {f"{theirs}linear1": (ours, (*both[0], "proj_mlp")), f"{theirs}linear2": (ours, ("proj_out",))}
+        norms |= {f"{theirs}norm.{name}_norm.scale": f"{ours}attn.norm_{name[0]}.weight" for name in ("query", "key")}
+    for name, (block, fused) in modules.items():
+        layers = [pipe.transformer.get_submodule(block + part) for part in fused]
+        down = torch.randn(rank, layers[0].in_features * (inputs if name == "img_in" else 1), generator=rng) * 0.1
+        up = torch.randn(sum(layer.out_features for layer in layers), rank, generator=rng) * (1.0 if name == "img_in" else 0.1)
+        bias = torch.randn(up.shape[0], generator=rng) * 0.05
+        if layout == "bfl":
+            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.lora_B.bias": bias}
+            continue
+        sizes = [layer.out_features for layer in layers]
+        for part, share, shift in zip(fused, up.split(sizes), bias.split(sizes), strict=True):
+            key = f"transformer.{block}{part}"
+            tensors |= {f"{key}.lora_A.weight": down.clone(), f"{key}.lora_B.weight": share.clone(), f"{key}.lora_B.bias": shift.clone()}
+    for theirs, ours in norms.items():
+        weight = 1 + 0.3 * torch.randn(pipe.transformer.config.attention_head_dim, generator=rng)
+        tensors[theirs if layout == "bfl" else f"transformer.{ours}"] = weight
+    save_file(tensors, path)
+    return path
+
+
 def denoiser(pipe) -> tuple[str, nn.Module]:
     """The name and the module of what a pipe denoises with."""
     name = "transformer" if hasattr(pipe, "transformer") else "unet"
@@ -310,6 +371,20 @@ def lora(
         metadata["lora_adapter_metadata"] = json.dumps(configs)
     path = Path(path)
     save_file(tensors, path, metadata={"format": "pt", **metadata})
+    return path
+
+
+def condition(transformer: nn.Module, path: Path, seed: int = 0, rank: int = 2, scale: float = 0.05, **settings: object) -> Path:
+    """A condition LoRA of this FLUX transformer in EasyControl's layout, random; settings become its header (kind, size, annotator, ...)."""
+    rng, tensors = torch.Generator().manual_seed(seed), {}
+    roles = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj"}
+    for name, module in transformer.named_modules():
+        block, inside, layer = name.partition(".attn.")
+        if inside and layer in roles and isinstance(module, nn.Linear):
+            width = module.out_features if roles[layer] == "proj" else module.in_features  # proj acts on the layer's output
+            for role, shape in (("down", (rank, width)), ("up", (module.out_features, rank))):
+                tensors[f"{block}.attn.processor.{roles[layer]}_loras.0.{role}.weight"] = scale * torch.randn(shape, generator=rng)
+    save_file(tensors, path, metadata={f"condition.{name}": str(value) for name, value in settings.items()})
     return path
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from app.options import options as method_options
 from app.options import size as read_size
-from composition import Lora, Refused, Request, untrusted
+from composition import Condition, Lora, Refused, Request, untrusted
 from composition.prompts import with_triggers as with_triggers
 from composition.refusal import explain
 
@@ -52,6 +52,57 @@ def _lora_json(text: str) -> Lora:
     return Lora(**fields)
 
 
+def control(text: str) -> Condition:
+    """NAME=PICTURE, NAME=PICTURE:STRENGTH, either of them a path (canny=C:\\photos\\me.png:0.8 too), or the fields of a Condition as JSON.
+
+    Among those of JSON "mask" may stand, a picture white where the other is to have a hole.
+    """
+    try:
+        return _control_json(text) if text.lstrip().startswith("{") else _control(text)
+    except ValidationError as error:
+        raise Refused(f"--control {text:.200}: {explain(error)}") from None
+
+
+def _control(text: str) -> Condition:
+    name, equals, rest = text.partition("=")
+    if not equals or not name.strip() or not rest.strip():
+        raise Refused(f"--control {text:.200}: write NAME=PICTURE or NAME=PICTURE:STRENGTH, as in canny=photo.png:0.8")
+    image, colon, strength = rest.strip().rpartition(":")
+    if not colon or Path(rest.strip()).exists():
+        return Condition(name.strip(), rest.strip())
+    if image and _NUMBER.fullmatch(strength.strip()):
+        return Condition(name.strip(), image.strip(), strength=float(strength))
+    if not re.search(r"[\\/]", strength):
+        raise Refused(f"--control {text:.200}: {strength!r} is not a number; write NAME=PICTURE or NAME=PICTURE:STRENGTH, as in canny=photo.png:0.8")
+    return Condition(name.strip(), rest.strip())
+
+
+def _control_json(text: str) -> Condition:
+    try:
+        fields = untrusted.parse(text)
+    except untrusted.Unreadable as error:
+        raise Refused(f"--control {text:.200}: it {error}") from None
+    fields = {_ALIASES.get(str(key), str(key)): value for key, value in fields.items()}
+    if missing := [name for name in ("source", "image") if name not in fields]:
+        raise Refused(f'--control {text:.200}: "{missing[0]}" is missing, as in {{"source": "canny", "image": "photo.png", "strength": 0.8}}')
+    mask = fields.pop("mask", None)
+    condition = Condition(**fields)
+    if mask is None:
+        return condition
+    if not isinstance(mask, str):
+        raise Refused(f"--control {text:.200}: mask: must be the path of a black and white picture, white where the hole is")
+    return replace(condition, image=with_hole(condition.image, mask, condition.name))
+
+
+def with_hole(image: str, mask: str, name: str) -> str:
+    """The picture of a condition, transparent where the mask is white, as text. Raises Refused for what cannot be read."""
+    from composition import pictures
+
+    hole = pictures.opaque(pictures.condition(mask, f"{name} (its mask)"))
+    file = pictures.origin(image)
+    return pictures.as_text(pictures.with_hole(pictures.condition(image, name), hole), file)
+
+
 def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Request, bool]:
     """The request of these flags (None or empty: not set) on top of `start`, if there is one; and whether its seed was drawn.
 
@@ -61,6 +112,8 @@ def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Re
     fields = {key: value for key, value in values.items() if value is not None and value != [] and key in _PLAIN}
     if values.get("lora"):
         fields["loras"] = tuple(lora(text) for text in values["lora"])
+    if values.get("control"):
+        fields["conditions"] = tuple(control(text) for text in values["control"])
     if values.get("size"):
         fields["size"] = read_size(values["size"])
     before = start or Request(prompt="")
@@ -88,6 +141,11 @@ _HINTS = {  # flags as other tools call them, and how to say it here
     **dict.fromkeys(("--width", "--height", "--w", "--h", "-W", "-H", "--resolution"), "the size is --size WIDTHxHEIGHT, as in --size 512x768"),
     **dict.fromkeys(("--weight", "--weights", "--lora-weight", "--lora-scale", "--strength"), "a LoRA's weight stands behind its name, as in "
                     "--lora owl:0.8"),
+    **dict.fromkeys(("--controlnet", "--control-image", "--control_image", "--condition", "--conditions", "--image", "--control-scale",
+                     "--controlnet-scale", "--spatial-image", "--subject-image"), "a picture that controls is --control NAME=PICTURE:STRENGTH, as in "
+                    "--control canny=photo.png:0.8"),
+    **dict.fromkeys(("--annotator", "--preprocessor", "--processor"), "the annotator of a picture is \"annotator\" in --control's JSON, as in "
+                    "--control '{\"source\": \"canny\", \"image\": \"photo.png\", \"annotator\": \"scribble\"}'"),
     **dict.fromkeys(("--loras", "--lora-path"), "each LoRA has a --lora of its own, as in --lora owl --lora ink:0.5"),
     **dict.fromkeys(("--prompt", "-p"), 'the prompt stands by itself, in quotes, as in medley generate "an owl in the snow"'),
     **dict.fromkeys(("--negative-prompt", "--negative_prompt", "--neg", "-n"), 'what to avoid is --negative "..."'),

@@ -1,4 +1,4 @@
-"""The command line: medley demo, generate, compare, batch, evaluate, profile, train, ui, pull, loras, inspect, methods, doctor.
+"""The command line: medley demo, generate, compare, batch, annotate, evaluate, profile, train, ui, pull, loras, inspect, methods, doctor.
 
 torch and diffusers are imported inside commands only, so that `medley --help` answers at once. Errors are one line on
 stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
@@ -17,7 +17,7 @@ from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
 from app import engines, options, remarks, settings, workbench
-from app.cli import batch, evaluate, flags, recalled, session, tables, train
+from app.cli import annotate, batch, evaluate, flags, recalled, session, tables, train, train_condition
 from app.errors import sentence
 from app.terminal import Terminal, closed, err, forgiving, gone, out, printable
 from composition import Cancelled, Lora, Request, __version__, record
@@ -25,6 +25,7 @@ from composition.backbones.loading import catalog
 from composition.refusal import MAX_QUOTED, shortened
 
 app = typer.Typer(help="Medley composes several LoRAs into one picture.", no_args_is_help=True, add_completion=False)
+train.sub.command(epilog=train_condition.EPILOG)(train_condition.condition)
 app.add_typer(train.sub, name="train")
 
 DEMO = Request(prompt="a raccoon and a fox on the moon, neon lights",
@@ -35,6 +36,9 @@ Prompt = Annotated[str | None, typer.Argument(help="What to draw. Trigger words 
 Loras = Annotated[list[str] | None, typer.Option(
     "--lora", metavar="NAME[:WEIGHT]", help="A LoRA by name or path, with its weight (1). Repeat for more. JSON with the "
     "fields of a Lora works too.")]
+Controls = Annotated[list[str] | None, typer.Option(
+    "--control", metavar="NAME=PICTURE[:STRENGTH]", help="A picture that controls: a condition LoRA or ControlNet by name or path, the picture, "
+    "and how much heed is paid to it (1). Repeat for more. JSON with the fields of a Condition works too.")]
 Option = Annotated[list[str] | None, typer.Option(
     "--option", metavar="KEY=VALUE", help="An option of the method. Repeat for more.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="A bundled name, a diffusers folder, a .safetensors "
@@ -84,8 +88,8 @@ def demo(out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None) ->
 def generate(
     context: typer.Context, prompt: Prompt = None, lora: Loras = None,
     method: Annotated[str | None, typer.Option(help="How the LoRAs are composed (merge); see `medley methods`.")] = None,
-    option: Option = None, model: Model = None, sampler: Sampler = None, negative: Negative = None, seed: Seed = None,
-    steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
+    option: Option = None, control: Controls = None, model: Model = None, sampler: Sampler = None, negative: Negative = None,
+    seed: Seed = None, steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
     out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
     allow_paths: AllowPaths = False, allow_download: AllowDownload = False,
@@ -112,7 +116,7 @@ def generate(
                     drawn_places.append(session.places(path, result))
                 if original and len(results) == 1:
                     receipts = dict(zip(request.names, result.receipts, strict=True))
-                    for line in record.differences(original, receipts, record.versions()):
+                    for line in record.differences(original, receipts, record.versions(), result.condition_receipts):
                         err.print(Text(printable(line), style="yellow"))
     if json:
         out.document(tables.generated(request, results, drawn))
@@ -134,8 +138,8 @@ def generate(
 def compare(
     context: typer.Context, prompt: Prompt = None, lora: Loras = None,
     methods: Annotated[str | None, typer.Option(help="Which, as merge,composite (all).")] = None,
-    option: Option = None, model: Model = None, sampler: Sampler = None, negative: Negative = None, seed: Seed = None,
-    steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
+    option: Option = None, control: Controls = None, model: Model = None, sampler: Sampler = None, negative: Negative = None,
+    seed: Seed = None, steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     out_dir: Out = PICTURES, triggers: Triggers = False,
     allow_partial: Partial = None, picture: From = None, allow_paths: AllowPaths = False, allow_download: AllowDownload = False,
     device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None, lora_dir: Folders = None,
@@ -179,6 +183,7 @@ def _triggered(request: Request, engine: Any, say: Terminal) -> Request:
 
 
 app.command(epilog=batch.EPILOG)(batch.batch)
+app.command(epilog=annotate.EPILOG)(annotate.annotate)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 
 

@@ -1,6 +1,7 @@
 """`--from`: what a picture's record may choose. Names; and files of this machine or a download only when that was allowed."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from rich.text import Text
 
 from app import engines
 from app.terminal import err, printable
-from composition import Refused, Request, record
+from composition import Condition, Refused, Request, record
 from composition.backbones.loading import catalog
 from composition.bundled import BUNDLES
 
@@ -58,14 +59,20 @@ def located(request: Request, original: record.Record | None, engine: "Engine", 
         return request
     request = record.located(request, original, engine.loras(), engine.find)
     if strict:
-        _in_folders(request, engine)
+        _in_folders(request, [each for each in request.conditions if each in original.request.conditions], engine)  # the others are by --control
     return request
 
 
-def _in_folders(request: Request, engine: "Engine") -> None:
-    """Refuse a LoRA of somebody's record whose name leads to a file outside the folders of LoRAs, as to one in the current folder."""
+def _in_folders(request: Request, conditions: Sequence[Condition], engine: "Engine") -> None:
+    """Refuse a LoRA or one of these conditions of somebody's record whose name leads to a file outside the folders of LoRAs, as to one in the current
+    folder."""
     known = {os.path.realpath(path) for path in engine.loras()}
     for lora in request.loras:
         if os.path.realpath(path := engine.find(lora.source)) not in known:
             raise Refused(f"the record's LoRA {lora.name!r} would be {path}, which lies in no folder of LoRAs: give --allow-paths, or that file "
                           "with --lora")
+    known = {os.path.realpath(each.path) for each in engine.conditions()}
+    for condition in conditions:
+        if os.path.realpath(path := engine.find_condition(condition.source)) not in known:
+            raise Refused(f"the record's condition {condition.name!r} would be {path}, which lies in no folder of LoRAs: give --allow-paths, or that "
+                          "file with --control")

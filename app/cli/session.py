@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app import remarks
 from app.drawing.overlay import sheet as draw_places
 from app.drawing.strip import strip
 from app.workbench import Workbench
@@ -59,7 +60,8 @@ def compare(
 
     stem = f"{prefix}-{record.free(folder, f'{prefix}-'):04d}"
     alone = request.alone(0)
-    tiles = [_tile(at, replace(alone, loras=(), method="merge", options={}), "Prompt only", folder, f"{stem}-prompt")]
+    first = "No LoRA" if request.conditions else "Prompt only"  # whose picture the same conditions control
+    tiles = [_tile(at, replace(alone, loras=(), method="merge", options={}), first, folder, f"{stem}-prompt")]
     for name, options in ways.items():
         way = replace(alone, method=name, options=options)
         tiles.append(_tile(at, way, methods.find(name).title, folder, f"{stem}-{name}"))
@@ -67,7 +69,7 @@ def compare(
     if len(refused) == len(ways):
         raise Refused(refused[0].refused if refused else "no method to compare")
     used = ", ".join(name if weight == 1 else f"{name} {weight:g}" for name, weight in request.weights.items())
-    caption = f"{request.prompt}  [{used or 'no LoRA'}]  seed {request.seed}"
+    caption = "  ".join([request.prompt, f"[{used or 'no LoRA'}]", *remarks.controls(request), f"seed {request.seed}"])
     shown = [(tile.result.images[0], tile.title, f"{tile.seconds:.1f} s, {tile.evaluations} evaluations")
              for tile in tiles if tile.result]
     return tiles, record.publish(strip(shown, caption), folder, f"{stem}-strip")

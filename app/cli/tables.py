@@ -142,6 +142,10 @@ def result(console: Console, of: Result, drawn: bool) -> None:
         console.print(Text(f"seed {request.seed} (drawn; give --seed {request.seed} to make this again)"))
     for receipt in of.receipts:
         console.print(Text(printable(receipt.line())))
+    for receipt in of.condition_receipts.values():
+        console.print(Text(printable(receipt.line())))
+    for line in remarks.controls(request):
+        console.print(Text(line))
     for line in remarks.remarks(of.notes):
         console.print(Text(printable(line), style="yellow"))
 
@@ -181,4 +185,5 @@ def generated(request: Request, results: Sequence[tuple[Path, Result]], seed_dra
         "pictures": [{"file": str(path), "seed": result.request.seed, "seconds": dict(result.seconds),
                       "notes": dict(result.notes)} for path, result in results],
         "receipts": [asdict(receipt) for receipt in results[0][1].receipts] if results else [],
+        "condition_receipts": {name: asdict(receipt) for name, receipt in results[0][1].condition_receipts.items()} if results else {},
     })

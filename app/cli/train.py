@@ -56,12 +56,9 @@ def concept(
     """Teach a model one or more new words from a few pictures of each, as LoRAs."""
     folder = out_dir or settings.lora_folder()
     lessons = lessons_of(images or [], trigger or [], name or [], category or [], title or [])
-    if dtype not in (None, "float32", "bfloat16"):
-        raise Refused(f"--dtype {dtype}: training needs float32 or bfloat16; float16 overflows in it")
-    if seed < 0 or (preview_every or 0) < 0:
-        raise Refused("--seed and --preview-every cannot be negative")
+    check_common(dtype, seed, preview_every)
     engines.prepare(model)
-    free(lessons, folder, model)
+    free([lesson.name for lesson in lessons], folder, model)
     config = TrainConfig(
         model=model, folder=folder, steps=steps, rank=rank, rate=rate, batch=batch, seed=seed, flip=flip, device=device,
         targets=tuple(part.strip().replace("-", "_") for part in targets.split(",")) if targets is not None else None,
@@ -90,30 +87,39 @@ def lessons_of(
         if kind not in CATEGORIES:
             raise Refused(f"--category {kind}: choose from {', '.join(CATEGORIES)}")
         title = " ".join(titles[index].split()) if titles else word[:1].upper() + word[1:]
-        lessons.append(Lesson(folder, word, _name(names[index]) if names else _name_from(word), kind, title))
+        lessons.append(Lesson(folder, word, checked_name(names[index]) if names else _name_from(word), kind, title))
     for what, values in (("name", [lesson.name for lesson in lessons]), ("--trigger", [lesson.trigger.lower() for lesson in lessons])):
         if len(set(values)) != len(values):
             raise Refused(f"two concepts have the same {what}: {', '.join(values)}")
     return lessons
 
 
-def free(lessons: Sequence[Lesson], folder: Path, model: str) -> None:
+def check_common(dtype: str | None, seed: int, preview_every: int | None) -> None:
+    """Raises Refused for what no training can use."""
+    if dtype not in (None, "float32", "bfloat16"):
+        raise Refused(f"--dtype {dtype}: training needs float32 or bfloat16; float16 overflows in it")
+    if seed < 0 or (preview_every or 0) < 0:
+        raise Refused("--seed and --preview-every cannot be negative")
+
+
+def free(names: Sequence[str], folder: Path, model: str) -> None:
     """Raises Refused when a LoRA of one of the names is there already."""
     from composition.loras import library
 
     if folder.exists() and not folder.is_dir():
         raise Refused(f"--out {folder} is not a folder")
     record.ready(folder)
-    for lesson in lessons:
-        file = folder / f"{lesson.name}.safetensors"
+    for name in names:
+        file = folder / f"{name}.safetensors"
         if file.exists():
             raise Refused(f"{file} is there already and is not overwritten: choose another --name, or delete it")
-        same = next((path for path in library.files(model, engines.folders(())) if path.stem == lesson.name), None)
+        same = next((path for path in library.files(model, engines.folders(())) if path.stem == name), None)
         if same:
-            raise Refused(f"a LoRA is named {lesson.name!r} already ({same}): choose another --name, so that --lora finds one")
+            raise Refused(f"a LoRA is named {name!r} already ({same}): choose another --name, so that --lora finds one")
 
 
-def _name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """The name. Raises Refused for one that no file can have."""
     if not re.fullmatch(r"[^\W_][\w .+-]*", name) or name.endswith((".", " ", ".safetensors")) or len(name) > 100:
         raise Refused(f"--name {name!r}: a name is letters, digits, spaces and . + - _ (it becomes NAME.safetensors)")
     return name
@@ -123,4 +129,4 @@ def _name_from(trigger: str) -> str:
     plain = re.sub(r"[^\w.+-]+", "-", trigger.lower()).strip("-._+")
     if not plain:
         raise Refused(f"no file can be named after the trigger {trigger!r}: give a --name")
-    return _name(plain)
+    return checked_name(plain)

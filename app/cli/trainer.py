@@ -1,30 +1,23 @@
 """One training from the opened model to the receipt: what it will do, progress, previews, a stop that can be resumed."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from app import engines, settings, workbench
-from app.drawing.strip import strip
-from app.errors import sentence
+from app.cli.progress import PREVIEWS, Bar, alone, explained, save_strip, spared
 from app.terminal import printable
-from composition import Lora, Refused, Request, __version__, atomic, lock
+from composition import Lora, Request, __version__, atomic
 
 if TYPE_CHECKING:
     from composition import Engine
     from composition.training.plan import Concept, Plan
-
-PREVIEWS = 6  # by default, the base's own picture included
-LAST = 50  # steps whose losses are averaged for show
-READ = 10  # steps whose losses are read together: reading waits for the device
 
 
 @dataclass(frozen=True)
@@ -80,10 +73,7 @@ def learn(lessons: Sequence[Lesson], config: TrainConfig, out: Console, err: Con
         _say(plan, engine, out)
         config.folder.mkdir(parents=True, exist_ok=True)
         for lesson in lessons:
-            held.enter_context(lock.alone(config.folder / f".{lesson.name}.lock", f"another training of {lesson.name} is at work in {config.folder}"))
-            if (file := config.folder / f"{lesson.name}.safetensors").exists():  # the other one has just ended
-                raise Refused(f"{file} is there already and is not overwritten: choose another --name, or delete it")
-            atomic.sweep(config.folder / f"{lesson.name}-previews")
+            held.enter_context(alone(config.folder, lesson.name))
         atomic.sweep(config.folder, shared=True)
         begun = reached(checkpoint) if checkpoint.is_file() else 0
         concepts = [_concept(lesson, folder, engine, plan, usual.count(len(folder)), config)
@@ -93,13 +83,13 @@ def learn(lessons: Sequence[Lesson], config: TrainConfig, out: Console, err: Con
             out.print(Text(f"going on from step {begun} of {plan.steps} ({checkpoint})"))
         else:
             shown.base()
-        with engine.exclusive(), workbench.stoppable() as stop, _Bar(plan.steps, begun, err) as bar:
+        with engine.exclusive(), workbench.stoppable() as stop, Bar(plan.steps, begun, err) as bar:
 
             def on_step(step: int, losses: Mapping[str, float]) -> None:
                 bar.show(step, losses)
                 shown.at(step)
 
-            with _explained(checkpoint, bar, plan, err):
+            with explained(checkpoint, bar, err):
                 files = train(
                     engine.backbone, engine.adapters, concepts, plan, config.folder, checkpoint=checkpoint, on_step=on_step,
                     stop=stop.is_set, describe=shown.describe,
@@ -111,22 +101,6 @@ def learn(lessons: Sequence[Lesson], config: TrainConfig, out: Console, err: Con
         checkpoint.unlink(missing_ok=True)
         _report(lessons, files, shown, engine, config, out)
         return True
-
-
-@contextmanager
-def _explained(checkpoint: Path, bar: "_Bar", plan: "Plan", err: Console) -> Iterator[None]:
-    """When an error ends the training, where what was learned is, or that it is nowhere."""
-    from composition.training.state import reached
-
-    try:
-        yield
-    except BaseException:
-        if bar.step:
-            with suppress(Refused):  # a checkpoint of somebody else's
-                err.print(Text(f"medley: what was learned until step {reached(checkpoint)} of {plan.steps} is in {checkpoint}; the same "
-                               "command goes on from there" if checkpoint.is_file() else
-                               f"medley: nothing of the {bar.step} steps could be written; the same command begins again"))  # fmt: skip
-        raise
 
 
 def _plan(config: TrainConfig, usual: Any, half: bool) -> "Plan":
@@ -176,13 +150,13 @@ class _Previews:
         """The base's own pictures of the prompts."""
         if self.every:
             for lesson in self.lessons:
-                with self._spared(lesson, 0):
+                with spared(lesson.name, 0, self.err):
                     self._save(lesson, 0, lambda request: list(self.engine.run(request).images), [])
 
     def at(self, step: int) -> None:
         if self.every and (step % self.every == 0 or step == self.plan.steps):
             for lesson in self.lessons:
-                with self._spared(lesson, step):
+                with spared(lesson.name, step, self.err):
                     self._save(lesson, step, self._draw, [Lora(lesson.name)])
 
     def describe(self, name: str) -> Mapping[str, str]:
@@ -191,19 +165,9 @@ class _Previews:
 
         lesson = next(lesson for lesson in self.lessons if lesson.name == name)
         request = Request(prompt=self.prompts(lesson)[0], loras=[Lora(name)], seed=self.plan.seed)
-        with self._spared(lesson, self.plan.steps):
+        with spared(name, self.plan.steps, self.err):
             return {"preview": thumbnail(self._draw(request)[0])}
         return {}
-
-    @contextmanager
-    def _spared(self, lesson: Lesson, step: int) -> Iterator[None]:
-        """A picture that cannot be drawn or written is said, and costs nothing that was learned."""
-        from composition.loop import NotFinite
-
-        try:
-            yield
-        except (OSError, NotFinite) as error:
-            self.err.print(Text(f"medley: no preview of {lesson.name} at step {step}: {sentence(error) if isinstance(error, OSError) else error}"))
 
     def prompts(self, lesson: Lesson) -> tuple[str, ...]:
         from composition.training import captions
@@ -222,53 +186,7 @@ class _Previews:
         for prompt in self.prompts(lesson):
             request = Request(prompt=prompt, loras=loras, seed=self.plan.seed, count=2)
             tiles += [(picture, prompt, f"seed {seed}") for picture, seed in zip(draw(request), request.seeds, strict=True)]
-        folder = self.folder(lesson)
-        folder.mkdir(parents=True, exist_ok=True)
-        caption = f"{lesson.name}: step {step} of {self.plan.steps}" if step else f"{lesson.name}: the base before training"
-        picture = strip(tiles, caption)
-        atomic.write(folder / f"{step:05d}.png", lambda file: picture.save(file, format="PNG"))
-
-
-@dataclass
-class _Bar:
-    """Step, smoothed loss and time left: a bar on a terminal, a line now and then elsewhere."""
-
-    steps: int
-    step: int
-    console: Console
-    losses: list[float] = field(default_factory=list)
-    unread: list[Mapping[str, float]] = field(default_factory=list)
-
-    def __enter__(self) -> "_Bar":
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                   TimeRemainingColumn())  # fmt: skip
-        self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task = self.progress.add_task("learning", total=self.steps, completed=self.step)
-        self.progress.start()
-        self.begun, self.first = time.monotonic(), self.step
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def show(self, step: int, losses: Mapping[str, float]) -> None:
-        self.step = step
-        self.unread.append(losses)
-        due = step % max(1, self.steps // 10) == 0 or step == self.steps
-        if not due and len(self.unread) < READ:
-            self.progress.update(self.task, completed=step)
-            return
-        self.losses = [*self.losses, *(sum(step_losses.values()) / len(step_losses) for step_losses in self.unread)][-LAST:]
-        self.unread.clear()
-        loss = sum(self.losses) / len(self.losses)
-        self.progress.update(self.task, completed=step, description=f"loss {loss:.4f}")
-        if not self.console.is_terminal and due:
-            left = (time.monotonic() - self.begun) / (step - self.first) * (self.steps - step)
-            self.console.print(Text(f"step {step} of {self.steps}, loss {loss:.4f}, {_span(left)} left"))
-
-
-def _span(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+        save_strip(self.folder(lesson), lesson.name, step, self.plan.steps, tiles)
 
 
 def _report(

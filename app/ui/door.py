@@ -18,7 +18,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-MAX_BODY = 1_000_000  # bytes of one request: a page filled in to its limits has about a quarter of that
+MAX_BODY = 4_500_000  # bytes of one request: four pictures that control have four million, all else a quarter of one
 STREAM = "/gradio_api/queue/data"
 OPEN = re.compile(
     r"/|/config/?|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/(assets|static|svelte)/.*"

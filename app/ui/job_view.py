@@ -77,7 +77,8 @@ def report(result: Result, path: Path, link: Link) -> str:
         "Size": f"{image.width} x {image.height}",
     }
     pairs = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    receipts = "".join(f"<li>{escape(receipt.line())}</li>" for receipt in result.receipts)
+    receipts = "".join(f"<li>{escape(receipt.line())}</li>" for receipt in (*result.receipts, *result.condition_receipts.values()))
+    receipts += "".join(f'<li class="control">{escape(line)}</li>' for line in remarks.controls(request))
     notes = {name: value for name, value in result.notes.items() if name != "missing triggers"}  # `hint` says those
     remarked = "".join(f'<li class="remark">{escape(line)}</li>' for line in remarks.remarks(notes))
     lines = remarks.timeline(result.notes)

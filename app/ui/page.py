@@ -13,7 +13,7 @@ from gradio.components import Component
 from app import options
 from app.errors import sentence
 from app.jobs import Job, Jobs
-from app.ui import forms, job_view
+from app.ui import controls, forms, job_view
 from app.ui.cards import Card, cards, lacking, with_words
 from app.ui.door import Presence
 from app.ui.gallery import Gallery
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 Changes = dict[Any, Any]  # component to its new value
-FIELDS = ("prompt", "cards", "method", "random", "seed", "negative", "steps", "guidance", "true_guidance",
+FIELDS = ("prompt", "cards", "controls", "method", "random", "seed", "negative", "steps", "guidance", "true_guidance",
           "sampler", "size")
 LOOK = 0.1  # seconds between two looks at a job
 GRACE = 5.0  # seconds that a client may be away before its job is cancelled
@@ -62,6 +62,7 @@ class Page:
         self.cards = gr.HTML(
             [], html_template=CARDS, js_on_load=(HERE / "cards.js").read_text("utf-8"), apply_default_css=False,
             elem_id="loras", cards=[card.shown() for card in self._shelf().values()])
+        self.controls = controls.component(self._engine)
         first = Request(prompt="").method
         self.method = gr.Radio([(method.title, name) for name, method in self._methods.items()], value=first, label="Method",
                                elem_id="method")
@@ -113,7 +114,9 @@ class Page:
         gr.on([self.prompt.change, self.cards.change], self._hint, [self.prompt, self.cards], [self.lacking, self.hint],
               trigger_mode="always_last", **swift)
         self.add.click(self._add, [self.prompt, self.cards], self.prompt, **swift)
-        self.blocks.load(lambda: gr.HTML(cards=[card.shown() for card in self._shelf().values()]), None, self.cards, **swift)
+        self.controls.look(self._look, self.size, self.controls, trigger_mode="multiple", **swift)
+        self.blocks.load(lambda: (gr.HTML(cards=[card.shown() for card in self._shelf().values()]), gr.HTML(sources=controls.sources(self._engine))),
+                         None, [self.cards, self.controls], **swift)
 
     # what happens ------------------------------------------------------------------------------------------------------
 
@@ -175,6 +178,7 @@ class Page:
         request = Request(
             prompt=fields["prompt"] or "", negative=fields["negative"] or "", model=self._engine.name, method=method.name,
             loras=[Lora(card.source, weight=weight) for card, weight in self._chosen(fields["cards"])],
+            conditions=controls.conditions(fields["controls"], [source["key"] for source in controls.sources(self._engine)]),
             options=forms.options(method, self._answers(method.name, answers[len(FIELDS):])),
             sampler=fields["sampler"], steps=fields["steps"], guidance=fields["guidance"],
             true_guidance=fields["true_guidance"],
@@ -193,7 +197,8 @@ class Page:
         raise Refused(f"no method is named {name!r}")
 
     def _shelf(self) -> Mapping[str, Card]:
-        return cards(self._engine.loras())
+        read_pictures = {each.path for each in self._engine.conditions()}
+        return cards(path for path in self._engine.loras() if path not in read_pictures)
 
     def _chosen(self, value: Any) -> list[tuple[Card, float]]:
         """The cards that a tab chose, with their weights. A card is named by its key, never by a path."""
@@ -215,6 +220,15 @@ class Page:
 
     def _word(self, prompt: str, event: gr.EventData) -> str:
         return with_words(prompt or "", [str(event.word)])
+
+    def _look(self, size: str, event: gr.EventData) -> Any:
+        """What an annotator makes of a picture that was dropped, for a picture of this size."""
+        own = self._engine.backbone.size(Request(prompt=""))
+        try:
+            wanted = _size(size) or own
+        except Refused:  # Generate will say so
+            wanted = own
+        return gr.HTML(drawn=controls.look(event.image, event.annotator, event.turn, wanted))
 
     def _lacking(self, prompt: str, value: Any) -> list[Card]:
         shelf = self._shelf()

@@ -1,9 +1,9 @@
 """``python -m assets.recipe STAGE``: makes Pocket again from the npm art packages alone, resuming unfinished stages.
 
 Stages: art (rendered from the packages), autoencoder, base, polish (of the decoder), export, judge, loras, previews (in the LoRAs'
-headers, and their profiles), measure, and then flux, flux-loras, flux-previews and flux-measure for the second base, which has the
+headers, and their profiles), measure, controlnet and controlnet-measure, and then flux, flux-loras, flux-previews and flux-measure for the second base, which has the
 first one's autoencoder and is taught by it; or all of them in order. ``--budget`` is minutes of training for autoencoder, base,
-polish, judge and flux together (their shares are below), compiling not counted, and a larger budget on a later call takes them
+polish, judge, controlnet and flux together (their shares are below), compiling not counted, and a larger budget on a later call takes them
 further; the LoRAs' number of steps is not part of it. The same code trains on a processor and on a GPU.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionPipeline
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from retrieval.judge import Judge
 
@@ -27,7 +27,10 @@ from . import (
     art,
     autoencoder,
     base,
+    conditions,
     confusion,
+    controlled,
+    controlnet,
     export,
     flux,
     judge,
@@ -42,13 +45,16 @@ from . import (
 from .drawing import drawn_ahead
 from .labelled import ALSO, START, Source
 from .loop import Loop
+from .objects import OBJECTS
 from .places import HELD_PLACES, PLACES, variants
+from .shorten import shorten
 from .world import World, batch, strange_words
 
-SHARES = {"autoencoder": 0.1, "base": 0.25, "polish": 0.1, "judge": 0.1, "flux": 0.45}  # of the budget
-FIRST = ("art", "autoencoder", "base", "polish", "export", "judge", "loras", "previews", "measure")
+SHARES = {"autoencoder": 0.1, "base": 0.25, "polish": 0.1, "judge": 0.1, "controlnet": 0.05, "flux": 0.4}  # of the budget
+FIRST = ("art", "autoencoder", "base", "polish", "export", "judge", "loras", "previews", "measure", "controlnet", "controlnet-measure")
 SECOND = ("flux", "flux-loras", "flux-previews", "flux-measure")
-STAGES = (*FIRST, *SECOND)
+THIRD = ("flux-conditions", "flux-conditions-measure")
+STAGES = (*FIRST, *SECOND, *THIRD)
 POCKET = Path(__file__).parents[1] / "pocket128"
 POLISHED = 10**8  # scene numbers from here on are what the decoder is polished on
 
@@ -73,9 +79,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fine", action=argparse.BooleanOptionalAction, default=True, help="attention at the finest level, too")
     parser.add_argument("--batch", type=int, default=64, help="pictures in a batch of the base and of the second base")
     parser.add_argument("--begin", type=Path, help="a Pocket model folder: a new base begins with its tokenizer and text encoder")
+    parser.add_argument("--begin-flux", type=Path, help="a Pocket-FLUX folder of the same shape: a new second base begins with its weights and T5's tokenizer")
+    parser.add_argument("--flux-peak", type=float, default=1.5e-3, help="highest learning rate of the second base")
     parser.add_argument("--loras", default=",".join(loras.CARDS), help=f"comma separated, of {', '.join(loras.CARDS)}")
     parser.add_argument("--lora-steps", type=int, default=0, help="0: as many as the plans say")
+    parser.add_argument("--conditions", default=",".join(conditions.CARDS), help=f"comma separated, of {', '.join(conditions.CARDS)}")
+    parser.add_argument("--condition-steps", type=int, default=0, help="0: as many as the plan says")
+    parser.add_argument("--begin-conditions", type=Path, help="a folder of condition LoRAs that new ones of the same name begin with")
+    parser.add_argument("--pairs", type=int, default=conditions.PAIRS, help="pictures with their conditions that each is learned from")
     parser.add_argument("--together", type=int, default=1, help="LoRAs that train as one batch; each takes its own rows")
+    parser.add_argument("--judge", type=Path, help="a judge's folder for flux-conditions-measure, when it is not --out's clip/")
     parser.add_argument("--measured", type=float, default=1.0, help="share of the usual renders and pictures that are measured on")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
     return parser.parse_args()
@@ -91,15 +104,22 @@ def main() -> None:
     folder = args.work / "art"
     if "art" in stages and not folder.is_dir():
         art.make(args.packages, folder, args.size)
-    if set(stages) == {"art"}:
-        return
+    if not set(stages) <= {"art", *THIRD}:
+        _bases(args, stages, folder)
+    if set(THIRD) & set(stages):
+        _third(args, stages, folder)
+
+
+def _bases(args: argparse.Namespace, stages: Sequence[str], folder: Path) -> None:
+    """Both bases, their judge and their LoRAs."""
     grounds = variants([*PLACES, *HELD_PLACES], args.size, args.variants, workers=args.workers)
     _base(args, stages, folder, grounds)
     if "judge" in stages:
         _judge(args, Source(folder, args.size, objects=args.objects, places=args.places, grounds=grounds))
-    if {"loras", "previews", "measure", *SECOND} & set(stages):
+    if {"loras", "previews", "measure", "controlnet", "controlnet-measure", *SECOND} & set(stages):
         world = _world(args, folder, grounds, also=ALSO)
         _first(args, stages, world)
+        _controlnet(args, stages, world)
         if set(SECOND) & set(stages):
             _second(args, stages, folder, world)
 
@@ -155,12 +175,23 @@ def _first(args: argparse.Namespace, stages: Sequence[str], world: World) -> Non
     pipe.set_progress_bar_config(disable=True)
     if "loras" in stages:
         loras.make(pipe, world, names, files, args.work, plan=_plan(args, loras.PLAN), together=args.together, workers=args.workers)
+        for name in names:
+            if loras.CARDS[name].category != "character":
+                shorten(files / f"{loras.stem(name)}.safetensors", loras.SHORT)
         testbed.write(args.out / "testbed.json")
     if "previews" in stages:
         previews.make(pipe, names, files, Judge.open(str(args.out / "clip"), args.device))
         loras.profiled(pipe, names, files, args.out / "profiles")
     if "measure" in stages:
         _measured(args, "base", "loras", pipe, world, files, names)
+
+
+def _controlnet(args: argparse.Namespace, stages: Sequence[str], world: World) -> None:
+    """The first base's ControlNet, and its figures."""
+    folder = args.out / controlnet.FOLDER
+    if "controlnet" in stages:
+        controlnet.train(world, args.out / "sd", args.work, folder, minutes=_minutes(args, "controlnet"), device=torch.device(args.device),
+                         workers=args.workers)  # fmt: skip
 
 
 def _second(args: argparse.Namespace, stages: Sequence[str], art: Path, world: World) -> None:
@@ -185,8 +216,25 @@ def _second(args: argparse.Namespace, stages: Sequence[str], art: Path, world: W
         _measured(args, "flux", "flux-loras", pipe, world, files, names)
 
 
+def _third(args: argparse.Namespace, stages: Sequence[str], art: Path) -> None:
+    """The condition LoRAs of the exported second base, and their figures."""
+    names, files = args.conditions.split(","), args.out / "flux-conditions"
+    pipe = FluxPipeline.from_pretrained(args.out / "flux", dtype=torch.float32).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    world = conditions.world_of(art, pipe.vae.config.sample_size, args.objects, args.places, args.vendors.split(","), args.variants, args.workers)
+    own = list(OBJECTS)[: args.objects]
+    if "flux-conditions" in stages:
+        plan = replace(conditions.PLAN, steps=args.condition_steps or conditions.PLAN.steps)
+        conditions.make(pipe, world, own, names, files, args.work, plan=plan, count=args.pairs, workers=args.workers,
+                        begin=args.begin_conditions)  # fmt: skip
+    if "flux-conditions-measure" in stages:
+        judge = Judge.open(str(args.judge or args.out / "clip"), args.device)
+        _keep(args.work, "conditions", controlled.figures(pipe, judge, world, own, files, names, partial(_share, args), args.work / "sheets"))
+
+
 def _flux(args: argparse.Namespace, art: Path, world: World, folder: Path) -> None:
-    clip, t5 = CLIPTokenizer.from_pretrained(args.out / "sd/tokenizer"), unigram.build(tokenizer.corpus(art))
+    clip = CLIPTokenizer.from_pretrained(args.out / "sd/tokenizer")
+    t5 = T5Tokenizer.from_pretrained(args.begin_flux / "tokenizer_2") if args.begin_flux else unigram.build(tokenizer.corpus(art))
     vae = AutoencoderKL.from_pretrained(args.out / "sd/vae", dtype=torch.float32)
     pictures, _ = batch(world, flux.UNSEEN, 512)
     with torch.no_grad():
@@ -194,7 +242,8 @@ def _flux(args: argparse.Namespace, art: Path, world: World, folder: Path) -> No
     scenes = base.stock(world, flux.reader(clip, t5), Loop.reached(args.work / "flux.pt"))
     with drawn_ahead([scenes], args.workers):
         model = flux.train(scenes, vae, clip, t5, args.out / "sd", args.work, minutes=_minutes(args, "flux"),
-                           device=torch.device(args.device), settings=flux.Settings(args.batch, compiled=args.compile))  # fmt: skip
+                           device=torch.device(args.device), settings=flux.Settings(args.batch, compiled=args.compile), begin=args.begin_flux,
+                           peak=args.flux_peak)  # fmt: skip
     export.export_flux(model.cpu(), vae.cpu(), clip, t5, folder)
 
 

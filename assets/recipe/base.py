@@ -100,15 +100,16 @@ def drop_captions(batches: Iterator[tuple[torch.Tensor, ...]], empty: torch.Tens
 
 
 class Noise:
-    """Draws timesteps as the base trains on them and mixes noise in."""
+    """Draws timesteps as the base trains on them and mixes noise in. centre, width: of ln sigma."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, centre: float = CENTRE, width: float = WIDTH):
+        self.centre, self.width = centre, width
         self.kept = scheduler().alphas_cumprod.to(device)
         self.log_sigma = (((1 - self.kept) / self.kept) ** 0.5).log()
 
     def steps(self, count: int) -> torch.Tensor:
         """(B,) timesteps: ln sigma normal, a tenth uniform over the steps."""
-        drawn = torch.searchsorted(self.log_sigma, torch.randn(count, device=self.kept.device) * WIDTH + CENTRE)
+        drawn = torch.searchsorted(self.log_sigma, torch.randn(count, device=self.kept.device) * self.width + self.centre)
         even = torch.randint(len(self.kept), (count,), device=self.kept.device)
         return torch.where(torch.rand(count, device=self.kept.device) < 0.1, even, drawn.clamp(max=len(self.kept) - 1))
 

@@ -129,3 +129,26 @@ class Backbone(Protocol):
     def release(self) -> None:
         """Let offloading hooks put every component back to rest."""
         ...
+
+
+@runtime_checkable
+class ReadsConditions(Protocol):
+    """A backbone whose denoiser can read tokens beside the picture's (`hooks.banks`)."""
+
+    @property
+    def pixels_per_token(self) -> int:
+        """The side of the square that one token stands for."""
+        ...
+
+    def tokens(self, latents: Float[Tensor, "rows C H W"]) -> Float[Tensor, "rows N c"]:
+        """Latents as the tokens that the denoiser reads, row after row."""
+        ...
+
+    def read_alone(
+        self, tokens: Float[Tensor, "rows N c"], ids: Float[Tensor, "N 3"], t: Num[Tensor, ""] | Num[Tensor, "rows"], cond: Conditioning
+    ) -> Float[Tensor, "_ N c"]:
+        """One evaluation of tokens by themselves, with ids and a time of their own and no prompt: what a condition's bank is filled by.
+
+        tokens: of one row, or of R B. Of `cond` the pooled prompt and the guidance are read, which modulate every layer.
+        """
+        ...

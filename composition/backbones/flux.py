@@ -60,10 +60,15 @@ class FluxBackbone(PipelineBackbone):
         """Tokens of a prompt that T5 is given, padding included."""
         return min(LONGEST_FAST if self.fast else LONGEST, self.pipeline.tokenizer_2.model_max_length)
 
+    @property
+    def pixels_per_token(self) -> int:
+        """The side of the square that one token of the picture stands for."""
+        return 2 * self.pipeline.vae_scale_factor
+
     def size(self, request: Request) -> tuple[int, int]:
         own = self.pipeline.vae.config.sample_size
         size = request.size or (own, own)
-        if wrong := vae.fitting(size, 2 * self.pipeline.vae_scale_factor):
+        if wrong := vae.fitting(size, self.pixels_per_token):
             raise Refused(wrong)
         return size
 
@@ -120,6 +125,24 @@ class FluxBackbone(PipelineBackbone):
             pooled_projections=flat(cond.values["pooled"]).to(latents.dtype), txt_ids=latents.new_zeros(text.shape[1], 3),
             img_ids=places(latents), return_dict=False)[0]
         return unpacked(out, latents.shape[-2:]).unflatten(0, (rows, count))
+
+    def tokens(self, latents: Float[Tensor, "rows C H W"]) -> Float[Tensor, "rows N c"]:
+        return packed(latents)
+
+    def read_alone(
+        self, tokens: Float[Tensor, "rows N c"], ids: Float[Tensor, "N 3"], t: Num[Tensor, ""] | Num[Tensor, "rows"], cond: Conditioning
+    ) -> Float[Tensor, "_ N c"]:
+        pooled = cond.values["pooled"].flatten(0, 1).to(tokens.dtype)
+        rows = max(tokens.shape[0], pooled.shape[0])
+        time = t.to(tokens.dtype).expand(rows) / 1000
+        guidance = None
+        if self.distilled:
+            each = cond.values.get("guidance")
+            guidance = torch.ones_like(time) if each is None else each.expand(*cond.values["pooled"].shape[:2]).flatten().float()
+        return self.denoiser(
+            hidden_states=tokens.expand(rows, -1, -1), timestep=time, guidance=guidance,
+            encoder_hidden_states=tokens.new_zeros(rows, 0, self.denoiser.config.joint_attention_dim),
+            pooled_projections=pooled.expand(rows, -1), txt_ids=ids.new_zeros(0, 3), img_ids=ids, return_dict=False)[0]
 
     def axis(self, layer: str) -> Axis:
         if _NONE.search(layer):

@@ -144,10 +144,11 @@ def abandon(module: nn.Module, since: int) -> None:
 
 
 @contextmanager
-def override(module: nn.Module, layers: Sequence[str], function: AttentionOverride) -> Iterator[None]:
+def override(module: nn.Module, layers: Sequence[str], function: AttentionOverride, *, whole: bool = True) -> Iterator[None]:
     """While it lasts, these layers' attention is what `function` returns. Raises RuntimeError at its end when one never ran.
 
-    layers: names of attention modules inside `module`. Contexts on the same layers stack, as the top of this file says.
+    layers: names of attention modules inside `module`. Contexts on the same layers stack, as the top of this file says. whole: False
+    where a part of the module is run again, as in gradient checkpointing: layers may then stay unseen.
     """
     seen: set[str] = set()
 
@@ -166,7 +167,7 @@ def override(module: nn.Module, layers: Sequence[str], function: AttentionOverri
         for handle in handles:
             handle.remove()
         seam.leave()
-    if missed := [name for name in layers if name not in seen]:
+    if whole and (missed := [name for name in layers if name not in seen]):
         raise RuntimeError(f"attention of {len(layers)} layers was to be seen, and of {len(missed)} it was not (the first is {missed[0]}): {_ADVICE}")
 
 

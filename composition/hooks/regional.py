@@ -5,8 +5,9 @@ picture's side where its mask is, and keys and values of its own segment alone; 
 without a place (time embeddings, modulation) get every LoRA at once.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,23 @@ def joined(conds: Sequence[Conditioning], shares: Float[Tensor, "B N h w"]) -> C
     return Conditioning(values)
 
 
+class Segments(NamedTuple):
+    """The prompts that lie one after the other on the text axis, and where each is read.
+
+    shares: of each, summing to 1 over N, on any grid. rows: R guidance rows. size: (H, W) of the latents. tokens: of one segment.
+    """
+
+    shares: Float[Tensor, "B N h w"]
+    rows: int
+    size: tuple[int, int]
+    tokens: int
+
+    def grids(self, levels: Iterable[int]) -> dict[int, Float[Tensor, "B N h w"]]:
+        """The shares on the grids of layers at these levels, as far down as the latents have places."""
+        return {level: masks.resized(self.shares, (-(-self.size[0] // 2**level), -(-self.size[1] // 2**level))) for level in levels
+                if min(self.size) >= 2**level}
+
+
 @contextmanager
 def regional(
     backbone: Backbone, adapters: Adapters, weights: Mapping[str, float], segments: Sequence[Collection[str]],
@@ -41,12 +59,10 @@ def regional(
     segments: names of the LoRAs that are on in each; shares: theirs, summing to 1 over N, on any grid. rows: R guidance rows;
     size: (H, W) of the latents; tokens: of one segment. Raises RuntimeError when the model's attention cannot be overridden.
     """
-    layers = backbone.prompt_attention()
+    layers, places_of = backbone.prompt_attention(), Segments(shares, rows, size, tokens)
     names = adapters.names
     on = shares.new_tensor([[float(name in segment) for name in names] for segment in segments])  # (N, K)
-    levels = range(max(layers.values(), default=0) + 8)
-    grids = {level: masks.resized(shares, (-(-size[0] // 2**level), -(-size[1] // 2**level))) for level in levels
-             if min(size) >= 2**level}
+    grids = places_of.grids(range(max(layers.values(), default=0) + 8))
     places: dict[Axis, Tensor] = {
         Axis("grid", level): torch.einsum("bshw,sk->bkhw", grid, on).repeat(rows, 1, 1, 1) for level, grid in grids.items()}
     count = rows * shares.shape[0]
@@ -56,14 +72,17 @@ def regional(
         for level in set(layers.values()):
             both = (places[Axis("text")], places[Axis("grid", level)].flatten(2))
             places[Axis("both", level)] = torch.cat(both if backbone.joint == "text" else both[::-1], 2)
-    override = (_biased if backbone.joint else _split)(backbone, grids, rows, tokens)
+    override = _biased(backbone, grids, rows, tokens) if backbone.joint else split(layers, grids, places_of)
     with adapters.regional(weights, places), attention.override(backbone.denoiser, tuple(layers), override):
         yield
 
 
-def _split(backbone: Backbone, grids: Mapping[int, Float[Tensor, "B N h w"]], rows: int, tokens: int) -> attention.AttentionOverride:
-    """Cross-attention: to each segment apart, the outputs blended by its share of the place. Keys after the segments' own belong to all."""
-    layers = backbone.prompt_attention()
+def split(layers: Mapping[str, int], grids: Mapping[int, Float[Tensor, "B N h w"]], segments: Segments) -> attention.AttentionOverride:
+    """Cross-attention: to each segment apart, the outputs blended by its share of the place. Keys after the segments' own belong to all.
+
+    layers: the level of each.
+    """
+    rows, tokens = segments.rows, segments.tokens
 
     def override(call: attention.Attention, attend: attention.Attend) -> Tensor:
         share = grids[layers[call.layer]].flatten(2).repeat(rows, 1, 1).to(call.query.dtype)  # (rows, N, places)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from composition import bundled
 from composition.bundled import BUNDLES
-from composition.loras import metadata, reader
+from composition.loras import condition, metadata, reader
+from composition.loras.condition import Settings
 from composition.loras.safetensors import ENDING, load_header
 from composition.refusal import Refused
 from composition.request import Receipt
@@ -57,8 +58,17 @@ def trouble(error: Exception) -> str:
     return f"cannot be read: {' '.join(str(reason).split())[:200]}"
 
 
-def find(source: str, model: str, folders: Sequence[Path] = ()) -> Path:
-    """The file of `source`. Raises Refused, with the nearest names.
+def condition_loras(model: str, folders: Sequence[Path] = ()) -> list[tuple[Path, Settings, bool]]:
+    """Every condition LoRA that can be named, with what its header tells and whether it came with the model; others are passed over."""
+    rows, own = [], _places(model, (), conditions=True)
+    for place, path in _files(model, folders, conditions=True):
+        with suppress(Exception):  # one file, whatever is wrong with it, does not take the others down
+            rows.append((path, condition.describe(path)[0], place in own))
+    return rows
+
+
+def find(source: str, model: str, folders: Sequence[Path] = (), *, conditions: bool = False) -> Path:
+    """The file of `source`; with `conditions`, of a condition LoRA. Raises Refused, with the nearest names.
 
     In this order: a path to a file; the name of one file, with or without its folders and its ending ("owl", "animals/owl",
     "animals\\owl.safetensors"); a path without its ending; the name that the trainer wrote into one file (ss_output_name).
@@ -67,13 +77,15 @@ def find(source: str, model: str, folders: Sequence[Path] = ()) -> Path:
     for path in map(Path, spellings):
         if path.suffix.lower() == ENDING and os.path.isfile(path):
             return path
-    known = _files(model, folders)
-    for several in _candidates(spellings, known, _places(model, folders)):
+    known = _files(model, folders, conditions)
+    for several in _candidates(spellings, known, _places(model, folders, conditions)):
+        if len(several) > 1:
+            several = [path for path in several if _is_condition(path, stamp(path)) == conditions] or several
         if len(several) == 1:
             return several[0]
         if several:
             raise Refused(f"{len(several)} LoRAs are named {source!r}: give the path of one of " + ", ".join(map(str, several)))
-    raise Refused(_nothing(source, model, [path.stem for _, path in known]))
+    raise Refused(_nothing(source, model, [path.stem for _, path in known], conditions))
 
 
 def _candidates(spellings: Collection[str], known: Sequence[tuple[Path, Path]], places: Sequence[Path]) -> Iterator[list[Path]]:
@@ -117,6 +129,15 @@ def _ended(path: Path) -> Path | None:
 
 
 @lru_cache(maxsize=4096)
+def _is_condition(path: Path, stamp: tuple[int, int]) -> bool:
+    """Whether a file in the state that `stamp` stands for is a condition LoRA; False for one without a header that can be read."""
+    try:
+        return condition.is_one(list(load_header(path).tensors))
+    except Exception:  # as of _alias
+        return False
+
+
+@lru_cache(maxsize=4096)
 def _alias(path: Path, stamp: tuple[int, int]) -> str:
     """The trainer's name in the header of a file in the state that `stamp` stands for; "" where there is none, or no header."""
     try:
@@ -134,14 +155,19 @@ def stamp(path: Path) -> tuple[int, int]:
     return stat.st_mtime_ns, stat.st_size
 
 
-def _places(model: str, folders: Sequence[Path]) -> list[Path]:
-    own = [bundled.path(BUNDLES[model].loras)] if model in BUNDLES else []
-    return [*own, *map(Path, folders)]
+def condition_places(model: str) -> list[Path]:
+    """The folders of what reads conditions that came with this model."""
+    return _places(model, (), conditions=True)
 
 
-def _files(model: str, folders: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """(the folder that was named, the file in it) for every LoRA file, in the order of `files`."""
-    places = _places(model, folders)
+def _places(model: str, folders: Sequence[Path], conditions: bool = False) -> list[Path]:
+    own = (BUNDLES[model].conditions if conditions else BUNDLES[model].loras) if model in BUNDLES else ""
+    return [*([bundled.path(own)] if own else []), *map(Path, folders)]
+
+
+def _files(model: str, folders: Sequence[Path], conditions: bool = False) -> list[tuple[Path, Path]]:
+    """(the folder that was named, the file in it) for every LoRA file, in the order of `files`. conditions: condition LoRAs are bundled ones."""
+    places = _places(model, folders, conditions)
     by_folder: dict[Path, list[Path]] = {place: [] for place in places}
     links: list[tuple[Path, Path]] = []  # to folders: followed last, so that a folder is searched by its own path where it has one
     seen: set[tuple[int, int]] = set()
@@ -194,19 +220,20 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False  # a link to itself
 
 
-def _nothing(source: str, model: str, known: Sequence[str]) -> str:
+def _nothing(source: str, model: str, known: Sequence[str], conditions: bool) -> str:
     """Why no file has that name, and what there is instead."""
+    kind = "condition LoRA" if conditions else "LoRA"
     if os.path.exists(source):
-        kind = "a folder" if os.path.isdir(source) else f"a {Path(source).suffix or 'nameless'} file"
-        return f"{source!r} is {kind}; a LoRA is a .safetensors file"
+        thing = "a folder" if os.path.isdir(source) else f"a {Path(source).suffix or 'nameless'} file"
+        return f"{source!r} is {thing}; a {kind} is a .safetensors file"
     several = [name.strip() for name in source.split(",")]
     if len(several) > 1 and all(name in known for name in several):
         return f"{source!r} is {len(several)} LoRAs: give each by itself (--lora {' --lora '.join(several)})"
     there = f"there are {', '.join(sorted(set(known))) or 'none'}"
     for other in BUNDLES:
-        if other != model and source in {path.stem for path in files(other)}:
-            return f"no LoRA is named {source!r} for this model, that one is made for {other}; {there}"
+        if other != model and source in {path.stem for _, path in _files(other, (), conditions)}:
+            return f"no {kind} is named {source!r} for this model, that one is made for {other}; {there}"
     source = source if len(source) <= 200 else f"{source[:200]}..."
     near = get_close_matches(source, known, 3, 0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else f"; {there}"
-    return f"no LoRA is named {source!r} and no file is there{hint} (a folder of your own is named with --lora-dir)"
+    return f"no {kind} is named {source!r} and no file is there{hint} (a folder of your own is named with --lora-dir)"

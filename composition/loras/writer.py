@@ -41,10 +41,10 @@ def write(
     if scale != 1:
         header["lora_adapter_metadata"] = json.dumps(settings, sort_keys=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(file, _settled(save(tensors, metadata=header)))
+    atomic.write(file, ordered(save(tensors, metadata=header)))
 
 
-def _settled(data: bytes) -> bytes:
+def ordered(data: bytes) -> bytes:
     """The same file with the words of its header in order: the library shuffles them, and equal LoRAs should be equal."""
     length = int.from_bytes(data[:8], "little")
     words = json.loads(data[8 : 8 + length])

@@ -1,8 +1,8 @@
 """The record of a picture: the whole request inside its PNG, and a line in the folder's manifest.
 
 Two text chunks: `medley` is JSON (request of this one picture, receipts, notes, versions), `parameters` is what
-A1111-like tools read. No clock is in them, and no path unless it is asked for: LoRAs and the model are named, a mask is in it as
-a small picture. The same request gives the same bytes. The manifest stays on its machine and has the paths.
+A1111-like tools read. No clock is in them, and no path unless it is asked for: LoRAs and the model are named, masks and
+the pictures of conditions are in it as small pictures. The same request gives the same bytes. The manifest stays on its machine and has the paths.
 """
 
 import json
@@ -121,7 +121,9 @@ def free(folder: Path, prefix: str = "") -> int:
 
 def _document(request: Request, result: Result) -> dict[str, Any]:
     receipts = {name: _short(receipt) for name, receipt in zip(request.names, result.receipts, strict=True)}
+    read_with = {name: _short(receipt) for name, receipt in result.condition_receipts.items()}
     return {"schema_version": SCHEMA_VERSION, "request": json.loads(request.json()), "receipts": receipts,
+            **({"condition_receipts": read_with} if read_with else {}),
             "notes": {name: value for name, value in result.notes.items() if name not in UNRECORDED}, "versions": versions()}
 
 
@@ -172,12 +174,12 @@ def _ours(text: str, path: Path) -> Record:
     try:
         document = untrusted.parse(text)
         request = document["request"]
-        receipts, notes, packages = (document.get(key, {}) for key in ("receipts", "notes", "versions"))
-        if not all(isinstance(part, dict) for part in (request, receipts, notes, packages, *receipts.values())):
+        receipts, notes, packages, read_with = (document.get(key, {}) for key in ("receipts", "notes", "versions", "condition_receipts"))
+        if not all(isinstance(part, dict) for part in (request, receipts, notes, packages, read_with, *receipts.values(), *read_with.values())):
             raise TypeError
     except untrusted.Unreadable as error:
         raise Refused(f"{path} has a medley record that is damaged: its text {error}") from None
     except (KeyError, TypeError, AttributeError):
         raise Refused(f"{path} has a medley record that is damaged") from None
     read_back = Request.read(json.dumps(request))
-    return Record(read_back, receipts=receipts, notes=notes, versions=packages, model=read_back.model)
+    return Record(read_back, receipts=receipts, notes=notes, versions=packages, model=read_back.model, condition_receipts=read_with)

@@ -1,7 +1,7 @@
 """A request without the paths of one machine, for a record that travels; and a travelled request made again on another.
 
-A path says nothing to anybody else and something about its owner, so a record has names and hashes, and a mask as its own small
-picture. Recalled, a name is looked up, and the file it means is compared with the hash.
+A path says nothing to anybody else and something about its owner, so a record has names and hashes, and masks and pictures of conditions
+as small pictures of its own. Recalled, a name is looked up, and the file it means is compared with the hash.
 """
 
 import re
@@ -22,7 +22,7 @@ FEWEST_DIGITS = 8  # of a hash that is compared
 class Record:
     """What a picture file says about itself.
 
-    receipts: name of each LoRA to what was applied of it. model: its name as the writer knew it. remarks: what could
+    receipts: name of each LoRA to what was applied of it; condition_receipts the same of what conditions were read with. model: its name as the writer knew it. remarks: what could
     not be read. ours: False when another tool wrote it (then the model's name and the LoRAs' are that tool's). hashes: of such a
     tool's LoRAs, by name.
     """
@@ -35,6 +35,7 @@ class Record:
     remarks: tuple[str, ...] = ()
     ours: bool = True
     hashes: Mapping[str, str] = field(default_factory=dict)
+    condition_receipts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def last_part(path: str) -> str:
@@ -56,10 +57,11 @@ def is_path(model: str) -> bool:
 
 
 def without_paths(request: Request) -> Request:
-    """The request with names in place of paths, and its masks in it. Raises Refused for a mask that cannot be read any more."""
+    """The request with names in place of paths, its masks and the pictures of its conditions in it. Raises Refused for one that cannot be
+    read any more."""
     loras = [replace(lora, source=lora.name, region=pictures.without_name(pictures.mask_as_text(lora.region, lora.name))
                      if isinstance(lora.region, str) else lora.region) for lora in request.loras]
-    conditions = [replace(condition, source=last_part(condition.source), image=last_part(condition.image))
+    conditions = [replace(condition, source=condition.name, image=pictures.condition_as_text(condition.image, condition.name))
                   for condition in request.conditions]
     return replace(request, loras=loras, conditions=conditions, model=model_name(request.model))
 
@@ -71,12 +73,14 @@ def by_name(request: Request) -> Request:
         if isinstance(lora.region, str) and not lora.region.startswith("data:"):
             raise Refused(f"the record names {lora.region!r:.200}, a file of this machine, as the region of LoRA {lora.name}: if that is yours, "
                           "give --allow-paths")
-    if request.conditions:
-        raise Refused(f"the record names {request.conditions[0].image!r:.200}, a file of this machine, as the picture of a condition: if that is "
-                      "yours, give --allow-paths")
+    for condition in request.conditions:
+        if not condition.image.startswith("data:"):
+            raise Refused(f"the record names {condition.image!r:.200}, a file of this machine, as the picture of condition {condition.name}: if that "
+                          "is yours, give --allow-paths")
     prompt, tags = prompt_syntax.untagged(request.prompt)  # a settled request has no tags; a stranger's may name files by them
     loras = [replace(lora, source=lora.name) for lora in (*request.loras, *(tag.lora for tag in tags))]
-    return replace(request, prompt=prompt, loras=loras, model=model_name(request.model))
+    conditions = [replace(condition, source=condition.name) for condition in request.conditions]
+    return replace(request, prompt=prompt, loras=loras, conditions=conditions, model=model_name(request.model))
 
 
 def located(request: Request, record: Record, files: Sequence[Path], find: Callable[[str], Path]) -> Request:
@@ -117,17 +121,20 @@ def fits(digits: str, receipt: Receipt | None) -> bool:
     return any(value.lower().startswith(digits.lower()) for value in known if value)
 
 
-def differences(record: Record, receipts: Mapping[str, Receipt], versions: Mapping[str, str]) -> list[str]:
-    """How a run differs from the recorded one, in sentences: LoRA files that are others, other versions of the libraries."""
+def differences(
+    record: Record, receipts: Mapping[str, Receipt], versions: Mapping[str, str], condition_receipts: Mapping[str, Receipt] | None = None,
+) -> list[str]:
+    """How a run differs from the recorded one, in sentences: files of LoRAs and conditions that are others, other versions of the libraries."""
     lines = []
     for name, digits in record.hashes.items():
         if name in receipts and re.fullmatch(rf"[0-9a-fA-F]{{{FEWEST_DIGITS},64}}", digits) and not fits(digits, receipts[name]):
             lines.append(f"LoRA {name} is not the file it was made with (hash {digits}, here "
                          f"{receipts[name].data_sha256[:infotext.HASH_DIGITS]}); the picture will differ")
-    for name, before in record.receipts.items():
-        if name in receipts and before.get("sha256") != receipts[name].sha256:
-            same = before.get("tensor_sha256") == receipts[name].tensor_sha256
-            lines.append(f"LoRA {name} is not the file it was made with (sha256 {str(before.get('sha256'))[:12]}, now "
-                         f"{receipts[name].sha256[:12]})" + ("; its tensors are the same" if same else "; the picture will differ"))
+    for kind, recorded, now in (("LoRA", record.receipts, receipts), ("condition", record.condition_receipts, condition_receipts or {})):
+        for name, before in recorded.items():
+            if name in now and before.get("sha256") != now[name].sha256:
+                same = before.get("tensor_sha256") == now[name].tensor_sha256
+                lines.append(f"{kind} {name} is not the file it was made with (sha256 {str(before.get('sha256'))[:12]}, now "
+                             f"{now[name].sha256[:12]})" + ("; its tensors are the same" if same else "; the picture will differ"))
     return lines + [f"made with {name} {before}, this is {versions[name]}" for name, before in record.versions.items()
                     if versions.get(name, before) != before]

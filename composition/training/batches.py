@@ -63,7 +63,7 @@ class Batches:
         self.dtype = None if plan.half else backbone.dtype  # autocast takes single precision as it is
         self.text = "text" in plan.targets
         self.latents = torch.cat([concept.latents.cpu() for concept in concepts])
-        self.fresh, self.drawn = Fresh(concepts, plan), draws(concepts, plan, self.noise)
+        self.fresh, self.drawn = Fresh(concepts, plan, plan.batch), draws(concepts, plan, self.noise)
         numbers = self.drawn.prompts
         used = (numbers[self.drawn.kept] if self.text else numbers).unique()
         self.encodings = Encodings(backbone, [self.drawn.words[number] for number in used.tolist()])

@@ -19,7 +19,6 @@ from composition.adapters import Adapters
 from composition.adapters.trainable import Trainable
 from composition.backbones import vae
 from composition.backbones.base import Backbone
-from composition.hooks.attention import frozen
 from composition.hooks.kernels import attention_for
 from composition.loras.writer import write
 from composition.refusal import Refused
@@ -28,7 +27,8 @@ from composition.training.compiled import Compiled
 from composition.training.losses import Losses
 from composition.training.plan import TARGETS, Concept, Plan
 from composition.training.precision import HalfBase
-from composition.training.state import State
+from composition.training.state import State, advanced
+from composition.training.still import recomputing, still
 
 __all__ = ["TARGETS", "Concept", "Plan", "choose", "latents_of", "train"]
 
@@ -59,25 +59,17 @@ def train(
     if len(set(names)) != len(names):
         raise Refused(f"concepts must have different names, not {', '.join(names)}")
     layers = choose(backbone.components, plan.targets)
-    again = _recomputing(backbone.denoiser, adapters.checkpoint if checkpointing else None)
-    with _still(backbone.components), again, adapters.training(names, plan.rank, layers, backbone.device) as trained:
+    again = recomputing(backbone.denoiser, adapters.checkpoint if checkpointing else None)
+    with still(backbone.components.values()), again, adapters.training(names, plan.rank, layers, backbone.device) as trained:
         state = State(trained, concepts, plan)
         if checkpoint and checkpoint.is_file():
             state.load(checkpoint)
         batches = Batches(backbone, adapters, concepts, plan)
         step = Learning(backbone, adapters, plan, compiled)
         with state.rescued(checkpoint), step.restored(), closing(batches.stream(state.step)) as stream:
-            for batch in stream:
-                losses = step(batch)
-                state.advance(losses)
-                if on_step:
-                    on_step(state.step, Losses(names, losses))
-                stopped = stop is not None and state.step < plan.steps and stop()
-                if checkpoint and (stopped or state.step % save_every == 0):
-                    state.save(checkpoint)
-                if stopped:
-                    return {}
-            state.check()
+            if not advanced(state, stream, step, on_step=lambda losses: on_step and on_step(state.step, Losses(names, losses)),
+                            checkpoint=checkpoint, save_every=save_every, stop=stop):
+                return {}
             metadata = [{**concept.metadata, **(describe(concept.name) if describe else {})} for concept in concepts]
             return _written(folder, trained, plan, names, metadata)
 
@@ -109,37 +101,6 @@ def choose(components: Mapping[str, nn.Module], targets: Sequence[str]) -> dict[
         if paths:
             chosen[component] = paths
     return chosen
-
-
-@contextmanager
-def _still(components: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The base neither learns nor drops out while the context lasts."""
-    modes = [(module, module.training) for model in components.values() for module in model.modules()]
-    try:
-        for model in components.values():
-            model.eval()
-        with frozen(components.values()):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _recomputing(denoiser: nn.Module, function: Callable[..., object] | None) -> Iterator[None]:
-    """With a function, diffusers' gradient checkpointing by it while the context lasts; as before afterwards."""
-    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
-    before = [(module, {n: vars(module)[n] for n in names if n in vars(module)}) for module in denoiser.modules()
-              if hasattr(module, "gradient_checkpointing")] if function else []  # fmt: skip
-    try:
-        for module, _ in before:
-            vars(module).update(gradient_checkpointing=True, _gradient_checkpointing_func=function)
-        yield
-    finally:
-        for module, values in before:
-            for name in names:
-                vars(module).pop(name, None)
-            vars(module).update(values)
 
 
 class Learning:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from composition.backbones.base import Backbone
+from composition.loras.condition import OFFSET
 
 SMALL = 100_000_000  # parameters of a denoiser that learns within minutes on a processor
 
@@ -36,6 +37,32 @@ def of(backbone: Backbone) -> TrainingDefaults:
     if backbone.family in ("sdxl", "sd3", "flux"):
         return TrainingDefaults(16, 1e-4, 1000, 1, ("attention", "feed_forward"), None, 0.2, 8, 200, True)
     return TrainingDefaults(16, 1e-4, 1000, 2, ("attention", "feed_forward"), None, 0.2, 16, 400, False)
+
+
+@dataclass(frozen=True)
+class ConditionDefaults:
+    """rank .. noise: as in ConditionPlan. size: of a condition picture, and sides: of the pictures, in pixels. bias, offset: as in Settings. count: views in all."""
+
+    rank: int
+    rate: float
+    steps: int
+    batch: int
+    views: int
+    noise: tuple[float, float] | None
+    size: int
+    sides: tuple[int, ...]
+    bias: float
+    offset: int
+    count: int
+    checkpointing: bool
+
+
+def of_condition(backbone: Backbone) -> ConditionDefaults:
+    """For this model: a small one begins with its condition hardly seen, a large one as the published LoRAs do, at a size that it learns fast at."""
+    side = backbone.pipeline.vae.config.sample_size
+    if sum(p.numel() for p in backbone.denoiser.parameters()) < SMALL:
+        return ConditionDefaults(16, 3e-3, 400, 4, 4, (0.8, 1.2), 3 * side // 4, (3 * side // 4, side, 5 * side // 4), -2.0, 16, 640, False)
+    return ConditionDefaults(128, 1e-4, 20_000, 1, 1, None, 512, (384, 512, 640), 0.0, OFFSET, 2000, True)
 
 
 def halves(device: torch.device, base: torch.dtype) -> bool:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from composition.training.noise import Noise
-from composition.training.plan import Concept, Plan
+from composition.training.plan import Concept, Learned, Plan, Schedule
 
 GOLDEN = 0.6180339887498949
 
@@ -31,7 +31,7 @@ def draws(concepts: Sequence[Concept], plan: Plan, noise: Noise) -> Draws:
     numbers: dict[str, int] = {}
     first = 0
     for concept in concepts:
-        generator = torch.Generator().manual_seed(_seed(plan, concept, "rows", 63))
+        generator = torch.Generator().manual_seed(seed_of(plan, concept, "rows", 63))
         shape = (plan.steps, plan.batch)
         pick = torch.randint(len(concept.prompts), shape, generator=generator)
         times = noise.times(plan.steps * plan.batch, plan.noise, generator).view(shape)
@@ -53,18 +53,20 @@ def draws(concepts: Sequence[Concept], plan: Plan, noise: Noise) -> Draws:
 class Fresh:
     """The noise of every step, drawn on the processor: a generator per concept that can begin at any step."""
 
-    def __init__(self, concepts: Sequence[Concept], plan: Plan) -> None:
-        self.keys = [_seed(plan, concept, "noise", 128) for concept in concepts]
-        self.batch = plan.batch
+    def __init__(self, concepts: Sequence[Learned], plan: Schedule, rows: int) -> None:
+        """rows: of each concept in a step."""
+        self.keys = [seed_of(plan, concept, "noise", 128) for concept in concepts]
+        self.rows = rows
 
     def draw(self, step: int, shape: Sequence[int], dtype: torch.dtype) -> Float[Tensor, "rows *shape"]:
         """Normal numbers for each row. dtype: float32 or float64."""
-        held = np.empty((len(self.keys), self.batch, *shape), np.float64 if dtype == torch.float64 else np.float32)
+        held = np.empty((len(self.keys), self.rows, *shape), np.float64 if dtype == torch.float64 else np.float32)
         for key, rows in zip(self.keys, held, strict=True):
             generator = np.random.Generator(np.random.Philox(key=key, counter=step << 128))
             generator.standard_normal(dtype=held.dtype.type, out=rows)
         return torch.from_numpy(held).flatten(0, 1)
 
 
-def _seed(plan: Plan, concept: Concept, use: str, bits: int) -> int:
+def seed_of(plan: Schedule, concept: Learned, use: str, bits: int) -> int:
+    """A number of so many bits that follows from the plan's seed, the name of what is learned and what it is for."""
     return random.Random(f"{plan.seed}/{concept.name}/{use}").getrandbits(bits)

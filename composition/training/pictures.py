@@ -42,24 +42,30 @@ class Folder:
         return len(self.files)
 
 
-def read(path: Path, trigger: str, category: str) -> Folder:
-    """Look at every picture and caption of a folder. Raises Refused, naming the file, for what cannot be learned from."""
+def listed(path: Path) -> list[Path]:
+    """The pictures of a folder in the order of their names. Raises Refused when there is none."""
     if not path.is_dir():
         raise Refused(f"{path} is not a folder: name the folder that the pictures lie in" if path.exists() else
                       f"there is no folder {path}")
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
     if not files:
         raise Refused(f"there are no pictures in {path} (looked for {', '.join(ENDINGS)}, not in folders inside it)")
+    return files
+
+
+def read(path: Path, trigger: str, category: str) -> Folder:
+    """Look at every picture and caption of a folder. Raises Refused, naming the file, for what cannot be learned from."""
+    files = listed(path)
     texts = captions.beside(path, files)
     digest = hashlib.sha256(repr((trigger, category)).encode())
     for file in files:
-        _open(file)
+        opened(file)
         digest.update(repr((file.name, texts.get(file.name))).encode() + hashlib.sha256(file.read_bytes()).digest())
     full = {i: captions.with_trigger(texts[f.name], trigger, category) for i, f in enumerate(files)} if texts else {}
     return Folder(tuple(files), full, digest.hexdigest(), captions.added(texts, trigger, category))
 
 
-def _open(file: Path) -> Image.Image:
+def opened(file: Path) -> Image.Image:
     """One picture as RGB or RGBA, upright."""
     upright = door.load(file)
     clear = upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info
@@ -80,7 +86,7 @@ def views(
     seen = np.empty((max(count, len(folder)), size[1], size[0], 3), np.uint8)
     prompts = [""] * len(seen)
     for which, file in enumerate(folder.files):
-        picture = _open(file)
+        picture = opened(file)
         for number in range(which, len(seen), len(folder)):
             rng = random.Random(f"{seed}/{number}")
             seen[number] = _view(picture, size, rng, flip, first=number == which)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +17,37 @@ TARGETS = {
     "convolution": ("conv1", "conv2", "conv_shortcut"),
     "text": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
 }
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """What every plan says of its steps."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def rate(self) -> float: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def warm(self) -> int: ...
+
+    @property
+    def decay(self) -> float: ...
+
+
+@runtime_checkable
+class Learned(Protocol):
+    """What is learned, as its training knows it: its name, and what it is learned from in any words."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def origin(self) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,10 @@
 import errno
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -16,8 +15,9 @@ from torch import Tensor
 from composition import atomic
 from composition.adapters.trainable import Trainable
 from composition.refusal import Refused
-from composition.training.plan import Concept, Plan
+from composition.training.plan import Learned, Schedule
 
+Batch = TypeVar("Batch")
 LOOK = 16  # steps whose losses are looked at together: a look waits for the device
 
 
@@ -27,7 +27,7 @@ class State:
     A step is the same few operations whatever the number of adapters and layers.
     """
 
-    def __init__(self, trained: Trainable, concepts: Sequence[Concept], plan: Plan) -> None:
+    def __init__(self, trained: Trainable, concepts: Sequence[Learned], plan: Schedule) -> None:
         self.trained, self.plan, self.step = trained, plan, 0
         self.names, self.origins = [concept.name for concept in concepts], [concept.origin for concept in concepts]
         for k, name in enumerate(self.names):
@@ -75,7 +75,7 @@ class State:
         """Write the checkpoint whole or not at all. Raises as `check` does."""
         self.check()
         file.parent.mkdir(parents=True, exist_ok=True)
-        held = {"plan": repr(asdict(self.plan)), "names": self.names, "origins": self.origins, "step": self.step,
+        held = {"plan": repr(vars(self.plan)), "names": self.names, "origins": self.origins, "step": self.step,
                 "leaf": self.trained.leaf.detach(), "optimiser": self.optimiser.state_dict()}  # fmt: skip
         atomic.write(file, lambda part: _stored(held, part))
         self._saved = self.step
@@ -95,7 +95,7 @@ class State:
         """Go on from a checkpoint. Raises Refused when it is damaged, or of another plan, concepts, pictures or version."""
         held = _read(file)
         other = next((words for name, words, mine in (
-            ("plan", "by another plan", repr(asdict(self.plan))), ("names", "for other concepts", self.names),
+            ("plan", "by another plan", repr(vars(self.plan))), ("names", "for other concepts", self.names),
             ("origins", "from other pictures, captions or another model", self.origins)) if held[name] != mine), "")
         if other:
             raise Refused(f"{file} was made {other}: give the same flags as then to go on, or delete it to begin again")
@@ -104,6 +104,28 @@ class State:
         self.trained.changed()
         self.optimiser.load_state_dict(held["optimiser"])
         self.step = self._saved = held["step"]
+
+
+def advanced(
+    state: State, batches: Iterable[Batch], step: Callable[[Batch], Float[Tensor, "K"]], *, checkpoint: Path | None, save_every: int,
+    on_step: Callable[[Float[Tensor, "K"]], object], stop: Callable[[], bool] | None,
+) -> bool:
+    """Take the steps that are left, each on its batch; False when `stop` ended it before.
+
+    step: adds to the gradients and returns the losses, which `on_step` gets after the step. The checkpoint is saved every `save_every`
+    steps and at a stop. Raises RuntimeError for a loss that is not finite.
+    """
+    for batch in batches:
+        losses = step(batch)
+        state.advance(losses)
+        on_step(losses)
+        stopped = stop is not None and state.step < state.plan.steps and stop()
+        if checkpoint and (stopped or state.step % save_every == 0):
+            state.save(checkpoint)
+        if stopped:
+            return False
+    state.check()
+    return True
 
 
 def _stored(held: Mapping[str, Any], part: BinaryIO) -> None:

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import nn
 from app.evaluation import manifest as evaluation_manifest
 from app.evaluation import testbed
 from composition import manifest, pictures, prompt_syntax, record
+from composition.annotators import annotate
 from composition.log import Log
 from composition.loras import library, reader
 from composition.profiles.frequency import Profile
@@ -118,10 +120,21 @@ def _request(path: Path) -> None:
 def _picture(path: Path) -> None:
     pictures.load_with_texts(path)
     pictures.mask_as_text(str(path), "owl")
+    _condition(str(path))
+
+
+def _condition(image: str) -> None:
+    """A picture that can be read may still be too small for a condition, or have no edges."""
+    with suppress(Refused):
+        text = pictures.condition_as_text(image, "canny")
+        assert pictures.condition_as_text(text, "canny") == text, "the text of a picture changes when it is read again"
+        annotate("canny", pictures.condition(text, "canny"))
 
 
 def _mask(path: Path) -> None:
-    pictures.mask(path.read_bytes().decode("utf-8", "replace"), "owl")
+    text = path.read_bytes().decode("utf-8", "replace")
+    _condition(text)
+    pictures.mask(text, "owl")
 
 
 def _captions(path: Path) -> None:

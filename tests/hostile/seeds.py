@@ -49,12 +49,14 @@ REQUEST: dict[str, Any] = {
     "prompt": "an owl, (feathers:1.2) <lora:raccoon:0.5>", "negative": "rain",
     "loras": [{"source": "owl", "weight": 0.8, "text_weight": 0.5, "blocks": {"down": 0.5}, "start": 0.1, "end": 0.9, "binds": "owl",
                "region": [0, 0, 0.5, 1], "category": "character", "triggers": ["owl"]}],
-    "conditions": [{"source": "edges", "image": "a.png", "kind": "edges", "weight": 1}],
+    "conditions": [{"source": "edges", "image": "a.png", "annotator": "canny", "kind": "spatial", "weight": 1, "strength": 0.8,
+                    "start": 0, "end": 0.5}],
     "model": "pocket", "method": "merge", "options": {"a": 1}, "sampler": "Euler a", "steps": 5, "guidance": 4, "true_guidance": 1, "size": [64, 64],
     "seed": 1, "count": 1, "batched": True, "allow_partial": False, "schema_version": 1,
 }  # fmt: skip
 DOCUMENT: dict[str, Any] = {
-    "schema_version": 1, "request": REQUEST, "receipts": {"owl": {"sha256": "0" * 64, "tensor_sha256": "1" * 64}}, "notes": {"order": "as given"},
+    "schema_version": 1, "request": REQUEST, "receipts": {"owl": {"sha256": "0" * 64, "tensor_sha256": "1" * 64}},
+    "condition_receipts": {"edges": {"sha256": "2" * 64, "tensor_sha256": "3" * 64}}, "notes": {"order": "as given"},
     "versions": {"medley": "0.1", "torch": "2"}}  # fmt: skip
 ADAPTER: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "alpha_pattern": {"attn1.to_q": 2},
                            "rank_pattern": {"to_k": 2}, "target_modules": ["to_q", "to_k"]}  # fmt: skip

@@ -54,7 +54,8 @@ class FeatureCache(Cache):
         def call(hidden_states: Tensor, *args: Any, **named: Any) -> Any:
             if self._features is None:
                 return forward(hidden_states, *args, **named)
-            return (hidden_states, (hidden_states,) * kept) if down else hidden_states  # nobody reads these
+            nothing = hidden_states.new_zeros(())  # nobody reads these; a ControlNet's residuals, whatever their size, can be added to them
+            return (nothing, (nothing,) * kept) if down else nothing
 
         return call
 

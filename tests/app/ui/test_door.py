@@ -204,7 +204,7 @@ def test_nothing_can_be_uploaded(place, visitor):
     kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
     for path in ("/gradio_api/upload", "/upload", "/gradio_api/component_server", "/gradio_api/process_recording"):
         assert visitor.ask("POST", path, part, **kind)[0] == 404
-    for length in ("1000001", "99999999999999999999", "-1", "x"):
+    for length in ("4500001", "99999999999999999999", "-1", "x"):
         line = b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %s\r\n\r\n"
         assert _raw(place[0], line % length.encode()) in (400, 413)
     chunked = b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nfffff\r\n"
@@ -252,7 +252,7 @@ def _listed(visitor: Visitor) -> dict[str, dict]:
     body = json.dumps({"data": [], "fn_index": load["id"], "session_hash": visitor.client}).encode()
     status, _, answer = visitor.ask("POST", "/gradio_api/run/predict", body, **{"Content-Type": "application/json"})
     assert status == 200, answer
-    (update,) = json.loads(answer)["data"]
+    update, _ = json.loads(answer)["data"]
     return {card["key"]: card for card in update["props"]["cards"]}
 
 
