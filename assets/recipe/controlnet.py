@@ -14,10 +14,11 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from composition.training.attention import plain_attention
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from composition.hooks.kernels import attention_for
 
 from .autoencoder import encoded
 from .base import Noise
@@ -112,7 +113,7 @@ def train(world: World, base: Path, work: Path, out: Path, *, minutes: Minutes, 
     words = CLIPTokenizer.from_pretrained(base / "tokenizer")
     net = build(unet)
     scenes = stock(world, words, FIRST + Loop.reached(work / "controlnet.pt"))
-    with drawn_ahead([scenes], workers), plain_attention(device, unet.config.sample_size**2):
+    with drawn_ahead([scenes], workers), attention_for(device, positions=unet.config.sample_size**2, gradients=True):
         vae.to(device, memory_format=torch.channels_last)
         net.to(device, memory_format=torch.channels_last)
         both = Controlled(unet, text, net, ids(words, [""]).to(device), device)

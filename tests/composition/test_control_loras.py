@@ -49,7 +49,7 @@ def edges(folder):
 
 def test_merge_is_the_stock_control_pipeline(family, engine, edges, folder, monkeypatch):
     """In both layouts. (The stock pipeline draws the picture's latents; here it takes their mean.)"""
-    asked = laws.request("merge", conditions=[edges], steps=4, guidance=3.5 if family == "flux-dev" else 1.0)
+    asked = laws.request("merge", conditions=[edges], steps=4, size=None, guidance=3.5 if family == "flux-dev" else 1.0)
     mine = laws.latents(engine, asked)
     assert torch.equal(laws.latents(engine, replace(asked, conditions=[replace(edges, source="diffusers")])), mine)
     laws.differ(mine, laws.latents(engine, replace(asked, conditions=[])))
@@ -61,7 +61,7 @@ def test_merge_is_the_stock_control_pipeline(family, engine, edges, folder, monk
     stock = pipe(asked.prompt, control_image=Image.open(folder / "edges.png"), height=32, width=32, num_inference_steps=4, guidance_scale=3.5,
                  generator=torch.Generator().manual_seed(asked.seed), output_type="latent",
                  max_sequence_length=pipe.tokenizer_2.model_max_length).images  # fmt: skip
-    laws.same(mine, reference.unpacked(stock, pipe))
+    laws.same(mine, reference.unpacked(stock, pipe, 32))
 
 
 def test_strength_and_times(engine, edges):
