@@ -307,6 +307,13 @@ def test_mutant_state_kept(monkeypatch, engines, lora_files):
     layer.weight.data.copy_(original)
 
 
+def test_mutant_latents_kept(monkeypatch, engines, lora_files):
+    kept, honest = [], type(engines["flux"].backbone).decode
+    monkeypatch.setattr(type(engines["flux"].backbone), "decode", lambda self, latents: kept.append(latents.clone()) or honest(self, latents))
+    with pytest.raises(AssertionError):
+        laws.no_leak(engines["flux"], "merge", laws.loras_of(lora_files["flux"]))
+
+
 def test_mutant_weight_zero_takes_turns(monkeypatch, engines, lora_files):
     monkeypatch.setattr(Request, "active", property(lambda self: dict(zip(self.names, self.loras, strict=True))))
     monkeypatch.setattr(Run, "live", lambda self, step: self.request.weights)

@@ -58,7 +58,7 @@ def test_loss_falls_and_the_base_is_untouched(tmp_path, double):
     before = {k: v.clone() for k, v in backbone.denoiser.state_dict().items()}
     seen = []
     plan = Plan(rank=4, rate=1e-2, steps=40, batch=2, warm=5, targets=("attention", "feed_forward", "convolution"))
-    one = concept("fox", count=1)
+    one = concept("fox", count=1, side=16)
     train(backbone, adapters, [one], plan, tmp_path, on_step=lambda step, losses: seen.append(losses["fox"]))
     assert sum(seen[-10:]) < 0.8 * sum(seen[:10])
     assert len(seen) == 40
