@@ -127,7 +127,7 @@ def test_kept_rows_have_the_base_for_a_goal(double):
     kept = batch.base_rows.rows.tolist()
     assert len(set(kept)) == len(kept) and len(kept) in (3, 4)
     for row in range(12):
-        wanted = torch.zeros(4, 16, 16, dtype=torch.float64)
+        wanted = torch.zeros(4, 8, 8, dtype=torch.float64)
         if row in kept:
             index = kept.index(row)
             cond = Conditioning({"text": batch.base_rows.cond.values["text"][:, index : index + 1]})
