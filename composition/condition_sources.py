@@ -13,7 +13,7 @@ from composition.controlnets import Net
 from composition.loras import condition, controls, library
 from composition.loras.condition import ConditionLora
 from composition.refusal import Refused
-from composition.request import Condition, Request
+from composition.request import Condition, Receipt, Request
 
 
 class Control(NamedTuple):
@@ -26,6 +26,32 @@ class Control(NamedTuple):
     annotator: str
     sort: Literal["lora", "controlnet"]
     bundled: bool
+
+
+def named(model: str, folders: Sequence[Path]) -> list[Control]:
+    """All that can be named beside this model, of whatever family: its bundled ones, then those in the folders. Nothing is opened."""
+    return _loras(model, folders) + _nets(model, folders)
+
+
+def described(source: str, model: str, folders: Sequence[Path]) -> tuple[Control, Receipt] | None:
+    """What the condition LoRA of this name or path says of itself; None where there is none."""
+    try:
+        path = library.find(source, model, folders, conditions=True)
+        settings, receipt = condition.describe(path)
+    except Refused:
+        return None
+    return Control(path, path.stem, settings.kind, settings.annotator, "lora", path.parent in library.condition_places(model)), receipt
+
+
+def _loras(model: str, folders: Sequence[Path]) -> list[Control]:
+    return [Control(path, path.stem, settings.kind, settings.annotator, "lora", owned)
+            for path, settings, owned in library.condition_loras(model, folders)]
+
+
+def _nets(model: str, folders: Sequence[Path]) -> list[Control]:
+    own = library.condition_places(model)
+    return [Control(path, controls.name_of(path), "spatial", controls.annotator(path), "controlnet",
+                    any(path.is_relative_to(place) for place in own)) for path in controls.nets([*own, *folders])]  # fmt: skip
 
 
 class ConditionSources:
@@ -54,13 +80,8 @@ class ConditionSources:
     def listed(self) -> list[Control]:
         """All that can be named, those bundled with the model first."""
         if self._nets:
-            own = library.condition_places(self.model)
-            return [Control(path, controls.name_of(path), "spatial", controls.annotator(path), "controlnet",
-                            any(path.is_relative_to(place) for place in own)) for path in controls.nets([*own, *self.folders])]  # fmt: skip
-        if not isinstance(self.backbone, ReadsConditions):
-            return []
-        return [Control(path, path.stem, settings.kind, settings.annotator, "lora", owned)
-                for path, settings, owned in library.condition_loras(self.model, self.folders)]
+            return _nets(self.model, self.folders)
+        return _loras(self.model, self.folders) if isinstance(self.backbone, ReadsConditions) else []
 
     def annotator(self, asked: Condition) -> str | None:
         """What makes the condition of its picture: the request's choice, else its file's; None where no model reads it."""
