@@ -127,6 +127,11 @@ class Acting(Protocol):
     @property
     def receipts(self) -> Mapping[str, Receipt]: ...
 
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """For the picture's notes: "conditions", by name what each is."""
+        ...
+
     def live(self, step: Step) -> tuple[str, ...]:
         """The names of those that act at this step."""
         ...
@@ -160,6 +165,16 @@ class Conditions:
     def receipts(self) -> dict[str, Receipt]:
         """What each was read with, by name."""
         return {name: read.lora.receipt for name, read in self.reads.items()}
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What each is, and where a subject stands lower than it was trained to."""
+        kinds = {}
+        for name, read in self.reads.items():
+            settings, row = read.lora.settings, int(read.ids[0, 1])
+            lower = f", {row - settings.offset} rows below where it was trained" if settings.kind == "subject" and row > settings.offset else ""
+            kinds[name] = f"{settings.kind}, {len(read.ids)} tokens{lower}"
+        return {"conditions": kinds}
 
     def live(self, step: Step) -> tuple[str, ...]:
         """The names of those that act at this step."""

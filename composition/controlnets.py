@@ -38,6 +38,10 @@ class ControlNets:
         self.backbone, self.receipts = backbone, dict(receipts)
         self._conditions, self._controls = dict(conditions), dict(controls)
 
+    @property
+    def notes(self) -> dict[str, Any]:
+        return {"conditions": dict.fromkeys(self._conditions, "ControlNet")}
+
     def live(self, step: Step) -> tuple[str, ...]:
         """The names of those that act at this step."""
         return tuple(name for name, condition in self._conditions.items() if condition.on(step.index, step.count))

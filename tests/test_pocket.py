@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from composition import Engine, Lora, Request, samplers
 from tests.reference import psnr
 
-POCKET = Path(str(files("assets"))) / "pocket"
+POCKET = Path(str(files("assets"))) / "pocket128"
 PROMPT = "a raccoon and an owl on the moon"
 
 
@@ -55,12 +55,12 @@ def test_merge_is_stock_diffusers_with_the_same_loras(engine, pipe, weights):
 def test_every_bundled_lora_applies_whole_and_shows(engine):
     found = [path.stem for path in engine.loras()]
     assert len(found) >= 18
-    plain = engine.run(Request("a fox in the snow", seed=3)).images[0]
+    plain = engine.run(Request("a fox in the snow", seed=3, steps=6)).images[0]
     for name in found:
         receipt = engine.inspect(name)
         assert receipt.coverage == 1.0 and not receipt.ignored and not receipt.no_effect, receipt.line()
         assert receipt.title and receipt.category and receipt.triggers, name
-        changed = engine.run(Request(f"a fox in the snow, {receipt.triggers[0]}", loras=[Lora(name)], seed=3)).images[0]
+        changed = engine.run(Request(f"a fox in the snow, {receipt.triggers[0]}", loras=[Lora(name)], seed=3, steps=6)).images[0]
         assert psnr(plain, changed) < 30, name
 
 

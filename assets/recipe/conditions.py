@@ -8,7 +8,8 @@ art has but what is held out, so that one never trained on can be read as well; 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,18 +28,20 @@ from composition.training.defaults import halves
 from composition.training.pairs import Bucket, ConditionPlan, Pairs
 
 from .drawing import each
+from .flux import SHORT
 from .labelled import further_names
 from .loras import RECIPE
-from .objects import article
+from .objects import HELD_OBJECTS, article
 from .world import World
 
 FIRST = 8 * 10**9  # scene numbers of the training
 PAIRS = 1600  # of each condition
 SHAPES = ((8, 8, 10), (10, 8, 2), (8, 10, 2), (8, 6, 2), (6, 8, 2), (10, 10, 2))  # width and height in eighths of a side; parts of all pairs
+NEW_SHAPES = ((12, 8), (8, 12), (10, 6), (12, 12))  # never trained on
 LARGER = 10 / 8  # side of a scene over the side of the pictures
 SIZE = 3 / 4  # side of a condition picture over the side of the pictures
 OFFSET = 16  # rows of tokens that a subject stands below the picture's first: as many as a picture of twice the side has
-BIAS = -2.0  # without it the base is disturbed at first, and learns to look away
+BIAS = -1.5  # at 0 the base is disturbed at first, and learns to look away
 WHITE = (255, 255, 255)
 COLOURED = 0.3  # of subjects stand on another colour than white
 FILLED = (0.75, 1.0)  # share of the side that a subject takes up
@@ -61,7 +64,7 @@ CARDS = {
     "subject": Card("A subject on plain ground", "subject", "", "white"),
 }
 
-PLAN = ConditionPlan(rank=32, rate=5e-3, steps=400, batch=4, views=4, noise=(0.8, 1.2), empty=0.2, drop=0.0, warm=20)
+PLAN = ConditionPlan(rank=32, rate=5e-3, steps=800, batch=2, views=4, noise=(1.5, 1.2), empty=0.2, drop=0.0, warm=20)
 
 
 class Pair(NamedTuple):
@@ -80,13 +83,14 @@ def settings(name: str, side: int, unit: int) -> Settings:
 
 
 def world_of(art: Path, size: int, objects: int, places: int, vendors: Sequence[str], variants: int, workers: int = 0) -> World:
-    """The world at the size that scenes are cut from, with every further name of the art."""
+    """The world at the size that scenes are cut from: the base's objects, every further name of the art, and at hand what is held out."""
     from .places import PLACES
     from .places import variants as drawn
 
     side = round(size * LARGER)
     grounds = drawn(list(PLACES)[:places], side, variants, workers=workers)
-    return World(art, objects=objects, places=places, size=side, vendors=vendors, variants=variants, more=further_names(art), grounds=grounds)
+    return World(art, objects=objects, places=places, size=side, vendors=vendors, variants=variants, more=further_names(art), also=tuple(HELD_OBJECTS),
+                 grounds=grounds)  # fmt: skip
 
 
 def cut(picture: np.ndarray, size: tuple[int, int], rng: random.Random) -> Image.Image:
@@ -154,6 +158,17 @@ def pairs(backbone: Any, world: World, own: Sequence[str], name: str, count: int
     return Pairs(name, stated, buckets, vae.encode(backbone.pipeline, placed.pixels(blank, stated, unit))[0].float().cpu(), words, f"{count} {side}")
 
 
+@contextmanager
+def shorter(pipe: Any) -> Iterator[None]:
+    """Prompts are padded to as few tokens as the base was mostly trained on."""
+    before = pipe.tokenizer_2.model_max_length
+    try:
+        pipe.tokenizer_2.model_max_length = min(before, SHORT)
+        yield
+    finally:
+        pipe.tokenizer_2.model_max_length = before
+
+
 def make(pipe: Any, world: World, own: Sequence[str], names: Sequence[str], folder: Path, work: Path, *, plan: ConditionPlan = PLAN,
          count: int = PAIRS, workers: int = 0, report: Callable[[str], None] = print) -> None:  # fmt: skip
     """Train each condition LoRA that has no file yet, resuming from ``work``. own: the base's objects."""
@@ -171,5 +186,7 @@ def make(pipe: Any, world: World, own: Sequence[str], names: Sequence[str], fold
                 losses.clear()
 
         checkpoint = work / f"condition-{name}.pt"
-        train(backbone, pairs(backbone, world, own, name, count, workers), plan, folder, checkpoint=checkpoint, save_every=50, on_step=on_step)
+        learned = pairs(backbone, world, own, name, count, workers)
+        with shorter(pipe):
+            train(backbone, learned, plan, folder, checkpoint=checkpoint, save_every=50, on_step=on_step)
         checkpoint.unlink(missing_ok=True)  # else the next base would resume from it

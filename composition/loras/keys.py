@@ -33,6 +33,7 @@ CONTROL = "a condition LoRA, which goes with a picture: --control NAME=PICTURE"
 TOKEN = "learned tokens (textual inversion) are not supported yet"
 TWICE = "written twice for the same layer"
 PART = "a part of a LoRA that is not known"
+CONDITION = "of a condition LoRA, which is given with its picture, as a condition (--control)"
 UNKNOWN = "not a LoRA tensor that is known"
 
 
@@ -69,6 +70,7 @@ class Module:
 _ROLES = tuple((re.compile(pattern), role, reason) for pattern, role, reason in (
     (r"(?:\.lora_A(?:\.[^.]+)?|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight$", "down", ""),
     (r"(?:\.lora_B(?:\.[^.]+)?|\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)\.weight$", "up", ""),
+    (r"\.processor\.(?:[qkv]|proj)_loras\.\d{1,4}\.(?:down|up)\.weight$", "beside", CONDITION),
     (r"(?:[._]lora|\.lora_linear_layer)?\.alpha$", "alpha", ""),
     (r"(?:\.dora_scale|[._]lora_magnitude_vector(?:\.[^.]+){0,2})$", "whole", DORA),
     (r"\.lora_mid\.weight$", "whole", TUCKER),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,6 +19,7 @@ TARGETS = {
 }
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """What every plan says of its steps."""
 
@@ -38,6 +39,7 @@ class Schedule(Protocol):
     def decay(self) -> float: ...
 
 
+@runtime_checkable
 class Learned(Protocol):
     """What is learned, as its training knows it: its name, and what it is learned from in any words."""
 
