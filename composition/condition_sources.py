@@ -1,4 +1,5 @@
-"""What conditions are read with, by name: condition LoRAs on FLUX, ControlNets on Stable Diffusion and SDXL; found, listed, opened, kept."""
+"""What conditions are read with, by name: condition LoRAs and control LoRAs on FLUX, ControlNets on Stable Diffusion and SDXL; found, listed,
+opened, kept."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,12 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
-from composition import annotators, conditions, controlnets, pictures
+from composition import annotators, conditions, control_loras, controlnets, pictures
 from composition.backbones.base import Backbone, ReadsConditions
 from composition.conditions import Acting, Conditions, Shelf
 from composition.controlnets import Net
-from composition.loras import condition, controls, library
+from composition.loras import condition, control_lora, controls, library
 from composition.loras.condition import ConditionLora
+from composition.loras.control_lora import ControlLora
 from composition.refusal import Refused
 from composition.request import Condition, Receipt, Request
 
@@ -63,7 +65,7 @@ class ConditionSources:
     def __init__(self, backbone: Backbone, model: str, folders: Sequence[Path]) -> None:
         self.backbone, self.model, self.folders = backbone, model, tuple(folders)
         self._nets = backbone.family in ("sd", "sdxl")  # read by ControlNets
-        self._held: dict[Any, ConditionLora | Net] = {}  # by path and state on disk
+        self._held: dict[Any, ConditionLora | ControlLora | Net] = {}  # by path and state on disk
 
     def check(self, request: Request) -> None:
         """Raises Refused for conditions of a model that cannot read any."""
@@ -106,10 +108,24 @@ class ConditionSources:
         files: Any = {name: self._held[stamp] for name, stamp in stamps.items()}
         if self._nets:
             return controlnets.read(self.backbone, request.controls, files, drawn, size)
-        return Conditions(self.backbone, conditions.read(self.backbone, request.controls, files, drawn, size), isolated=isolated, shelf=shelf)
+        banked = {name: asked for name, asked in request.controls.items() if isinstance(files[name], ConditionLora)}
+        reads = conditions.read(self.backbone, banked, files, drawn, size)
+        banks = Conditions(self.backbone, reads, isolated=isolated, shelf=shelf) if banked else None
+        rest = [name for name in request.controls if name not in banked]
+        if len(rest) > 1:
+            raise Refused(f"conditions {' and '.join(map(repr, rest))} are read by control LoRAs, of which FLUX takes one: its input has room for one "
+                          "picture")
+        if not rest:
+            return banks
+        return control_loras.read(self.backbone, rest[0], request.controls[rest[0]], files[rest[0]], drawn[rest[0]], size, banks)
 
-    def _read(self, path: Path) -> ConditionLora | Net:
-        return controlnets.open(path, self.backbone) if self._nets else condition.read(path, self.backbone.denoiser)
+    def _read(self, path: Path) -> ConditionLora | ControlLora | Net:
+        if self._nets:
+            return controlnets.open(path, self.backbone)
+        kind = controls.usable(path, self.backbone.denoiser.get_submodule(control_lora.INPUT).in_features)
+        if kind == "controlnet":
+            raise Refused(f"{path.name} is a ControlNet for Stable Diffusion or SDXL; on FLUX give a condition LoRA or a control LoRA")
+        return control_lora.read(path, self.backbone.denoiser) if kind else condition.read(path, self.backbone.denoiser)
 
     def _drawn(self, name: str, asked: Condition, size: tuple[int, int]) -> Image.Image:
         """The picture that a condition is read from. Without an annotator a condition LoRA's own ground shows through what is clear."""
