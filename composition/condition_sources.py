@@ -85,11 +85,11 @@ class ConditionSources:
             return _nets(self.model, self.folders)
         return _loras(self.model, self.folders) if isinstance(self.backbone, ReadsConditions) else []
 
-    def annotator(self, asked: Condition) -> str | None:
+    def annotator(self, control: Condition) -> str | None:
         """What makes the condition of its picture: the request's choice, else its file's; None where no model reads it."""
-        if asked.annotator is not None or not (self._nets or isinstance(self.backbone, ReadsConditions)):
-            return asked.annotator
-        path = self.find(asked.source)
+        if control.annotator is not None or not (self._nets or isinstance(self.backbone, ReadsConditions)):
+            return control.annotator
+        path = self.find(control.source)
         return controls.annotator(path) if self._nets else condition.describe(path)[0].annotator
 
     def opened(self, request: Request, paths: Mapping[str, Path], size: tuple[int, int], *, isolated: bool, shelf: Shelf) -> Acting | None:
@@ -104,11 +104,11 @@ class ConditionSources:
                 self._held[stamp] = held.get(stamp) or self._read(paths[name])
         if not paths:
             return None
-        drawn = {name: self._drawn(name, asked, size) for name, asked in request.controls.items()}
+        drawn = {name: self._drawn(name, control, size) for name, control in request.controls.items()}
         files: Any = {name: self._held[stamp] for name, stamp in stamps.items()}
         if self._nets:
             return controlnets.read(self.backbone, request.controls, files, drawn, size)
-        banked = {name: asked for name, asked in request.controls.items() if isinstance(files[name], ConditionLora)}
+        banked = {name: control for name, control in request.controls.items() if isinstance(files[name], ConditionLora)}
         reads = conditions.read(self.backbone, banked, files, drawn, size)
         banks = Conditions(self.backbone, reads, isolated=isolated, shelf=shelf) if banked else None
         rest = [name for name in request.controls if name not in banked]
@@ -127,12 +127,12 @@ class ConditionSources:
             raise Refused(f"{path.name} is a ControlNet for Stable Diffusion or SDXL; on FLUX give a condition LoRA or a control LoRA")
         return control_lora.read(path, self.backbone.denoiser) if kind else condition.read(path, self.backbone.denoiser)
 
-    def _drawn(self, name: str, asked: Condition, size: tuple[int, int]) -> Image.Image:
+    def _drawn(self, name: str, control: Condition, size: tuple[int, int]) -> Image.Image:
         """The picture that a condition is read from. Without an annotator a condition LoRA's own ground shows through what is clear."""
-        picture = pictures.condition(asked.image, name)
-        if not asked.annotator and not self._nets:
+        picture = pictures.condition(control.image, name)
+        if not control.annotator and not self._nets:
             return picture
         try:
-            return annotators.annotate(asked.annotator or "", picture, size)
+            return annotators.annotate(control.annotator or "", picture, size)
         except Refused as error:
             raise Refused(f"condition {name}: {error}") from None
