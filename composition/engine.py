@@ -24,7 +24,7 @@ from composition.backbones.encodings import Encodings
 from composition.backbones.loading import placement
 from composition.condition_sources import ConditionSources, Control
 from composition.conditions import Shelf
-from composition.hooks import attention, banks, cache, controlnet
+from composition.hooks import attention, banks, cache, control_lora, controlnet
 from composition.loop import NotFinite, Step, sample
 from composition.loras import library, reader
 from composition.methods import Method
@@ -294,6 +294,7 @@ class Engine:
             banks.abandon(self.backbone.denoiser, run[0])
             cache.abandon(self.backbone.denoiser)
             controlnet.abandon(self.backbone.denoiser)
+            control_lora.abandon(self.backbone.denoiser)
             torch.set_grad_enabled(run[1])
             self._group_key = None  # the next request of the group gets gates that no interrupted context will touch
             self._running = None

@@ -14,11 +14,10 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from composition.training.attention import plain_attention
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
-
-from composition.training.attention import plain_attention
 
 from .autoencoder import encoded
 from .base import Noise
