@@ -46,7 +46,9 @@ class ControlNets:
         """The names of those that act at this step."""
         return tuple(name for name, condition in self._conditions.items() if condition.on(step.index, step.count))
 
-    def fill(self, cond: Conditioning, adapters: Adapters, use: Mapping[str, float], before: Callable[[], None]) -> None:
+    def fill(
+        self, cond: Callable[[], Conditioning], adapters: Adapters, use: Mapping[str, float], before: Callable[[], None],
+    ) -> None:
         """Nothing is computed ahead."""
 
     @contextmanager

@@ -21,6 +21,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionPipeline
 from transformers import CLIPTokenizer, T5Tokenizer
 
+from composition import Engine, backbones
 from retrieval.judge import Judge
 
 from . import (
@@ -192,6 +193,11 @@ def _controlnet(args: argparse.Namespace, stages: Sequence[str], world: World) -
     if "controlnet" in stages:
         controlnet.train(world, args.out / "sd", args.work, folder, minutes=_minutes(args, "controlnet"), device=torch.device(args.device),
                          workers=args.workers)  # fmt: skip
+    if "controlnet-measure" in stages:
+        pipe = StableDiffusionPipeline.from_pretrained(args.out / "sd").to(args.device)
+        pipe.set_progress_bar_config(disable=True)
+        engine, clip_judge = Engine(backbones.of(pipe, "sd"), "pocket"), Judge.open(str(args.out / "clip"), args.device)
+        _keep(args.work, "controlnet", controlnet.figures(engine, clip_judge, world, folder, _share(args, 100), args.work / "controlnet.png"))
 
 
 def _second(args: argparse.Namespace, stages: Sequence[str], art: Path, world: World) -> None:

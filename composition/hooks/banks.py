@@ -207,19 +207,17 @@ class Banks:
 
 def _with(call: Attention, banks: Sequence[Appended]) -> Attention:
     """An attention with these banks' keys and values after its own, and with the bias that their strengths amount to."""
-    keys, values, columns = [call.key], [call.value], []
+    keys, values = [call.key], [call.value]
     for item in banks:
         key, value = (_rows(part, item.rows, call.query.shape[0]).to(call.key) for part in item.bank.layers[call.layer])
         keys.append(key)
         values.append(value)
-        columns.append(call.key.new_full((1, 1, 1, key.shape[-2]), math.log(item.strength)))
-    own, bias = call.key.shape[-2], call.bias
-    if bias is None and any(item.strength != 1 for item in banks):
-        bias = call.key.new_zeros(1, 1, 1, 1)
-    if bias is not None:
-        bias = bias.expand(*bias.shape[:-1], own)
-        column = torch.cat(columns, -1).to(bias)
-        bias = torch.cat([bias, column.expand(*bias.shape[:-1], -1)], -1)
+    bias = call.bias
+    if bias is not None or any(item.strength != 1 for item in banks):
+        bias = call.key.new_zeros(1, 1, 1, 1) if bias is None else bias
+        columns = [bias.new_full((1, 1, 1, item.bank.tokens), math.log(item.strength)) for item in banks]
+        own = bias.expand(*bias.shape[:-1], call.key.shape[-2])
+        bias = torch.cat([own, torch.cat(columns, -1).expand(*bias.shape[:-1], -1)], -1)
     return call._replace(key=torch.cat(keys, -2), value=torch.cat(values, -2), bias=bias)
 
 

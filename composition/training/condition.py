@@ -192,8 +192,7 @@ class Learning:
         """Adds to the gradients; returns the loss."""
         device, goal = self.backbone.device, rows.goal
         positions = rows.noisy.shape[-2] * rows.noisy.shape[-1] // 4 + len(rows.ids)
-        # The backward pass, too: it may compute activations again.
-        with attention_for(device, positions=positions, gradients=True), self.lent():
+        with attention_for(device, positions=positions, gradients=True), self.lent():  # the backward pass too: it may compute activations again
             with torch.autocast(device.type, torch.bfloat16, enabled=self.plan.half):
                 if rows.base_rows is not None:
                     goal = goal + _base(self.backbone, rows, rows.base_rows)

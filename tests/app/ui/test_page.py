@@ -379,7 +379,7 @@ def test_words_can_be_read_in_light_and_dark(tab, scheme):
       };
       const light = (colours) => { const [r, g, b] = paint(colours); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
       const kinds = ["#title h1", "#title p", ".card strong", ".card small", ".chip", ".count", "#hint", "#status .error",
-                     ".stage span", "#method-about p", "#generate"];
+                     ".stage span", "#method-about p", "#generate", ".controls h2", ".controls .none", ".controls .drop"];
       return kinds.map((kind) => {
         const layers = [];
         for (let part = document.querySelector(kind); part; part = part.parentElement)
