@@ -74,7 +74,7 @@ def subject(folder, **changes):
 def request(method, folder, controls=(), **changes):
     loras = [Lora(str(folder / "style1.safetensors"), binds="the fox", region=(0, 0, 0.5, 1)),
              Lora(str(folder / "style2.safetensors"), weight=0.8, binds="the owl", region=(0.5, 0, 1, 1))]
-    return laws.request(method, *changes.pop("loras", loras), conditions=controls, **({"steps": 3, "size": None} | changes))
+    return laws.request(method, *changes.pop("loras", loras), conditions=controls, **({"steps": 3} | changes))
 
 
 class Opened:
