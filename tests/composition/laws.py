@@ -169,7 +169,7 @@ def one_set_a_step(engine, method, loras, sampler="heun"):
                 return honest(weights, *rest)
 
             patch.setattr(engine.adapters, name, noted)
-        with kind.compose(run, kind.read(options)) as predict:
+        with kind.compose(run, kind.read(asked.options)) as predict:
             for (index, stage), t in zip(schedulers.stages(run.scheduler), times, strict=True):
                 on.clear()
                 value = predict(Step(index, asked.steps, t, start, stage)).value

@@ -87,7 +87,7 @@ def combinations():
                 yield pytest.param(family, name, law, id=f"{family}-{name}-{law.__name__}")
 
 
-@pytest.mark.parametrize(("family", "name", "law"), combinations())
+@pytest.mark.parametrize(("family", "name", "law"), list(combinations()))
 def test_law(family, name, law, engines, lora_files):
     law(*asked(family, name, engines, lora_files))
 
