@@ -169,9 +169,9 @@ def figures(engine: Engine, judge: Judge, world: World, folder: Path, count: int
         lines = annotators.annotate(ANNOTATOR, Image.fromarray(scene.picture))
         with TemporaryDirectory() as held:
             lines.save(path := Path(held) / "edges.png")
-            asked = Request(scene.caption, steps=STEPS, guidance=GUIDANCE, seed=number)
+            plain = Request(scene.caption, steps=STEPS, guidance=GUIDANCE, seed=number)
             control = Condition(str(folder), str(path), annotator="")
-            pictures = [engine.run(request).images[0] for request in (asked, replace(asked, conditions=[control]))]
+            pictures = [engine.run(request).images[0] for request in (plain, replace(plain, conditions=[control]))]
         present = judge.present([Image.fromarray(scene.picture), *pictures], [article(name) for name in names]).all(1).tolist()
         for label, picture, there in zip(("without", "with"), pictures, present[1:], strict=True):
             try:
