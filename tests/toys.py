@@ -93,15 +93,16 @@ def _liven(unet: nn.Module, gain: float = 3.0) -> None:
                 weight.mul_(gain)
 
 
-def sd(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5 in small: three levels, the last without attention, conv proj_in, PNDM, 32 px pictures."""
+def sd(seed: int = 0, dtype: torch.dtype = torch.float32, blocks: tuple[int, ...] = (16, 32, 32)) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5 in small: three levels or as many as `blocks`, the last without attention, conv proj_in, PNDM, 32 px pictures."""
+    attention = len(blocks) - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         words = tokenizer()
         unet = UNet2DConditionModel(
-            sample_size=16, block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            sample_size=16, block_out_channels=blocks, layers_per_block=1, norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D",) * attention + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * attention,
             cross_attention_dim=24, attention_head_dim=2,
         )
         _liven(unet)
@@ -140,8 +141,8 @@ def sdxl(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusionXL
     return _ready(pipe, dtype)
 
 
-def flux(seed: int = 0, dtype: torch.dtype = torch.float32, distilled: bool = False) -> FluxPipeline:
-    """FLUX.1 in small: two double and two single blocks, packed latents, dynamic shift, T5 beside CLIP, 32 px pictures.
+def flux(seed: int = 0, dtype: torch.dtype = torch.float32, distilled: bool = False, layers: int = 2) -> FluxPipeline:
+    """FLUX.1 in small: two double and two single blocks, or as many as `layers`, packed latents, dynamic shift, T5 beside CLIP, 32 px pictures.
 
     distilled: with a guidance embedding, as FLUX.1-dev; without, guidance is a second row.
     """
@@ -149,7 +150,7 @@ def flux(seed: int = 0, dtype: torch.dtype = torch.float32, distilled: bool = Fa
         torch.manual_seed(seed)
         words, words_2 = tokenizer(), t5_tokenizer()
         transformer = FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            patch_size=1, in_channels=16, num_layers=layers, num_single_layers=layers, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=24, pooled_projection_dim=16, guidance_embeds=distilled, axes_dims_rope=(4, 6, 6))
         text = CLIPTextModel(_text_config(words, 16, 16, "quick_gelu"))
         text_2 = _t5(words_2, 24)

@@ -22,6 +22,7 @@ from composition import annotators, backbones
 from composition import conditions as placed
 from composition.backbones import vae
 from composition.backbones.loading import open as opening
+from composition.loras import condition as files
 from composition.loras.condition import Settings
 from composition.training.condition import train
 from composition.training.defaults import halves
@@ -39,7 +40,6 @@ PAIRS = 1600  # of each condition
 SHAPES = ((8, 8, 10), (10, 8, 2), (8, 10, 2), (8, 6, 2), (6, 8, 2), (10, 10, 2))  # width and height in eighths of a side; parts of all pairs
 NEW_SHAPES = ((12, 8), (8, 12), (10, 6), (12, 12))  # never trained on
 LARGER = 10 / 8  # side of a scene over the side of the pictures
-SIZE = 3 / 4  # side of a condition picture over the side of the pictures
 OFFSET = 16  # rows of tokens that a subject stands below the picture's first: as many as a picture of twice the side has
 BIAS = -1.5  # at 0 the base is disturbed at first, and learns to look away
 WHITE = (255, 255, 255)
@@ -50,18 +50,19 @@ THING = "a thing"
 
 
 class Card(NamedTuple):
-    """What a condition LoRA's file says."""
+    """What a condition LoRA's file says. size: side of its condition pictures over the side of the base's."""
 
     title: str
     kind: str
     annotator: str
+    size: float
     pad: str = "black"
 
 
 CARDS = {
-    "canny": Card("Edges", "spatial", "canny"),
-    "layout": Card("Flat colours", "spatial", "layout"),
-    "subject": Card("A subject on plain ground", "subject", "", "white"),
+    "canny": Card("Edges", "spatial", "canny", 1.0),
+    "layout": Card("Flat colours", "spatial", "layout", 0.75),
+    "subject": Card("A subject on plain ground", "subject", "", 0.75, "white"),
 }
 
 PLAN = ConditionPlan(rank=32, rate=5e-3, steps=800, batch=2, views=4, noise=(1.5, 1.2), empty=0.2, drop=0.0, warm=20)
@@ -78,7 +79,7 @@ class Pair(NamedTuple):
 def settings(name: str, side: int, unit: int) -> Settings:
     """side: of the base's pictures in pixels; unit: pixels of a token."""
     card = CARDS[name]
-    return Settings(kind=card.kind, size=round(side * SIZE / unit) * unit, base="pocket-flux", pad=card.pad, annotator=card.annotator,
+    return Settings(kind=card.kind, size=round(side * card.size / unit) * unit, base="pocket-flux", pad=card.pad, annotator=card.annotator,
                     offset=OFFSET, bias=BIAS)  # fmt: skip
 
 
@@ -170,8 +171,11 @@ def shorter(pipe: Any) -> Iterator[None]:
 
 
 def make(pipe: Any, world: World, own: Sequence[str], names: Sequence[str], folder: Path, work: Path, *, plan: ConditionPlan = PLAN,
-         count: int = PAIRS, workers: int = 0, report: Callable[[str], None] = print) -> None:  # fmt: skip
-    """Train each condition LoRA that has no file yet, resuming from ``work``. own: the base's objects."""
+         count: int = PAIRS, workers: int = 0, begin: Path | None = None, report: Callable[[str], None] = print) -> None:  # fmt: skip
+    """Train each condition LoRA that has no file yet, resuming from ``work``. own: the base's objects.
+
+    begin: a folder of condition LoRAs that those of the same name begin with.
+    """
     backbone = backbones.of(pipe, opening.family(pipe))
     plan = replace(plan, half=halves(backbone.device, backbone.dtype))
     for name in names:
@@ -187,6 +191,8 @@ def make(pipe: Any, world: World, own: Sequence[str], names: Sequence[str], fold
 
         checkpoint = work / f"condition-{name}.pt"
         learned = pairs(backbone, world, own, name, count, workers)
+        first = begin / f"{name}.safetensors" if begin is not None else None
+        held = files.read(first, backbone.denoiser).adapters[0] if first is not None and first.is_file() else None
         with shorter(pipe):
-            train(backbone, learned, plan, folder, checkpoint=checkpoint, save_every=50, on_step=on_step)
+            train(backbone, learned, plan, folder, checkpoint=checkpoint, save_every=50, on_step=on_step, begin=held)
         checkpoint.unlink(missing_ok=True)  # else the next base would resume from it

@@ -24,8 +24,8 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from composition import Condition, Engine, Refused, Request, annotators
+from composition.hooks.kernels import attention_for
 from composition.loras import controls
-from composition.training.attention import plain_attention
 from retrieval.judge import Judge
 
 from .autoencoder import encoded
@@ -130,7 +130,7 @@ def train(world: World, base: Path, work: Path, out: Path, *, minutes: Minutes, 
     words = CLIPTokenizer.from_pretrained(base / "tokenizer")
     net = build(unet)
     scenes = stock(world, words, FIRST + Loop.reached(work / "controlnet.pt"))
-    with drawn_ahead([scenes], workers), plain_attention(device, unet.config.sample_size**2):
+    with drawn_ahead([scenes], workers), attention_for(device, positions=unet.config.sample_size**2, gradients=True):
         vae.to(device, memory_format=torch.channels_last)
         net.to(device, memory_format=torch.channels_last)
         both = Controlled(unet, text, net, ids(words, [""]).to(device), device)

@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from composition.training.attention import plain_attention
+from composition.hooks.kernels import attention_for
 
 from . import base, unigram
 from . import tokenizer as clip_words
@@ -246,7 +246,7 @@ def train(scenes: Stock, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenize
             guess = velocity(model.transformer, pack(noisy), s, states, pooled, image_ids)
         return F.mse_loss(guess.float(), pack(goal))
 
-    with plain_attention(device, 2 * len(image_ids)), products(settings.blas):
+    with attention_for(device, positions=2 * len(image_ids), gradients=True), products(settings.blas):
         pool = latents_pool(scenes, vae, device, limit)
         batches = drop_captions(pool.batches(settings.size), reader(clip, t5)([""]).to(device))
         if device.type == "cuda":  # what a card cannot do shows before anything is compiled, and every length is compiled ahead

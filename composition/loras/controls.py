@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -61,7 +62,7 @@ LATENT = 64  # numbers of a token of FLUX's latents
 
 def recognise(path: Path, inputs: int = LATENT) -> Sort:
     """What a safetensors file or a folder is. inputs: of FLUX's input projection. Raises Refused for a file that is broken."""
-    return _of_folder(path) if path.is_dir() else _of_file(path, inputs)
+    return _of_folder(path) if path.is_dir() else _of_file(path, stamp(path), inputs)
 
 
 def usable(path: Path, inputs: int = LATENT) -> Kind:
@@ -80,7 +81,9 @@ def of_names(names: Collection[str]) -> Sort:
     return Sort()
 
 
-def _of_file(path: Path, inputs: int) -> Sort:
+@lru_cache(maxsize=4096)  # whole folders of LoRAs are looked through
+def _of_file(path: Path, stamp: tuple[object, ...], inputs: int) -> Sort:
+    """In the state that `stamp` stands for."""
     if path.suffix.lower() != ENDING:
         return Sort()
     tensors = load_header(path).tensors

@@ -21,12 +21,12 @@ from composition import conditions
 from composition.adapters.trainable import Shape, Trainable
 from composition.backbones.flux import packed
 from composition.hooks.banks import Appended, Banks, Update, easycontrol
+from composition.hooks.kernels import attention_for
 from composition.loop import Conditioning
 from composition.loras import condition as files
 from composition.loras.kinds.lora import Factors
 from composition.refusal import Refused
 from composition.training import noise
-from composition.training.attention import plain_attention
 from composition.training.batches import BaseRows
 from composition.training.draws import Fresh
 from composition.training.encodings import Encodings
@@ -69,12 +69,14 @@ def train(
     backbone: Any, pairs: Pairs, plan: ConditionPlan, folder: Path, *,
     checkpoint: Path | None = None, save_every: int = 100, on_step: Callable[[int, Mapping[str, float], Updates], None] | None = None,
     stop: Callable[[], bool] | None = None, checkpointing: bool = False, describe: Callable[[Updates], Mapping[str, str]] | None = None,
+    begin: Mapping[str, Factors] | None = None,
 ) -> Path | None:
     """Train a condition LoRA and write `folder/<name>.safetensors`; None when `stop` ended it before.
 
     checkpoint, save_every, stop, checkpointing: as for concepts (`composition.training.concept`). on_step: (step, loss by name, the LoRA as it
-    stands), after every step. describe: more of the file's header, called with the trained LoRA. Raises Refused for a model of another
-    family than FLUX, RuntimeError when a loss is not finite.
+    stands), after every step. describe: more of the file's header, called with the trained LoRA. begin: another one's factors by path of layer, of this
+    rank, which a new training begins with (say so in `pairs.origin`). Raises Refused for a model of another family than FLUX, RuntimeError when
+    a loss is not finite.
     """
     if backbone.family != "flux":
         raise Refused(f"condition LoRAs can be trained on FLUX (and on pocket-flux), not on a model of the family {backbone.family}")
@@ -85,6 +87,9 @@ def train(
         state = State(trained, [pairs], plan)
         if checkpoint and checkpoint.is_file():
             state.load(checkpoint)
+        elif begin is not None:
+            _copy(begin, next(iter(trained.factors(0).values())))
+            trained.changed()
         learning = Learning(backbone, banks, trained, plan, pairs.settings.factor)
         rows = Rows(backbone, pairs, plan)
 
@@ -98,6 +103,16 @@ def train(
             words = {**pairs.words, **(describe(learning.updates()) if describe else {})}
             files.write(folder / f"{pairs.name}.safetensors", learning.factors(), pairs.settings, words)
             return folder / f"{pairs.name}.safetensors"
+
+
+def _copy(begin: Mapping[str, Factors], factors: Mapping[str, Factors]) -> None:
+    """Write one LoRA's numbers into the factors of another. Raises Refused when they are of other layers, or of another rank."""
+    if {path: (layer.stored_down.shape, layer.stored_up.shape) for path, layer in begin.items()} != {
+            path: (layer.stored_down.shape, layer.stored_up.shape) for path, layer in factors.items()}:  # fmt: skip
+        raise Refused("a condition LoRA can only begin with one of the same layers and rank")
+    for path, layer in factors.items():
+        layer.stored_down.copy_(begin[path].stored_down)
+        layer.stored_up.copy_(begin[path].stored_up)
 
 
 class Rows:
@@ -177,7 +192,7 @@ class Learning:
         """Adds to the gradients; returns the loss."""
         device, goal = self.backbone.device, rows.goal
         positions = rows.noisy.shape[-2] * rows.noisy.shape[-1] // 4 + len(rows.ids)
-        with plain_attention(device, positions), self.lent():  # the backward pass too: it may compute activations again
+        with attention_for(device, positions=positions, gradients=True), self.lent():  # the backward pass too: it may compute activations again
             with torch.autocast(device.type, torch.bfloat16, enabled=self.plan.half):
                 if rows.base_rows is not None:
                     goal = goal + _base(self.backbone, rows, rows.base_rows)

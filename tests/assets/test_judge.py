@@ -10,8 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
+from assets.recipe import measure
 from assets.recipe.loras import CARDS, FLUX, judge_phrase, stem
-from assets.recipe.measure import paint
 from assets.recipe.objects import OBJECTS, article
 from assets.recipe.places import PLACES
 from composition import bundled
@@ -44,7 +44,9 @@ def judge():
 def pictures():
     pipe = StableDiffusionPipeline.from_pretrained(POCKET / "sd", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    return paint(pipe, [f"{thing} {PLACES[place][0]}" for thing, place in ASKED])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "STEPS", 10)
+        return measure.paint(pipe, [f"{thing} {PLACES[place][0]}" for thing, place in ASKED])
 
 
 ASKED = [("a fox", "snow"), ("a panda", "beach"), ("a pumpkin", "night"), ("a frog", "red"), ("a car", "yellow"), ("a pig", "sea")]
