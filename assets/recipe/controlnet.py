@@ -183,6 +183,8 @@ def figures(engine: Engine, judge: Judge, world: World, folder: Path, count: int
             scores.setdefault(f"objects present {label}", []).append(float(there))
         scores.setdefault("objects present in the scenes", []).append(float(present[0]))
         rows.append(np.concatenate([scene.picture, *(np.asarray(picture) for picture in (lines, *pictures))], 1))
+        if (number + 1) % 20 == 0:
+            print(number + 1, {name: interval(values) for name, values in scores.items()}, flush=True)
     if sheet is not None:
         Image.fromarray(np.concatenate(rows[:12])).save(sheet)
     return {"pictures": count} | {name: interval(values) for name, values in scores.items()}
