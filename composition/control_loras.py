@@ -31,12 +31,20 @@ class WithControlLora:
         """What each condition is read with, by name."""
         return {self.name: self.lora.receipt, **(self.others.receipts if self.others else {})}
 
+    @property
+    def notes(self) -> dict[str, Any]:
+        """For the picture's notes: what each is, by name."""
+        rest = self.others.notes if self.others else {}
+        return {**rest, "conditions": {self.name: "control LoRA", **rest.get("conditions", {})}}
+
     def live(self, step: Step) -> tuple[str, ...]:
         """The names of those that act at this step."""
         own = (self.name,) if self.condition.on(step.index, step.count) else ()
         return (*own, *(self.others.live(step) if self.others else ()))
 
-    def fill(self, cond: Conditioning, adapters: Adapters, use: Mapping[str, float], before: Callable[[], None]) -> None:
+    def fill(
+        self, cond: Callable[[], Conditioning], adapters: Adapters, use: Mapping[str, float], before: Callable[[], None],
+    ) -> None:
         """The banks of the others, which do not see the control LoRA."""
         if self.others:
             self.others.fill(cond, adapters, use, before)

@@ -70,8 +70,8 @@ def read(
             raise Refused(f"condition {name!r} has weight {condition.weight:g}, which is a condition LoRA's; a ControlNet has a strength")
         if condition.kind == "subject":
             raise Refused(f"condition {name!r} is to show a subject; a ControlNet reads a picture that lies over the whole one")
-    given = {name: Control(nets[name].net, hint(drawn[name], size), condition.strength) for name, condition in conditions.items()}
-    return ControlNets(backbone, conditions, given, {name: nets[name].receipt for name in conditions})
+    controls_by_name = {name: Control(nets[name].net, hint(drawn[name], size), condition.strength) for name, condition in conditions.items()}
+    return ControlNets(backbone, conditions, controls_by_name, {name: nets[name].receipt for name in conditions})
 
 
 def open(path: Path, backbone: Any) -> Net:

@@ -169,9 +169,9 @@ def figures(engine: Engine, judge: Judge, world: World, folder: Path, count: int
         lines = annotators.annotate(ANNOTATOR, Image.fromarray(scene.picture))
         with TemporaryDirectory() as held:
             lines.save(path := Path(held) / "edges.png")
-            asked = Request(scene.caption, steps=STEPS, guidance=GUIDANCE, seed=number)
+            plain = Request(scene.caption, steps=STEPS, guidance=GUIDANCE, seed=number)
             control = Condition(str(folder), str(path), annotator="")
-            pictures = [engine.run(request).images[0] for request in (asked, replace(asked, conditions=[control]))]
+            pictures = [engine.run(request).images[0] for request in (plain, replace(plain, conditions=[control]))]
         present = judge.present([Image.fromarray(scene.picture), *pictures], [article(name) for name in names]).all(1).tolist()
         for label, picture, there in zip(("without", "with"), pictures, present[1:], strict=True):
             try:
@@ -183,6 +183,8 @@ def figures(engine: Engine, judge: Judge, world: World, folder: Path, count: int
             scores.setdefault(f"objects present {label}", []).append(float(there))
         scores.setdefault("objects present in the scenes", []).append(float(present[0]))
         rows.append(np.concatenate([scene.picture, *(np.asarray(picture) for picture in (lines, *pictures))], 1))
+        if (number + 1) % 20 == 0:
+            print(number + 1, {name: interval(values) for name, values in scores.items()}, flush=True)
     if sheet is not None:
         Image.fromarray(np.concatenate(rows[:12])).save(sheet)
     return {"pictures": count} | {name: interval(values) for name, values in scores.items()}

@@ -24,7 +24,7 @@ ANNOTATOR = "condition.annotator"  # in the header of a file: what makes the pic
 DEPTH = 2  # folders below a place that are searched
 
 
-class Found(NamedTuple):
+class Sort(NamedTuple):
     """kind: "" for none of these. trouble: why one of their kin cannot be used, the end of a sentence that begins with its name."""
 
     kind: Kind = ""
@@ -34,74 +34,74 @@ class Found(NamedTuple):
 _FLUX = "is a ControlNet for FLUX or SD 3; ControlNets are read on Stable Diffusion and SDXL, on FLUX condition LoRAs and control LoRAs"
 _UNION = "is a ControlNet of several kinds in one (union), which are not supported: give one for the kind of picture at hand"
 _CLASSES = {
-    "ControlNetModel": Found("controlnet"),
-    "ControlNetUnionModel": Found(trouble=_UNION),
-    "FluxControlNetModel": Found(trouble=_FLUX), "SD3ControlNetModel": Found(trouble=_FLUX),
-    "ControlNetXSAdapter": Found(trouble="is a ControlNet-XS, which is not supported: give a plain ControlNet"),
-    "UNetControlNetXSModel": Found(trouble="is a UNet with a ControlNet-XS in it, which is not supported: give a plain ControlNet"),
-    "T2IAdapter": Found(trouble="is a T2I-Adapter, which is not supported: give a ControlNet"),
+    "ControlNetModel": Sort("controlnet"),
+    "ControlNetUnionModel": Sort(trouble=_UNION),
+    "FluxControlNetModel": Sort(trouble=_FLUX), "SD3ControlNetModel": Sort(trouble=_FLUX),
+    "ControlNetXSAdapter": Sort(trouble="is a ControlNet-XS, which is not supported: give a plain ControlNet"),
+    "UNetControlNetXSModel": Sort(trouble="is a UNet with a ControlNet-XS in it, which is not supported: give a plain ControlNet"),
+    "T2IAdapter": Sort(trouble="is a T2I-Adapter, which is not supported: give a ControlNet"),
 }
 # Parts of tensors' names: a file is the first of these all of whose parts are in it.
 _FILES = (
-    (("lllite_",), Found(trouble="is a ControlNet-LLLite, which changes layers of SDXL in a way of its own and is not supported: give a ControlNet")),
-    (("lora_controlnet",), Found(trouble="is a Control-LoRA by Stability AI: most of its weights are to be taken from SDXL's UNet, which is not "
+    (("lllite_",), Sort(trouble="is a ControlNet-LLLite, which changes layers of SDXL in a way of its own and is not supported: give a ControlNet")),
+    (("lora_controlnet",), Sort(trouble="is a Control-LoRA by Stability AI: most of its weights are to be taken from SDXL's UNet, which is not "
                                          "supported: give a whole ControlNet")),
-    (("controlnet_x_embedder",), Found(trouble=_FLUX)), (("controlnet_blocks.",), Found(trouble=_FLUX)),
-    (("input_hint_block.", "double_blocks."), Found(trouble=_FLUX)), (("pos_embed_input.",), Found(trouble=_FLUX)),
-    (("task_embedding", "controlnet_cond_embedding."), Found(trouble=_UNION)), (("control_add_embedding.",), Found(trouble=_UNION)),
-    (("ip_adapter.",), Found(trouble="is an IP-Adapter, which is not supported")),
-    (("image_proj.",), Found(trouble="is an IP-Adapter, which is not supported")),
+    (("controlnet_x_embedder",), Sort(trouble=_FLUX)), (("controlnet_blocks.",), Sort(trouble=_FLUX)),
+    (("input_hint_block.", "double_blocks."), Sort(trouble=_FLUX)), (("pos_embed_input.",), Sort(trouble=_FLUX)),
+    (("task_embedding", "controlnet_cond_embedding."), Sort(trouble=_UNION)), (("control_add_embedding.",), Sort(trouble=_UNION)),
+    (("ip_adapter.",), Sort(trouble="is an IP-Adapter, which is not supported")),
+    (("image_proj.",), Sort(trouble="is an IP-Adapter, which is not supported")),
     (("ctrl_xs", ), _CLASSES["ControlNetXSAdapter"]), (("base_to_ctrl.",), _CLASSES["ControlNetXSAdapter"]),
     (("adapter.body.",), _CLASSES["T2IAdapter"]), (("body.", ".in_conv."), _CLASSES["T2IAdapter"]), (("body.", ".block1."), _CLASSES["T2IAdapter"]),
-    (("controlnet_cond_embedding.",), Found("controlnet")), (("input_hint_block.",), Found("controlnet")),
-    (("img_in.lora_A.", ".norm.query_norm.scale"), Found("control-lora")),
+    (("controlnet_cond_embedding.",), Sort("controlnet")), (("input_hint_block.",), Sort("controlnet")),
+    (("img_in.lora_A.", ".norm.query_norm.scale"), Sort("control-lora")),
 )  # fmt: skip
 _WIDENED = ("img_in.lora_A.weight", "x_embedder.lora_A.weight")  # of a control LoRA, with more inputs than a packed latent has
 LATENT = 64  # numbers of a token of FLUX's latents
 
 
-def recognise(path: Path, inputs: int = LATENT) -> Found:
+def recognise(path: Path, inputs: int = LATENT) -> Sort:
     """What a safetensors file or a folder is. inputs: of FLUX's input projection. Raises Refused for a file that is broken."""
     return _of_folder(path) if path.is_dir() else _of_file(path, stamp(path), inputs)
 
 
 def usable(path: Path, inputs: int = LATENT) -> Kind:
     """The kind, "" for none of these. Raises Refused for their kin that are not supported."""
-    found = recognise(path, inputs)
-    if found.trouble:
-        raise Refused(f"{path.name} {found.trouble}")
-    return found.kind
+    sort = recognise(path, inputs)
+    if sort.trouble:
+        raise Refused(f"{path.name} {sort.trouble}")
+    return sort.kind
 
 
-def of_names(names: Collection[str]) -> Found:
+def of_names(names: Collection[str]) -> Sort:
     """What a file with tensors of these names is."""
-    for parts, found in _FILES:
+    for parts, sort in _FILES:
         if all(any(part in name for name in names) for part in parts):
-            return found
-    return Found()
+            return sort
+    return Sort()
 
 
 @lru_cache(maxsize=4096)  # whole folders of LoRAs are looked through
-def _of_file(path: Path, stamp: tuple[object, ...], inputs: int) -> Found:
+def _of_file(path: Path, stamp: tuple[object, ...], inputs: int) -> Sort:
     """In the state that `stamp` stands for."""
     if path.suffix.lower() != ENDING:
-        return Found()
+        return Sort()
     tensors = load_header(path).tensors
-    found = of_names(tensors.keys())
-    if found == Found():
+    sort = of_names(tensors.keys())
+    if sort == Sort():
         widths = [tensor.shape[-1] for name, tensor in tensors.items() if name.endswith(_WIDENED) and tensor.ndim == 2]
-        return Found("control-lora") if widths and widths[0] > inputs else found
-    return found
+        return Sort("control-lora") if widths and widths[0] > inputs else sort
+    return sort
 
 
-def _of_folder(folder: Path) -> Found:
+def _of_folder(folder: Path) -> Sort:
     try:
         config = untrusted.parse_file(folder / CONFIG)
     except untrusted.Unreadable:
         inner = sorted(child.name for child in folder.glob(f"controlnet*/{CONFIG}") for child in [child.parent])
-        return Found(trouble=f"is not a ControlNet itself but holds one: give {inner[0]} in it") if inner else Found()
+        return Sort(trouble=f"is not a ControlNet itself but holds one: give {inner[0]} in it") if inner else Sort()
     name = config.get("_class_name") if isinstance(config, dict) else None
-    return _CLASSES.get(name, Found()) if isinstance(name, str) else Found()
+    return _CLASSES.get(name, Sort()) if isinstance(name, str) else Sort()
 
 
 # by name ---------------------------------------------------------------------------------------------------------------
@@ -113,11 +113,11 @@ def find(source: str, places: Sequence[Path]) -> Path:
     if os.path.exists(path) and (path.is_dir() or path.suffix.lower() == ENDING):
         return path
     for wanted in (source, f"{PREFIX}{source}"):
-        found = nets(places, wanted)
-        if len(found) > 1:
-            raise Refused(f"{len(found)} ControlNets are named {source!r}: give the path of one of " + ", ".join(map(str, found)))
-        if found:
-            return found[0]
+        several = nets(places, wanted)
+        if len(several) > 1:
+            raise Refused(f"{len(several)} ControlNets are named {source!r}: give the path of one of " + ", ".join(map(str, several)))
+        if several:
+            return several[0]
     names = sorted({name_of(path) for path in nets(places)})
     near = get_close_matches(source, names, 3, 0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(names) or 'none'}"
@@ -126,17 +126,17 @@ def find(source: str, places: Sequence[Path]) -> Path:
 
 def nets(places: Sequence[Path], name: str = "") -> list[Path]:
     """Every ControlNet in these folders, or those of this name, folders and files, in order; what cannot be read is passed over."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for place in places:
         for path in _below(place, DEPTH):
             if name and name not in (path.name, _stem(path)):
                 continue
             try:
                 if recognise(path).kind == "controlnet":
-                    found.setdefault(os.path.realpath(path), path)
+                    paths.setdefault(os.path.realpath(path), path)
             except (Refused, OSError):
                 continue
-    return list(found.values())
+    return list(paths.values())
 
 
 def name_of(path: Path) -> str:

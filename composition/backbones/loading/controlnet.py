@@ -78,8 +78,8 @@ def _settings(shapes: single_file.Header, backbone: Any) -> dict[str, Any]:
 
 def _depth(shapes: single_file.Header, prefix: str) -> int:
     """Transformer blocks in each attention of a block, 0 without any."""
-    found = re.compile(re.escape(prefix) + r"attentions\.0\.transformer_blocks\.(\d+)\.")
-    return len({match[1] for name in shapes if (match := found.match(name))})
+    block = re.compile(re.escape(prefix) + r"attentions\.0\.transformer_blocks\.(\d+)\.")
+    return len({match[1] for name in shapes if (match := block.match(name))})
 
 
 def _reader(shapes: single_file.Header) -> tuple[list[int], int]:
@@ -104,9 +104,9 @@ def _fits(name: str, settings: Mapping[str, Any], backbone: Any, shapes: single_
     if (theirs["addition_embed_type"] or None) != own["addition_embed_type"]:
         raise Refused(f"{name} is made for {'SDXL' if theirs['addition_embed_type'] else 'SD'}; this base is {backbone.family.upper()}")
     for key, what in (("in_channels", "latents of {} channels"), ("block_out_channels", "blocks of widths {}"), ("layers_per_block", "{} layers in a block")):
-        given, wanted = (list(value) if isinstance(value, list | tuple) else value for value in (theirs[key], own[key]))
-        if given != wanted:
-            raise Refused(f"{name} is {_NETS}: it has {what.format(given)}, this base {wanted}")
+        stated, wanted = (list(value) if isinstance(value, list | tuple) else value for value in (theirs[key], own[key]))
+        if stated != wanted:
+            raise Refused(f"{name} is {_NETS}: it has {what.format(stated)}, this base {wanted}")
     if theirs["conditioning_channels"] != 3:
         raise Refused(f"{name} reads a picture of {theirs['conditioning_channels']} channels, as for inpainting; those that read RGB are supported")
     if theirs["global_pool_conditions"]:
