@@ -81,9 +81,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--loras", default=",".join(loras.CARDS), help=f"comma separated, of {', '.join(loras.CARDS)}")
     parser.add_argument("--lora-steps", type=int, default=0, help="0: as many as the plans say")
     parser.add_argument("--conditions", default=",".join(conditions.CARDS), help=f"comma separated, of {', '.join(conditions.CARDS)}")
-    parser.add_argument("--condition-steps", type=int, default=0, help="0: as many as the plan says")
-    parser.add_argument("--begin-conditions", type=Path, help="a folder of condition LoRAs that new ones of the same name begin with")
-    parser.add_argument("--pairs", type=int, default=conditions.PAIRS, help="pictures with their conditions that each is learned from")
+    parser.add_argument("--condition-steps", type=int, default=0, help="of every stage of a condition; 0: as many as its plan says")
+    parser.add_argument("--pairs", type=int, default=0, help="pictures with their conditions, for every stage; 0: as many as it says")
     parser.add_argument("--together", type=int, default=1, help="LoRAs that train as one batch; each takes its own rows")
     parser.add_argument("--judge", type=Path, help="a judge's folder for flux-conditions-measure, when it is not --out's clip/")
     parser.add_argument("--measured", type=float, default=1.0, help="share of the usual renders and pictures that are measured on")
@@ -218,9 +217,7 @@ def _third(args: argparse.Namespace, stages: Sequence[str], art: Path) -> None:
     world = conditions.world_of(art, pipe.vae.config.sample_size, args.objects, args.places, args.vendors.split(","), args.variants, args.workers)
     own = list(OBJECTS)[: args.objects]
     if "flux-conditions" in stages:
-        plan = replace(conditions.PLAN, steps=args.condition_steps or conditions.PLAN.steps)
-        conditions.make(pipe, world, own, names, files, args.work, plan=plan, count=args.pairs, workers=args.workers,
-                        begin=args.begin_conditions)  # fmt: skip
+        conditions.make(pipe, world, own, names, files, args.work, steps=args.condition_steps, count=args.pairs, workers=args.workers)
     if "flux-conditions-measure" in stages:
         judge = Judge.open(str(args.judge or args.out / "clip"), args.device)
         _keep(args.work, "conditions", controlled.figures(pipe, judge, world, own, files, names, partial(_share, args), args.work / "sheets"))
