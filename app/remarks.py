@@ -25,6 +25,8 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
         lines.append(f"the negative prompt was not read: {why}")
     if how := notes.get("fold"):
         lines.append(f"the LoRAs were {how}")
+    if notes.get("conditions isolated"):
+        lines.append("which LoRAs are on varies while this picture is made, so its conditions are read without them")
     if names := notes.get("acts everywhere in part"):
         lines.append(f"{', '.join(map(str, names))}: layers without a place (time embeddings) act on the whole picture")
     if notes.get("no regions"):

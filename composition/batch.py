@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from composition import atomic, lock, record
 from composition.log import Log
+from composition.loras import controls
 from composition.refusal import Cancelled, Refused, explain
 from composition.request import Request, Result
 from composition.version import __version__
@@ -209,10 +210,13 @@ class Identity:
         self._digests: dict[tuple[Path, int, int], str] = {}
 
     def of(self, request: Request) -> str:
-        """The id, 20 hexadecimal digits, of a settled request, which has its masks and the pictures of its conditions in it. Raises Refused for a LoRA that
-        is not there."""
+        """The id, 20 hexadecimal digits, of a settled request, which has its masks and the pictures of its conditions in it.
+
+        Raises Refused for a LoRA that is not there."""
         paths = [self._engine.find(lora.source) for lora in request.loras]
-        paths += [self._engine.find_condition(condition.source) for condition in request.conditions]
+        for condition in request.conditions:  # of a ControlNet's folder its weights
+            path = self._engine.find_condition(condition.source)
+            paths += controls.weights(path) if path.is_dir() else [path]
         digests = [self._digest(path) if os.path.isfile(path) else "" for path in paths]
         return hashlib.sha256(json.dumps([request.json(), digests, self._same], sort_keys=True).encode()).hexdigest()[:20]
 

@@ -13,13 +13,13 @@ class Bundle:
     model: str
     loras: str
     testbed: str
-    profiles: str = "pocket/profiles"
+    profiles: str
     conditions: str = ""  # condition LoRAs or ControlNets, "" where there are none
 
 
 BUNDLES: Mapping[str, Bundle] = {
-    "pocket": Bundle(model="pocket/sd", loras="pocket/loras", testbed="pocket/testbed.json", conditions="pocket128"),
-    "pocket-flux": Bundle(model="pocket/flux", loras="pocket/flux-loras", testbed="pocket/testbed-flux.json",
+    "pocket": Bundle("pocket128/sd", "pocket128/loras", "pocket128/testbed.json", "pocket128/profiles", conditions="pocket128"),
+    "pocket-flux": Bundle("pocket/flux", "pocket/flux-loras", "pocket/testbed-flux.json", "pocket/profiles",
                           conditions="pocket/flux-conditions"),
 }
 

@@ -1,4 +1,5 @@
-"""What conditions are read with, by name: condition LoRAs on FLUX, ControlNets on Stable Diffusion and SDXL; found, listed, opened, kept."""
+"""What conditions are read with, by name: condition LoRAs and control LoRAs on FLUX, ControlNets on Stable Diffusion and SDXL; found, listed,
+opened, kept."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,14 +7,15 @@ from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
-from composition import annotators, conditions, controlnets, pictures
+from composition import annotators, conditions, control_loras, controlnets, pictures
 from composition.backbones.base import Backbone, ReadsConditions
 from composition.conditions import Acting, Conditions, Shelf
 from composition.controlnets import Net
-from composition.loras import condition, controls, library
+from composition.loras import condition, control_lora, controls, library
 from composition.loras.condition import ConditionLora
+from composition.loras.control_lora import ControlLora
 from composition.refusal import Refused
-from composition.request import Condition, Request
+from composition.request import Condition, Receipt, Request
 
 
 class Control(NamedTuple):
@@ -28,6 +30,32 @@ class Control(NamedTuple):
     bundled: bool
 
 
+def named(model: str, folders: Sequence[Path]) -> list[Control]:
+    """All that can be named beside this model, of whatever family: its bundled ones, then those in the folders. Nothing is opened."""
+    return _loras(model, folders) + _nets(model, folders)
+
+
+def described(source: str, model: str, folders: Sequence[Path]) -> tuple[Control, Receipt] | None:
+    """What the condition LoRA of this name or path says of itself; None where there is none."""
+    try:
+        path = library.find(source, model, folders, conditions=True)
+        settings, receipt = condition.describe(path)
+    except Refused:
+        return None
+    return Control(path, path.stem, settings.kind, settings.annotator, "lora", path.parent in library.condition_places(model)), receipt
+
+
+def _loras(model: str, folders: Sequence[Path]) -> list[Control]:
+    return [Control(path, path.stem, settings.kind, settings.annotator, "lora", owned)
+            for path, settings, owned in library.condition_loras(model, folders)]
+
+
+def _nets(model: str, folders: Sequence[Path]) -> list[Control]:
+    own = library.condition_places(model)
+    return [Control(path, controls.name_of(path), "spatial", controls.annotator(path), "controlnet",
+                    any(path.is_relative_to(place) for place in own)) for path in controls.nets([*own, *folders])]  # fmt: skip
+
+
 class ConditionSources:
     """Those of one model. What the last request was read with is kept for the next.
 
@@ -37,7 +65,7 @@ class ConditionSources:
     def __init__(self, backbone: Backbone, model: str, folders: Sequence[Path]) -> None:
         self.backbone, self.model, self.folders = backbone, model, tuple(folders)
         self._nets = backbone.family in ("sd", "sdxl")  # read by ControlNets
-        self._held: dict[Any, ConditionLora | Net] = {}  # by path and state on disk
+        self._held: dict[Any, ConditionLora | ControlLora | Net] = {}  # by path and state on disk
 
     def check(self, request: Request) -> None:
         """Raises Refused for conditions of a model that cannot read any."""
@@ -54,19 +82,14 @@ class ConditionSources:
     def listed(self) -> list[Control]:
         """All that can be named, those bundled with the model first."""
         if self._nets:
-            own = library.condition_places(self.model)
-            return [Control(path, controls.name_of(path), "spatial", controls.annotator(path), "controlnet",
-                            any(path.is_relative_to(place) for place in own)) for path in controls.nets([*own, *self.folders])]  # fmt: skip
-        if not isinstance(self.backbone, ReadsConditions):
-            return []
-        return [Control(path, path.stem, settings.kind, settings.annotator, "lora", owned)
-                for path, settings, owned in library.condition_loras(self.model, self.folders)]
+            return _nets(self.model, self.folders)
+        return _loras(self.model, self.folders) if isinstance(self.backbone, ReadsConditions) else []
 
-    def annotator(self, asked: Condition) -> str | None:
+    def annotator(self, control: Condition) -> str | None:
         """What makes the condition of its picture: the request's choice, else its file's; None where no model reads it."""
-        if asked.annotator is not None or not (self._nets or isinstance(self.backbone, ReadsConditions)):
-            return asked.annotator
-        path = self.find(asked.source)
+        if control.annotator is not None or not (self._nets or isinstance(self.backbone, ReadsConditions)):
+            return control.annotator
+        path = self.find(control.source)
         return controls.annotator(path) if self._nets else condition.describe(path)[0].annotator
 
     def opened(self, request: Request, paths: Mapping[str, Path], size: tuple[int, int], *, isolated: bool, shelf: Shelf) -> Acting | None:
@@ -81,21 +104,35 @@ class ConditionSources:
                 self._held[stamp] = held.get(stamp) or self._read(paths[name])
         if not paths:
             return None
-        drawn = {name: self._drawn(name, asked, size) for name, asked in request.controls.items()}
+        drawn = {name: self._drawn(name, control, size) for name, control in request.controls.items()}
         files: Any = {name: self._held[stamp] for name, stamp in stamps.items()}
         if self._nets:
             return controlnets.read(self.backbone, request.controls, files, drawn, size)
-        return Conditions(self.backbone, conditions.read(self.backbone, request.controls, files, drawn, size), isolated=isolated, shelf=shelf)
+        banked = {name: control for name, control in request.controls.items() if isinstance(files[name], ConditionLora)}
+        reads = conditions.read(self.backbone, banked, files, drawn, size)
+        banks = Conditions(self.backbone, reads, isolated=isolated, shelf=shelf) if banked else None
+        rest = [name for name in request.controls if name not in banked]
+        if len(rest) > 1:
+            raise Refused(f"conditions {' and '.join(map(repr, rest))} are read by control LoRAs, of which FLUX takes one: its input has room for one "
+                          "picture")
+        if not rest:
+            return banks
+        return control_loras.read(self.backbone, rest[0], request.controls[rest[0]], files[rest[0]], drawn[rest[0]], size, banks)
 
-    def _read(self, path: Path) -> ConditionLora | Net:
-        return controlnets.open(path, self.backbone) if self._nets else condition.read(path, self.backbone.denoiser)
+    def _read(self, path: Path) -> ConditionLora | ControlLora | Net:
+        if self._nets:
+            return controlnets.open(path, self.backbone)
+        kind = controls.usable(path, self.backbone.denoiser.get_submodule(control_lora.INPUT).in_features)
+        if kind == "controlnet":
+            raise Refused(f"{path.name} is a ControlNet for Stable Diffusion or SDXL; on FLUX give a condition LoRA or a control LoRA")
+        return control_lora.read(path, self.backbone.denoiser) if kind else condition.read(path, self.backbone.denoiser)
 
-    def _drawn(self, name: str, asked: Condition, size: tuple[int, int]) -> Image.Image:
+    def _drawn(self, name: str, control: Condition, size: tuple[int, int]) -> Image.Image:
         """The picture that a condition is read from. Without an annotator a condition LoRA's own ground shows through what is clear."""
-        picture = pictures.condition(asked.image, name)
-        if not asked.annotator and not self._nets:
+        picture = pictures.condition(control.image, name)
+        if not control.annotator and not self._nets:
             return picture
         try:
-            return annotators.annotate(asked.annotator or "", picture, size)
+            return annotators.annotate(control.annotator or "", picture, size)
         except Refused as error:
             raise Refused(f"condition {name}: {error}") from None

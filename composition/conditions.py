@@ -127,12 +127,19 @@ class Acting(Protocol):
     @property
     def receipts(self) -> Mapping[str, Receipt]: ...
 
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """For the picture's notes: "conditions", by name what each is."""
+        ...
+
     def live(self, step: Step) -> tuple[str, ...]:
         """The names of those that act at this step."""
         ...
 
-    def fill(self, cond: Conditioning, adapters: Adapters, use: Mapping[str, float], before: Callable[[], None]) -> None:
-        """Compute whatever is the same at every step, once, before the first."""
+    def fill(
+        self, cond: Callable[[], Conditioning], adapters: Adapters, use: Mapping[str, float], before: Callable[[], None],
+    ) -> None:
+        """Compute whatever is the same at every step, once, before the first, with these LoRAs on. cond: encodes the request's prompt."""
         ...
 
     def acting(self, call: Call) -> AbstractContextManager[None]:
@@ -161,15 +168,28 @@ class Conditions:
         """What each was read with, by name."""
         return {name: read.lora.receipt for name, read in self.reads.items()}
 
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What each is, and where a subject stands lower than it was trained to."""
+        kinds = {}
+        for name, read in self.reads.items():
+            settings, row = read.lora.settings, int(read.ids[0, 1])
+            lower = f", {row - settings.offset} rows below where it was trained" if settings.kind == "subject" and row > settings.offset else ""
+            kinds[name] = f"{settings.kind}, {len(read.ids)} tokens{lower}"
+        return {"conditions": kinds}
+
     def live(self, step: Step) -> tuple[str, ...]:
         """The names of those that act at this step."""
         return tuple(name for name, read in self.reads.items() if read.condition.on(step.index, step.count))
 
     @torch.no_grad()
-    def fill(self, cond: Conditioning, adapters: Adapters, use: Mapping[str, float], before: Callable[[], None]) -> None:
-        """Compute every bank that is not on the shelf, with these LoRAs on. cond: the request's, of one picture. before: called before each."""
+    def fill(
+        self, cond: Callable[[], Conditioning], adapters: Adapters, use: Mapping[str, float], before: Callable[[], None],
+    ) -> None:
+        """Compute every bank that is not on the shelf, with these LoRAs on. before: called before each."""
         kept: Shelf = {}
-        modulation = [_digest(value) for name, value in sorted(cond.values.items()) if name != "text"]
+        encoded = cond()
+        modulation = [_digest(value) for name, value in sorted(encoded.values.items()) if name != "text"]
         for name, read in self.reads.items():
             weight = read.condition.weight
             key = (read.lora.receipt.tensor_sha256, read.lora.settings, read.adapter, weight, _digest(read.tokens), _digest(read.ids),
@@ -179,7 +199,7 @@ class Conditions:
                 with adapters.kept():
                     adapters.use(use)
                     with self._banks.extracting(easycontrol(read.lora.adapters[read.adapter], weight)) as bank:
-                        self.backbone.read_alone(read.tokens, read.ids, read.tokens.new_zeros(()), cond)
+                        self.backbone.read_alone(read.tokens, read.ids, read.tokens.new_zeros(()), encoded)
                 self._shelf[key] = bank
             kept[key] = self._filled[name] = self._shelf[key]
         self._shelf.clear()
@@ -197,8 +217,9 @@ class Conditions:
             bank = self._filled[name]
             count = bank.rows
             picked = range(count) if rows == count else [count - 1] * rows  # the positive row alone
-            each = None if count == 1 else tuple(row for _ in range(call.passes) for row in picked for _ in range(pictures))
-            banks.append(Appended(bank, self.reads[name].condition.strength * self.reads[name].lora.settings.factor, each))
+            each = tuple(row for _ in range(call.passes) for row in picked for _ in range(pictures))
+            strength = self.reads[name].condition.strength * self.reads[name].lora.settings.factor
+            banks.append(Appended(bank, strength, None if count == 1 or each == tuple(range(count)) else each))
         with self._banks.appended(banks, skips=call.skips):
             yield
 

@@ -38,11 +38,17 @@ class ControlNets:
         self.backbone, self.receipts = backbone, dict(receipts)
         self._conditions, self._controls = dict(conditions), dict(controls)
 
+    @property
+    def notes(self) -> dict[str, Any]:
+        return {"conditions": dict.fromkeys(self._conditions, "ControlNet")}
+
     def live(self, step: Step) -> tuple[str, ...]:
         """The names of those that act at this step."""
         return tuple(name for name, condition in self._conditions.items() if condition.on(step.index, step.count))
 
-    def fill(self, cond: Conditioning, adapters: Adapters, use: Mapping[str, float], before: Callable[[], None]) -> None:
+    def fill(
+        self, cond: Callable[[], Conditioning], adapters: Adapters, use: Mapping[str, float], before: Callable[[], None],
+    ) -> None:
         """Nothing is computed ahead."""
 
     @contextmanager

@@ -24,7 +24,7 @@ from composition.backbones.encodings import Encodings
 from composition.backbones.loading import placement
 from composition.condition_sources import ConditionSources, Control
 from composition.conditions import Shelf
-from composition.hooks import attention, cache, controlnet
+from composition.hooks import attention, banks, cache, control_lora, controlnet
 from composition.loop import NotFinite, Step, sample
 from composition.loras import library, reader
 from composition.methods import Method
@@ -226,6 +226,8 @@ class Engine:
                 receipts, encodings, fold, shelf = self._prepare(own, request, method, loras)
                 conditions = self._controls.opened(request, paths, size, isolated=not _steady(request, method), shelf=shelf)
             notes = opening_notes(request, receipts, self.backbone) | settled | ({"fold": fold} if fold else {})
+            if conditions is not None:
+                notes |= conditions.notes | ({"conditions isolated": True} if conditions.isolated and request.active else {})
             rows = list(zip(request.names, request.loras, receipts, strict=True))
             categories = {name: lora.category or receipt.category for name, lora, receipt in rows}
             triggers = {name: lora.triggers or receipt.triggers for name, lora, receipt in rows}
@@ -289,8 +291,10 @@ class Engine:
         """Undo what is left of this run, unless it is over: an interrupted context may be closed at any time later."""
         if run is not None and run is self._running:
             attention.abandon(self.backbone.denoiser, run[0])
+            banks.abandon(self.backbone.denoiser, run[0])
             cache.abandon(self.backbone.denoiser)
             controlnet.abandon(self.backbone.denoiser)
+            control_lora.abandon(self.backbone.denoiser)
             torch.set_grad_enabled(run[1])
             self._group_key = None  # the next request of the group gets gates that no interrupted context will touch
             self._running = None

@@ -118,7 +118,7 @@ class Run:
         """Let the conditions be read, once for all steps, before the first evaluation and outside any of them."""
         if self.conditions is not None:
             use = {} if self.conditions.isolated else {name: lora.weight for name, lora in self.loras.items()}
-            self.conditions.fill(self.encode(use=use), self.adapters, use, self._check_cancel)
+            self.conditions.fill(lambda: self.encode(use=use), self.adapters, use, self._check_cancel)
 
     # predictions: one, several, one by regions -----------------------------------------------------------------------
 

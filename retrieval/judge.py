@@ -64,7 +64,7 @@ class Judge:
             import open_clip
         except ImportError:
             raise Refused("scores need open-clip: pip install open-clip-torch") from None
-        folder = Path(str(files("assets"))) / "pocket/clip" if name == "pocket" else Path(name)
+        folder = Path(str(files("assets"))) / "pocket128/clip" if name == "pocket" else Path(name)
         parts = _safe_weights(folder, name) if folder.is_dir() else []
         known, weights = (f"local-dir:{folder}", None) if folder.is_dir() else (name, None)
         if not folder.is_dir() and not name.startswith("hf-hub:"):

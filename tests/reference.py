@@ -23,21 +23,21 @@ def packed(latents):
     return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
-def unpacked(latents, pipe, side=32):
-    """FLUX's packed latents as (B, C, H, W), by diffusers' own function."""
+def unpacked(latents, pipe, side):
+    """FLUX's packed latents of a picture of so many pixels a side as (B, C, H, W), by diffusers' own function."""
     return FluxPipeline._unpack_latents(latents, side, side, pipe.vae_scale_factor)
 
 
-def stock(pipe, prompt, negative, steps, guidance, generators):
-    """The stock pipeline's own call, with whatever adapters are active."""
+def stock(pipe, prompt, negative, steps, guidance, generators, side=32):
+    """The stock pipeline's own call for a square of so many pixels a side, with whatever adapters are active."""
     if isinstance(pipe, FluxPipeline):
         distilled = pipe.transformer.config.guidance_embeds
         told = {"guidance_scale": guidance} if distilled else {"true_cfg_scale": guidance, "negative_prompt": [negative] * len(generators)}
-        out = pipe(prompt=[prompt] * len(generators), num_inference_steps=steps, generator=generators, output_type="latent", height=32,
-                   width=32, max_sequence_length=pipe.tokenizer_2.model_max_length, **told).images
-        return unpacked(out, pipe)
+        out = pipe(prompt=[prompt] * len(generators), num_inference_steps=steps, generator=generators, output_type="latent", height=side,
+                   width=side, max_sequence_length=pipe.tokenizer_2.model_max_length, **told).images
+        return unpacked(out, pipe, side)
     return pipe(prompt=[prompt] * len(generators), negative_prompt=[negative] * len(generators) if negative else None,
-                num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="latent").images
+                num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="latent", height=side, width=side).images
 
 
 def _encode(pipe, prompt, negative):
@@ -62,7 +62,7 @@ def _predict(pipe, latents, t, read, guidance):
         ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", latents.dtype)
         out = pipe.transformer(packed(torch.cat([latents] * rows)), read[0], read[1], t.to(latents.dtype).expand(rows) / 1000, ids,
                                torch.zeros(read[0].shape[1], 3, dtype=latents.dtype), guidance=told).sample
-        out = unpacked(out, pipe)
+        out = unpacked(out, pipe, latents.shape[-1] * pipe.vae_scale_factor)
         return out if rows == 1 else out[:1] + guidance * (out[1:] - out[:1])
     if isinstance(pipe, StableDiffusion3Pipeline):
         out = pipe.transformer(torch.cat([latents] * 2), read[0], read[1], t.expand(2)).sample
@@ -77,28 +77,29 @@ def _predict(pipe, latents, t, read, guidance):
     return negative + guidance * (positive - negative)
 
 
-def _begin(pipe, steps, generator):
-    """First latents, of 16 x 16 places, and the scheduler's times."""
+def _begin(pipe, steps, generator, side):
+    """First latents, of a picture of so many pixels a side, and the scheduler's times."""
+    places = side // pipe.vae_scale_factor
     if isinstance(pipe, FluxPipeline):
         config = pipe.scheduler.config
-        mu = calculate_shift(64, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        mu = calculate_shift((places // 2) ** 2, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
         pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-        return torch.randn((1, 4, 16, 16), generator=generator, dtype=pipe.transformer.dtype)
+        return torch.randn((1, 4, places, places), generator=generator, dtype=pipe.transformer.dtype)
     pipe.scheduler.set_timesteps(steps)
     if isinstance(pipe, StableDiffusion3Pipeline):
-        return torch.randn((1, 4, 16, 16), generator=generator, dtype=pipe.transformer.dtype)
-    latents = torch.randn((1, pipe.unet.config.in_channels, 16, 16), generator=generator, dtype=pipe.unet.dtype)
+        return torch.randn((1, 4, places, places), generator=generator, dtype=pipe.transformer.dtype)
+    latents = torch.randn((1, pipe.unet.config.in_channels, places, places), generator=generator, dtype=pipe.unet.dtype)
     return latents * pipe.scheduler.init_noise_sigma
 
 
 @torch.no_grad()
-def each(pipe, names, weights, prompt, negative, steps, guidance, generator, combine):
+def each(pipe, names, weights, prompt, negative, steps, guidance, generator, combine, side=32):
     """One picture; combine(step index, predictor) gives the prediction, predictor(k) LoRA k's alone."""
     encoded = []
     for name, weight in zip(names, weights, strict=True):
         pipe.set_adapters([name], [weight])
         encoded.append(_encode(pipe, prompt, negative))
-    latents = _begin(pipe, steps, generator)
+    latents = _begin(pipe, steps, generator, side)
     for index, t in enumerate(pipe.scheduler.timesteps):
 
         def predictor(k, latents=latents, t=t):
@@ -110,15 +111,15 @@ def each(pipe, names, weights, prompt, negative, steps, guidance, generator, com
     return latents
 
 
-def composite(pipe, names, weights, *rest):
+def composite(pipe, names, weights, *rest, side=32):
     """1/k sum_j eps_j, guided (2402.16843, section 3.2)."""
-    return each(pipe, names, weights, *rest, combine=lambda _, p: sum(p(k) for k in range(len(names))) / len(names))
+    return each(pipe, names, weights, *rest, side=side, combine=lambda _, p: sum(p(k) for k in range(len(names))) / len(names))
 
 
-def switch(pipe, names, weights, *rest, tau=5):
+def switch(pipe, names, weights, *rest, tau=5, side=32):
     """Live: floor(((t-1) mod (k tau)) / tau) + 1 for t = 1, 2, ... (2402.16843, section 3.1)."""
     k = len(names)
-    return each(pipe, names, weights, *rest, combine=lambda i, p: p(int(((i + 1 - 1) % (k * tau)) / tau)))
+    return each(pipe, names, weights, *rest, side=side, combine=lambda i, p: p(int(((i + 1 - 1) % (k * tau)) / tau)))
 
 
 def psnr(a, b):

@@ -93,15 +93,16 @@ def _liven(unet: nn.Module, gain: float = 3.0) -> None:
                 weight.mul_(gain)
 
 
-def sd(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5 in small: three levels, the last without attention, conv proj_in, PNDM, 32 px pictures."""
+def sd(seed: int = 0, dtype: torch.dtype = torch.float32, blocks: tuple[int, ...] = (16, 32, 32)) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5 in small: three levels or as many as `blocks`, the last without attention, conv proj_in, PNDM, 32 px pictures."""
+    attention = len(blocks) - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         words = tokenizer()
         unet = UNet2DConditionModel(
-            sample_size=16, block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            sample_size=16, block_out_channels=blocks, layers_per_block=1, norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D",) * attention + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * attention,
             cross_attention_dim=24, attention_head_dim=2,
         )
         _liven(unet)
@@ -140,8 +141,8 @@ def sdxl(seed: int = 0, dtype: torch.dtype = torch.float32) -> StableDiffusionXL
     return _ready(pipe, dtype)
 
 
-def flux(seed: int = 0, dtype: torch.dtype = torch.float32, distilled: bool = False) -> FluxPipeline:
-    """FLUX.1 in small: two double and two single blocks, packed latents, dynamic shift, T5 beside CLIP, 32 px pictures.
+def flux(seed: int = 0, dtype: torch.dtype = torch.float32, distilled: bool = False, layers: int = 2) -> FluxPipeline:
+    """FLUX.1 in small: two double and two single blocks, or as many as `layers`, packed latents, dynamic shift, T5 beside CLIP, 32 px pictures.
 
     distilled: with a guidance embedding, as FLUX.1-dev; without, guidance is a second row.
     """
@@ -149,7 +150,7 @@ def flux(seed: int = 0, dtype: torch.dtype = torch.float32, distilled: bool = Fa
         torch.manual_seed(seed)
         words, words_2 = tokenizer(), t5_tokenizer()
         transformer = FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            patch_size=1, in_channels=16, num_layers=layers, num_single_layers=layers, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=24, pooled_projection_dim=16, guidance_embeds=distilled, axes_dims_rope=(4, 6, 6))
         text = CLIPTextModel(_text_config(words, 16, 16, "quick_gelu"))
         text_2 = _t5(words_2, 24)
@@ -203,6 +204,45 @@ def write_controlnet(net: ControlNetModel, path: Path, metadata: dict[str, str] 
     """As one file in diffusers' layout."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(net.state_dict(), path, metadata=metadata)
+    return path
+
+
+def control_lora(pipe, path: Path, layout: Literal["diffusers", "bfl"] = "diffusers", seed: int = 0, rank: int = 4, inputs: int = 2) -> Path:
+    """A control LoRA for a toy of FLUX, with biases and norms, in either layout with the same weights; none is zero.
+
+    inputs: how many times the latents' numbers its input projection reads.
+    """
+    rng, tensors = torch.Generator().manual_seed(seed), {}
+    both = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+    modules: dict[str, tuple[str, tuple[str, ...]]] = {"img_in": ("", ("x_embedder",)), "txt_in": ("", ("context_embedder",))}
+    norms = {}
+    for index in range(len(pipe.transformer.transformer_blocks)):
+        ours, theirs = f"transformer_blocks.{index}.", f"double_blocks.{index}."
+        for side, fused, end in (("img", both[0], ""), ("txt", both[1], "added_")):
+            modules[f"{theirs}{side}_attn.qkv"] = ours, fused
+            norms |= {f"{theirs}{side}_attn.norm.{name}_norm.scale": f"{ours}attn.norm_{end}{name[0]}.weight" for name in ("query", "key")}
+        modules |= {f"{theirs}img_attn.proj": (ours, ("attn.to_out.0",)), f"{theirs}txt_attn.proj": (ours, ("attn.to_add_out",)),
+                    f"{theirs}img_mlp.0": (ours, ("ff.net.0.proj",)), f"{theirs}img_mod.lin": (ours, ("norm1.linear",))}  # fmt: skip
+    for index in range(len(pipe.transformer.single_transformer_blocks)):
+        ours, theirs = f"single_transformer_blocks.{index}.", f"single_blocks.{index}."
+        modules |= {f"{theirs}linear1": (ours, (*both[0], "proj_mlp")), f"{theirs}linear2": (ours, ("proj_out",))}
+        norms |= {f"{theirs}norm.{name}_norm.scale": f"{ours}attn.norm_{name[0]}.weight" for name in ("query", "key")}
+    for name, (block, fused) in modules.items():
+        layers = [pipe.transformer.get_submodule(block + part) for part in fused]
+        down = torch.randn(rank, layers[0].in_features * (inputs if name == "img_in" else 1), generator=rng) * 0.1
+        up = torch.randn(sum(layer.out_features for layer in layers), rank, generator=rng) * (1.0 if name == "img_in" else 0.1)
+        bias = torch.randn(up.shape[0], generator=rng) * 0.05
+        if layout == "bfl":
+            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.lora_B.bias": bias}
+            continue
+        sizes = [layer.out_features for layer in layers]
+        for part, share, shift in zip(fused, up.split(sizes), bias.split(sizes), strict=True):
+            key = f"transformer.{block}{part}"
+            tensors |= {f"{key}.lora_A.weight": down.clone(), f"{key}.lora_B.weight": share.clone(), f"{key}.lora_B.bias": shift.clone()}
+    for theirs, ours in norms.items():
+        weight = 1 + 0.3 * torch.randn(pipe.transformer.config.attention_head_dim, generator=rng)
+        tensors[theirs if layout == "bfl" else f"transformer.{ours}"] = weight
+    save_file(tensors, path)
     return path
 
 

@@ -7,7 +7,7 @@ stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -200,8 +200,6 @@ def profile(
     """Measure how a LoRA moves high and low frequencies while it draws: the order that cmlora and switch-a use."""
     record.ready(out_dir)
     engines.prepare(model or "pocket")
-    from dataclasses import asdict
-
     from app.cli import profile as profiling
     from app.drawing.profile_plot import plot
 
@@ -254,15 +252,20 @@ def loras(
     model: Model = None, lora_dir: Folders = None,
     hashes: Annotated[bool, typer.Option("--hashes", help="With --json: read every file whole, for its hashes.")] = False, json: Json = False,
 ) -> None:
-    """The LoRAs that can be named: bundled with the model, in your folder, in --lora-dir."""
+    """The LoRAs that can be named, and what reads pictures that control: bundled with the model, in your folder, in --lora-dir."""
     engines.prepare(model or "pocket")
+    from composition.condition_sources import named as named_controls
     from composition.loras import library
 
-    listed = list(library.listing(model or "pocket", engines.folders(lora_dir or []), hashes=hashes))
+    folders = engines.folders(lora_dir or [])
+    controls = named_controls(model or "pocket", folders)
+    read_pictures = {each.path for each in controls}
+    listed = [each for each in library.listing(model or "pocket", folders, hashes=hashes) if each.path not in read_pictures]
     if json:
-        out.document(tables.loras_json(listed))
+        out.document(tables.loras_json(listed, controls))
     else:
         tables.loras(out, listed, settings.lora_folder())
+        tables.controls(out, controls)
 
 
 @app.command()
@@ -272,9 +275,14 @@ def inspect(
 ) -> None:
     """The receipt of a LoRA file: what it is, and with --model what of it that model applies."""
     engines.prepare(model or "pocket")
+    from composition import condition_sources
     from composition.loras import library, reader
 
     folders = engines.folders(lora_dir or [])
+    if of_condition := condition_sources.described(file, model or "pocket", folders):
+        control, receipt = of_condition
+        out.document(tables.as_json(tables.control_row(control) | asdict(receipt))) if json else tables.control_receipt(out, control, receipt)
+        return
     path = library.find(file, model or "pocket", folders)
     base = model or ("pocket" if path in library.files("pocket") else "")
     if base:
@@ -283,8 +291,6 @@ def inspect(
     else:
         receipt = reader.inspect(path)
     if json:
-        from dataclasses import asdict
-
         out.document(tables.as_json(asdict(receipt) | {"model": base}))
     else:
         tables.receipt(out, receipt, base)

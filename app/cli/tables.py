@@ -17,9 +17,12 @@ from app.terminal import printable
 from composition import Receipt, Request, Result
 
 if TYPE_CHECKING:
+    from composition.condition_sources import Control
     from composition.loras import library
     from composition.methods import Method
     from composition.profiles.frequency import Profile
+
+SORTS = {"lora": "condition LoRA", "controlnet": "ControlNet"}  # what reads a picture that controls
 
 
 def as_json(value: Any) -> str:
@@ -50,8 +53,25 @@ def loras(console: Console, listed: Sequence["library.Listed"], folder: Path) ->
     console.print(Text(f"your own: put .safetensors files into {folder}, or name a folder with --lora-dir", style="dim"))
 
 
-def loras_json(listed: Sequence["library.Listed"]) -> str:
-    """The same as JSON, with hashes where they were computed."""
+def controls(console: Console, named: Sequence["Control"]) -> None:
+    """What reads pictures that control, with what their files say of those; nothing where there is none."""
+    if not named:
+        return
+    rows = table("--control", "is", "picture", "annotator")
+    for each in named:
+        rows.add_row(Text(printable(each.name)), SORTS[each.sort], each.kind, Text(printable(each.annotator)))
+    console.print(rows)
+
+
+def control_receipt(console: Console, of: "Control", read: Receipt) -> None:
+    """A condition LoRA's receipt, and what it wants of its picture."""
+    receipt(console, read, "")
+    drawn = f"drawn by annotator {of.annotator}" if of.annotator else "as it is"
+    console.print(Text(printable(f"a condition LoRA: --control {of.name}=PICTURE; its picture is {of.kind}, {drawn}")))
+
+
+def loras_json(listed: Sequence["library.Listed"], named: Sequence["Control"] = ()) -> str:
+    """The same as JSON, with hashes where they were computed; what reads pictures that control has "control", which says what it is."""
     rows = []
     for path, receipt, trouble, size in listed:
         row: dict[str, Any] = {"name": path.stem, "path": str(path), "bytes": size, "error": trouble}
@@ -60,7 +80,11 @@ def loras_json(listed: Sequence["library.Listed"]) -> str:
                     "family": receipt.family, "layout": receipt.layout, "tensors": receipt.tensors}
             row |= {"sha256": receipt.sha256, "tensor_sha256": receipt.tensor_sha256} if receipt.sha256 else {}
         rows.append(row)
-    return as_json(rows)
+    return as_json(rows + [control_row(each) for each in named])
+
+
+def control_row(of: "Control") -> dict[str, Any]:
+    return {"name": of.name, "path": str(of.path), "control": SORTS[of.sort], "kind": of.kind, "annotator": of.annotator}
 
 
 def receipt(console: Console, of: Receipt, base: str) -> None:

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionPipeline
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
+from composition import Engine, backbones
 from retrieval.judge import Judge
 
 from . import (
@@ -47,6 +48,7 @@ from .labelled import ALSO, START, Source
 from .loop import Loop
 from .objects import OBJECTS
 from .places import HELD_PLACES, PLACES, variants
+from .shorten import shorten
 from .world import World, batch, strange_words
 
 SHARES = {"autoencoder": 0.1, "base": 0.25, "polish": 0.1, "judge": 0.1, "controlnet": 0.05, "flux": 0.4}  # of the budget
@@ -54,7 +56,7 @@ FIRST = ("art", "autoencoder", "base", "polish", "export", "judge", "loras", "pr
 SECOND = ("flux", "flux-loras", "flux-previews", "flux-measure")
 THIRD = ("flux-conditions", "flux-conditions-measure")
 STAGES = (*FIRST, *SECOND, *THIRD)
-POCKET = Path(__file__).parents[1] / "pocket"
+POCKET = Path(__file__).parents[1] / "pocket128"
 POLISHED = 10**8  # scene numbers from here on are what the decoder is polished on
 
 
@@ -78,6 +80,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fine", action=argparse.BooleanOptionalAction, default=True, help="attention at the finest level, too")
     parser.add_argument("--batch", type=int, default=64, help="pictures in a batch of the base and of the second base")
     parser.add_argument("--begin", type=Path, help="a Pocket model folder: a new base begins with its tokenizer and text encoder")
+    parser.add_argument("--begin-flux", type=Path, help="a Pocket-FLUX folder of the same shape: a new second base begins with its weights and T5's tokenizer")
+    parser.add_argument("--flux-peak", type=float, default=1.5e-3, help="highest learning rate of the second base")
     parser.add_argument("--loras", default=",".join(loras.CARDS), help=f"comma separated, of {', '.join(loras.CARDS)}")
     parser.add_argument("--lora-steps", type=int, default=0, help="0: as many as the plans say")
     parser.add_argument("--conditions", default=",".join(conditions.CARDS), help=f"comma separated, of {', '.join(conditions.CARDS)}")
@@ -171,6 +175,9 @@ def _first(args: argparse.Namespace, stages: Sequence[str], world: World) -> Non
     pipe.set_progress_bar_config(disable=True)
     if "loras" in stages:
         loras.make(pipe, world, names, files, args.work, plan=_plan(args, loras.PLAN), together=args.together, workers=args.workers)
+        for name in names:
+            if loras.CARDS[name].category != "character":
+                shorten(files / f"{loras.stem(name)}.safetensors", loras.SHORT)
         testbed.write(args.out / "testbed.json")
     if "previews" in stages:
         previews.make(pipe, names, files, Judge.open(str(args.out / "clip"), args.device))
@@ -185,6 +192,11 @@ def _controlnet(args: argparse.Namespace, stages: Sequence[str], world: World) -
     if "controlnet" in stages:
         controlnet.train(world, args.out / "sd", args.work, folder, minutes=_minutes(args, "controlnet"), device=torch.device(args.device),
                          workers=args.workers)  # fmt: skip
+    if "controlnet-measure" in stages:
+        pipe = StableDiffusionPipeline.from_pretrained(args.out / "sd").to(args.device)
+        pipe.set_progress_bar_config(disable=True)
+        engine, clip_judge = Engine(backbones.of(pipe, "sd"), "pocket"), Judge.open(str(args.out / "clip"), args.device)
+        _keep(args.work, "controlnet", controlnet.figures(engine, clip_judge, world, folder, _share(args, 100), args.work / "controlnet.png"))
 
 
 def _second(args: argparse.Namespace, stages: Sequence[str], art: Path, world: World) -> None:
@@ -224,7 +236,8 @@ def _third(args: argparse.Namespace, stages: Sequence[str], art: Path) -> None:
 
 
 def _flux(args: argparse.Namespace, art: Path, world: World, folder: Path) -> None:
-    clip, t5 = CLIPTokenizer.from_pretrained(args.out / "sd/tokenizer"), unigram.build(tokenizer.corpus(art))
+    clip = CLIPTokenizer.from_pretrained(args.out / "sd/tokenizer")
+    t5 = T5Tokenizer.from_pretrained(args.begin_flux / "tokenizer_2") if args.begin_flux else unigram.build(tokenizer.corpus(art))
     vae = AutoencoderKL.from_pretrained(args.out / "sd/vae", dtype=torch.float32)
     pictures, _ = batch(world, flux.UNSEEN, 512)
     with torch.no_grad():
@@ -232,7 +245,8 @@ def _flux(args: argparse.Namespace, art: Path, world: World, folder: Path) -> No
     scenes = base.stock(world, flux.reader(clip, t5), Loop.reached(args.work / "flux.pt"))
     with drawn_ahead([scenes], args.workers):
         model = flux.train(scenes, vae, clip, t5, args.out / "sd", args.work, minutes=_minutes(args, "flux"),
-                           device=torch.device(args.device), settings=flux.Settings(args.batch, compiled=args.compile))  # fmt: skip
+                           device=torch.device(args.device), settings=flux.Settings(args.batch, compiled=args.compile), begin=args.begin_flux,
+                           peak=args.flux_peak)  # fmt: skip
     export.export_flux(model.cpu(), vae.cpu(), clip, t5, folder)
 
 

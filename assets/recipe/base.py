@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from composition.training.attention import plain_attention
+from composition.hooks.kernels import attention_for
 
 from .autoencoder import encoded
 from .drawing import Pool, Stock, drawn_ahead
@@ -136,7 +136,7 @@ def train(world: World, vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path
         held = CLIPTextModel.from_pretrained(begin / "text_encoder", dtype=torch.float32)
         model.text.load_state_dict(held.state_dict())
     scenes = stock(world, read, first=Loop.reached(work / "base.pt") + joined()[0] * APART)
-    with drawn_ahead([scenes], workers), plain_attention(device, model.unet.config.sample_size**2):
+    with drawn_ahead([scenes], workers), attention_for(device, positions=model.unet.config.sample_size**2, gradients=True):
         model.to(device)
         model.unet.to(memory_format=torch.channels_last)
         vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()

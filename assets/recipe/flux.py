@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from composition.training.attention import plain_attention
+from composition.hooks.kernels import attention_for
 
 from . import base, unigram
 from . import tokenizer as clip_words
@@ -197,25 +197,38 @@ def pupil(teacher: Teacher, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Token
     return model
 
 
+def load(model: Flow, folder: Path) -> None:
+    """Write the weights of an exported model into one of the same shape and vocabulary."""
+    held = {"transformer": FluxTransformer2DModel, "text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+    parts = {"transformer": model.transformer, "text_encoder": model.text.clip, "text_encoder_2": model.text.t5}
+    for name, kind in held.items():
+        parts[name].load_state_dict(kind.from_pretrained(folder / name, dtype=torch.float32).state_dict())
+
+
 def reader(clip: CLIPTokenizer, t5: T5Tokenizer) -> Callable[[list[str]], torch.Tensor]:
     """Captions to the tokens (B, LENGTH + SHORT) that Text reads."""
     return lambda captions: torch.cat([clip_words.ids(clip, captions), unigram.ids(t5, captions, SHORT)], 1)
 
 
 def train(scenes: Stock, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, first: Path, work: Path, *, minutes: Minutes,
-          device: torch.device, settings: Settings = USUAL, average: float = 0.998, limit: int = 98_304, **shape: int) -> Flow:  # fmt: skip
+          device: torch.device, settings: Settings = USUAL, average: float = 0.998, limit: int = 98_304, begin: Path | None = None,
+          peak: float = 1.5e-3, **shape: int) -> Flow:  # fmt: skip
     """Train or resume; the checkpoint is ``work/flux.pt``. Returns the averaged weights.
 
     scenes: pictures and `reader`'s tokens. vae: with shift and scale in its config (`settle`). first: the folder of the first base, the
-    teacher, whose autoencoder and CLIP tokenizer these are. limit: scenes kept on the device.
+    teacher, whose autoencoder and CLIP tokenizer these are. limit: scenes kept on the device. begin: a folder of this shape whose weights
+    a new training begins with. peak: the highest learning rate.
     """
     vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     teacher = Teacher(first, vae, torch.device("cpu"))
-    model = pupil(teacher, vae, clip, t5, **shape).to(device)
+    model = pupil(teacher, vae, clip, t5, **shape)
+    if begin is not None:
+        load(model, begin)
+    model = model.to(device)
     teacher = Teacher(first, vae, device, settings.size if settings.compiled else 0)
     if settings.compiled and device.type != "cuda":
         model.transformer.compile_repeated_blocks(dynamic=False)
-    loop = Loop(model, work / "flux.pt", minutes=minutes, peak=1.5e-3, cool=0.35, average=average, hidden=hidden)
+    loop = Loop(model, work / "flux.pt", minutes=minutes, peak=peak, cool=0.35, average=average, hidden=hidden)
     padded = lengths(random.Random(loop.step))
     image_ids = places(vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1), device)
 
@@ -233,7 +246,7 @@ def train(scenes: Stock, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenize
             guess = velocity(model.transformer, pack(noisy), s, states, pooled, image_ids)
         return F.mse_loss(guess.float(), pack(goal))
 
-    with plain_attention(device, 2 * len(image_ids)), products(settings.blas):
+    with attention_for(device, positions=2 * len(image_ids), gradients=True), products(settings.blas):
         pool = latents_pool(scenes, vae, device, limit)
         batches = drop_captions(pool.batches(settings.size), reader(clip, t5)([""]).to(device))
         if device.type == "cuda":  # what a card cannot do shows before anything is compiled, and every length is compiled ahead

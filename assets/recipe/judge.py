@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from composition.training.attention import plain_attention
+from composition.hooks.kernels import attention_for
 
 from .autoencoder import tensor
 from .drawing import Pool, Stock
@@ -222,7 +222,7 @@ def train(source: Named, words: PreTrainedTokenizerFast, stock: Stock, folder: P
     def loss(pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return loss_of(learner, see, *questions.ask(blurred(tensor(pictures)), answers(labels, len(source.names))))
 
-    with plain_attention(device, LENGTH):
+    with attention_for(device, positions=LENGTH, gradients=True):
         loop.run(pool.batches(size), loss)
     ended()
     with loop.averaged():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from composition.training.attention import plain_attention
+from composition.hooks.kernels import attention_for
 from composition.training.defaults import halves
 from retrieval.judge import Judge
 
@@ -54,7 +54,7 @@ def paint(pipe: Any, prompts: Sequence[str], *, seed: int = 1, part: int = 50) -
         some = list(prompts[i : i + part])
         generators = [torch.Generator().manual_seed(seed * 100_000 + i + k) for k in range(len(some))]
         arguments = _flux_arguments(pipe, len(some)) if flux else {"guidance_scale": GUIDANCE}
-        with plain_attention(pipe.device, 256 if flux else denoiser.config.sample_size**2), half:
+        with attention_for(pipe.device, positions=256 if flux else denoiser.config.sample_size**2), half:
             done += pipe(some, num_inference_steps=STEPS, generator=generators, **arguments).images
     return done
 

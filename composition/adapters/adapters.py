@@ -139,6 +139,7 @@ class Adapters:
             raise RuntimeError("the weights of a fold cannot change while it lasts")
         gates = self._model.current.gates.get(self._denoiser)
         if gates is not None and folded is None:
+            self._model.prepare()
             gates.use(vector)
 
     def use_text(self, weights: Mapping[str, float]) -> None:
@@ -208,6 +209,7 @@ class Adapters:
     def _live(self, what: str) -> None:
         if self._model.current.fold is not None:
             raise RuntimeError(f"{what} while the weights are folded")
+        self._model.prepare()
 
     @contextmanager
     def _borrowed(self) -> Iterator[Gates | None]:

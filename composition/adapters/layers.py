@@ -23,7 +23,7 @@ class Laid:
     """One set of LoRAs laid out over the layers: what is attached while its session lasts.
 
     stacks, gates: by component. text_live: the text encoders that each of the LoRAs changes. fold: while their sum is in the weights.
-    learning: they are in training.
+    learning: they are in training. prepared: `Layers.prepare` has seen it.
     """
 
     names: tuple[str, ...] = ()
@@ -33,6 +33,7 @@ class Laid:
     gates: dict[str, Gates] = field(default_factory=dict)
     fold: Fold | None = None
     learning: bool = False
+    prepared: bool = False
 
 
 class Layers:
@@ -139,6 +140,21 @@ class Layers:
         """The denoiser's layers that the current set changes, with their stacks, by path."""
         stacks = self.current.stacks.get(self.denoiser, {})
         return {path: (module, stacks[path]) for path, module in self.modules[self.denoiser].items() if path in stacks}
+
+    def prepare(self) -> None:
+        """Where the denoiser or a part of it is compiled, make the layers' copies of their factors now, once for each set.
+
+        Made by the first forward they would be a part of its graph, and every later one would be compiled anew.
+        """
+        laid = self.current
+        if laid.prepared or laid.learning:
+            return
+        laid.prepared = True
+        if any(module._compiled_call_impl is not None for module in self.components[self.denoiser].modules()):
+            for module, stack in self.touched().values():
+                weight = module.weight
+                if isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta:
+                    stack.prepare(weight)
 
     @contextmanager
     def folded(self, fold: Fold) -> Iterator[None]:

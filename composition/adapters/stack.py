@@ -57,6 +57,12 @@ class Stack:
         down, up = (float(torch.linalg.vector_norm(factor.double())) for factor in (part.stored_down, part.stored_up))
         return abs(part.scale) * down * up
 
+    def prepare(self, like: Tensor) -> None:
+        """Make whatever the first activations of the device and dtype of `like` would make."""
+        self.product(like)
+        self.gates.on(like.device)
+        self._padded(like.device)
+
     def product(self, like: Tensor) -> Product:
         """The factors in the device and dtype of `like`."""
         held = self._product
@@ -72,8 +78,8 @@ class Stack:
         return Product(down, up, self._owners(device))
 
     def _owners(self, device: torch.device) -> Int[Tensor, "P"]:
-        ranks = torch.tensor([b - a for a, b in self.spans])
-        return torch.arange(len(self.spans)).repeat_interleave(ranks).to(device)
+        # From numbers, and not by operations on a tensor of ranks: a compiler would not know the length, and break the graph here.
+        return torch.tensor([k for k, (begin, end) in enumerate(self.spans) for _ in range(begin, end)], dtype=torch.long).to(device)
 
     def delta(self, weights: Sequence[float], device: torch.device, dtype: torch.dtype) -> Float[Tensor, "out in *kernel"]:
         """sum_k weight_k B_k A_k, computed there in `dtype`: what a fold adds to the weight. No copy of the factors stays."""
@@ -94,17 +100,17 @@ class Stack:
             if index is not None:
                 downs, ups = downs.index_select(0, index), ups.index_select(1, index)
             return downs, ups.transpose(0, 1)
-        slots, present = self._padded(rank, down.device)
+        slots, present = self._padded(down.device)
         if index is not None:
             slots, present = slots.index_select(0, index), present.index_select(0, index)
         downs = down.index_select(0, slots.flatten()).unflatten(0, slots.shape)
         ups = up.index_select(1, slots.flatten()).unflatten(1, slots.shape).transpose(0, 1)
         return downs, ups * present[:, None]
 
-    def _padded(self, rank: int, device: torch.device) -> tuple[Int[Tensor, "K r"], Bool[Tensor, "K r"]]:
-        """For adapters of different ranks: which rank of the stack each of the `rank` of an adapter is, and whether it has it."""
+    def _padded(self, device: torch.device) -> tuple[Int[Tensor, "K r"], Bool[Tensor, "K r"]]:
+        """For adapters of different ranks: which rank of the stack each of the largest rank r of an adapter is, and whether it has it."""
         if self._slots is None:
-            offset = torch.arange(rank)
+            offset = torch.arange(max(b - a for a, b in self.spans))
             begin, end = (torch.tensor(side)[:, None] for side in zip(*self.spans, strict=True))
             present = begin + offset < end
             self._slots = torch.where(present, begin + offset, 0).to(device), present.to(device)

@@ -89,6 +89,28 @@ class _Act:
     repeat: AttentionOverride
 
 
+class _Updating:
+    """A linear layer's hook that updates its output while its act is acting. born: as of a seam, for `abandon`."""
+
+    def __init__(self, banks: "Banks", act: _Act, path: str, update: Change) -> None:
+        self.banks, self.act, self.path, self.update = banks, act, path, update
+        self.ran, self.born = False, attention.mark()
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.act not in self.banks._acting:
+            return None
+        self.ran = True
+        return self.update(inputs[0], output)
+
+
+def abandon(denoiser: nn.Module, since: int) -> None:
+    """Take off the updates that contexts begun since then (`attention.mark`) have left, interrupted; `attention.abandon` takes the rest."""
+    for module in denoiser.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, _Updating) and hook.born >= since:
+                module._forward_hooks.pop(key, None)
+
+
 class Banks:
     """The attention layers of one denoiser that banks are of: those that read the prompt (`Backbone.prompt_attention`)."""
 
@@ -163,49 +185,39 @@ class Banks:
     @contextmanager
     def _hooked(self, act: _Act, *, whole: bool = True, skips: Callable[[str], bool] = lambda path: False) -> Iterator[None]:
         """The hooks of an act, which do nothing while it is not acting. whole: every layer has to run."""
-        before, handles, updated = self._acting, [], set[str]()
+        before, handles, hooks = self._acting, [], []
 
         def override(call: Attention, attend: Attend) -> Tensor:
             return act.override(call, attend) if act in self._acting else attend(call)
 
-        def updating(path: str, update: Change) -> Callable[..., Tensor | None]:
-            def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-                if act not in self._acting:
-                    return None
-                updated.add(path)
-                return update(inputs[0], output)
-
-            return hook
-
         try:
             self._acting = (*before, act)
             for path, update in act.updates.items():
-                handles.append(self.denoiser.get_submodule(path).register_forward_hook(updating(path, update)))
+                hooks.append(_Updating(self, act, path, update))
+                handles.append(self.denoiser.get_submodule(path).register_forward_hook(hooks[-1]))
             with attention.override(self.denoiser, [name for name in self.layers if not skips(name)], override, whole=whole):
                 yield
         finally:
             self._acting = before
             for handle in handles:
                 handle.remove()
-        if whole and (missed := [path for path in act.updates if path not in updated]):
+        if whole and (missed := [hook.path for hook in hooks if not hook.ran]):
             raise RuntimeError(f"{len(missed)} of the {len(act.updates)} layers that a condition's LoRA changes did not run (the first is {missed[0]})")
 
 
 def _with(call: Attention, banks: Sequence[Appended]) -> Attention:
     """An attention with these banks' keys and values after its own, and with the bias that their strengths amount to."""
-    keys, values, columns = [call.key], [call.value], []
+    keys, values = [call.key], [call.value]
     for item in banks:
         key, value = (_rows(part, item.rows, call.query.shape[0]).to(call.key) for part in item.bank.layers[call.layer])
         keys.append(key)
         values.append(value)
-        columns.append(call.key.new_full((1, 1, 1, key.shape[-2]), math.log(item.strength)))
-    own, bias = call.key.shape[-2], call.bias
-    if bias is None and any(item.strength != 1 for item in banks):
-        bias = call.key.new_zeros(1, 1, 1, 1)
-    if bias is not None:
-        bias = bias.expand(*bias.shape[:-1], own)
-        column = torch.cat(columns, -1).to(bias)
-        bias = torch.cat([bias, column.expand(*bias.shape[:-1], -1)], -1)
+    bias = call.bias
+    if bias is not None or any(item.strength != 1 for item in banks):
+        bias = call.key.new_zeros(1, 1, 1, 1) if bias is None else bias
+        columns = [bias.new_full((1, 1, 1, item.bank.tokens), math.log(item.strength)) for item in banks]
+        own = bias.expand(*bias.shape[:-1], call.key.shape[-2])
+        bias = torch.cat([own, torch.cat(columns, -1).expand(*bias.shape[:-1], -1)], -1)
     return call._replace(key=torch.cat(keys, -2), value=torch.cat(values, -2), bias=bias)
 
 

@@ -142,7 +142,7 @@ def write(
     for where, layer in factors.items():
         block, _, inner = where.partition(".attn.")
         for role, factor in (("down", layer.stored_down), ("up", layer.stored_up)):
-            tensors[f"{block}.attn.processor.{_ROLES[inner]}_loras.0.{role}.weight"] = factor.detach().to("cpu", dtype).contiguous()
+            tensors[f"{block}.attn.processor.{_ROLES[inner]}_loras.0.{role}.weight"] = factor.detach().to("cpu", dtype, copy=True).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(path, writer.ordered(save(tensors, metadata={"format": "pt", **(words or {}), **settings.words()})))
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -56,17 +57,17 @@ _FILES = (
     (("img_in.lora_A.", ".norm.query_norm.scale"), Found("control-lora")),
 )  # fmt: skip
 _WIDENED = ("img_in.lora_A.weight", "x_embedder.lora_A.weight")  # of a control LoRA, with more inputs than a packed latent has
-_LATENT = 64  # numbers in FLUX's packed latent
+LATENT = 64  # numbers of a token of FLUX's latents
 
 
-def recognise(path: Path) -> Found:
-    """What a safetensors file or a folder is. Raises Refused for a file that is broken."""
-    return _of_folder(path) if path.is_dir() else _of_file(path)
+def recognise(path: Path, inputs: int = LATENT) -> Found:
+    """What a safetensors file or a folder is. inputs: of FLUX's input projection. Raises Refused for a file that is broken."""
+    return _of_folder(path) if path.is_dir() else _of_file(path, stamp(path), inputs)
 
 
-def usable(path: Path) -> Kind:
+def usable(path: Path, inputs: int = LATENT) -> Kind:
     """The kind, "" for none of these. Raises Refused for their kin that are not supported."""
-    found = recognise(path)
+    found = recognise(path, inputs)
     if found.trouble:
         raise Refused(f"{path.name} {found.trouble}")
     return found.kind
@@ -80,14 +81,16 @@ def of_names(names: Collection[str]) -> Found:
     return Found()
 
 
-def _of_file(path: Path) -> Found:
+@lru_cache(maxsize=4096)  # whole folders of LoRAs are looked through
+def _of_file(path: Path, stamp: tuple[object, ...], inputs: int) -> Found:
+    """In the state that `stamp` stands for."""
     if path.suffix.lower() != ENDING:
         return Found()
     tensors = load_header(path).tensors
     found = of_names(tensors.keys())
     if found == Found():
         widths = [tensor.shape[-1] for name, tensor in tensors.items() if name.endswith(_WIDENED) and tensor.ndim == 2]
-        return Found("control-lora") if widths and widths[0] > _LATENT else found
+        return Found("control-lora") if widths and widths[0] > inputs else found
     return found
 
 

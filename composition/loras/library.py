@@ -63,7 +63,8 @@ def condition_loras(model: str, folders: Sequence[Path] = ()) -> list[tuple[Path
     rows, own = [], _places(model, (), conditions=True)
     for place, path in _files(model, folders, conditions=True):
         with suppress(Exception):  # one file, whatever is wrong with it, does not take the others down
-            rows.append((path, condition.describe(path)[0], place in own))
+            if _is_condition(path, stamp(path)):
+                rows.append((path, condition.describe(path)[0], place in own))
     return rows
 
 

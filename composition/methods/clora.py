@@ -20,6 +20,7 @@ from torch import Tensor
 
 from composition.hooks import masks
 from composition.hooks.attention import frozen
+from composition.hooks.kernels import attention_for
 from composition.loop import Predict, Prediction, Step
 from composition.methods import method
 from composition.methods.shared import concepts as shared
@@ -154,7 +155,7 @@ class _Course:
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, " B"]]:
         """d(sum of losses) / d latents, and the losses. maps: of these latents, without a graph."""
         rows = "all" if self.options.reference else "positive"
-        with torch.enable_grad():
+        with torch.enable_grad(), attention_for(self.run.backbone.device, gradients=True):
             if self.options.two_phase:
                 leaves = maps.detach().requires_grad_()
                 loss = self._loss(leaves, concepts, kinds)

@@ -19,9 +19,9 @@ from composition.adapters import Adapters
 from composition.adapters.trainable import Trainable
 from composition.backbones import vae
 from composition.backbones.base import Backbone
+from composition.hooks.kernels import attention_for
 from composition.loras.writer import write
 from composition.refusal import Refused
-from composition.training.attention import plain_attention
 from composition.training.batches import BaseRows, Batch, Batches
 from composition.training.compiled import Compiled
 from composition.training.losses import Losses
@@ -123,7 +123,8 @@ class Learning:
         """Adds to the gradients; returns the loss of each adapter."""
         device, goal = self.backbone.device, batch.goal
         positions = batch.noisy.shape[-2] * batch.noisy.shape[-1]
-        with plain_attention(device, positions), self.lent():  # the backward pass too: it may compute activations again
+        # The backward pass, too: it may compute activations again.
+        with attention_for(device, positions=positions, gradients=True), self.lent():
             with torch.autocast(device.type, torch.bfloat16, enabled=self.plan.half):
                 if batch.base_rows is not None:
                     goal = goal + _base(self.backbone, self.adapters, batch, batch.base_rows)

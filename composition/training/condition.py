@@ -21,12 +21,12 @@ from composition import conditions
 from composition.adapters.trainable import Shape, Trainable
 from composition.backbones.flux import packed
 from composition.hooks.banks import Appended, Banks, Update, easycontrol
+from composition.hooks.kernels import attention_for
 from composition.loop import Conditioning
 from composition.loras import condition as files
 from composition.loras.kinds.lora import Factors
 from composition.refusal import Refused
 from composition.training import noise
-from composition.training.attention import plain_attention
 from composition.training.batches import BaseRows
 from composition.training.draws import Fresh
 from composition.training.encodings import Encodings
@@ -192,7 +192,7 @@ class Learning:
         """Adds to the gradients; returns the loss."""
         device, goal = self.backbone.device, rows.goal
         positions = rows.noisy.shape[-2] * rows.noisy.shape[-1] // 4 + len(rows.ids)
-        with plain_attention(device, positions), self.lent():  # the backward pass too: it may compute activations again
+        with attention_for(device, positions=positions, gradients=True), self.lent():  # the backward pass too: it may compute activations again
             with torch.autocast(device.type, torch.bfloat16, enabled=self.plan.half):
                 if rows.base_rows is not None:
                     goal = goal + _base(self.backbone, rows, rows.base_rows)

@@ -32,7 +32,7 @@ class Toy(NamedTuple):
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Toy:
     root = tmp_path_factory.mktemp("toy")
-    pipe = toys.sd()
+    pipe = toys.sd(blocks=(16, 32))
     pipe.save_pretrained(root / "model")
     (root / "loras").mkdir()
     for seed, name in enumerate(("fox", "owl", "ink")):

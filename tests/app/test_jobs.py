@@ -315,11 +315,11 @@ def test_a_job_shows_previews_except_where_looking_moves_the_model(monkeypatch):
 
 def test_cancelled_midway_the_next_picture_is_as_if_alone():
     with Engine.open("pocket", device="cpu") as engine:
-        request = Request("an owl on the moon", loras=[Lora("owl"), Lora("moon", 0.5)], steps=4, seed=3)
+        request = Request("an owl on the moon", loras=[Lora("owl"), Lora("moon", 0.5)], steps=4, seed=3, size=(64, 64))
         alone = engine.run(request).images[0]
         moved = threading.Event()
         with Jobs(engine, lambda result: "") as jobs:
-            a = jobs.submit(Request("a raccoon", loras=[Lora("raccoon")], method="composite", steps=1000))
+            a = jobs.submit(Request("a raccoon", loras=[Lora("raccoon")], method="composite", steps=1000, size=(64, 64)))
             b = jobs.submit(request)
             while not a.step and not a.finished.is_set():
                 moved.wait(0.01)
@@ -332,7 +332,7 @@ def test_cancelled_midway_the_next_picture_is_as_if_alone():
 
 def test_the_page_pins_a_measured_order_and_tells_who_led_when(tmp_path):
     """As generate does: the record makes the picture again anywhere."""
-    asked = Request("a fox and a raccoon on the moon", loras=[Lora("raccoon"), Lora("moon")], method="cmlora", steps=4)
+    asked = Request("a fox and a raccoon on the moon", loras=[Lora("raccoon"), Lora("moon")], method="cmlora", steps=4, size=(64, 64))
     with Engine.open("pocket", device="cpu") as engine, Jobs(engine, lambda result: tmp_path / "a.png") as jobs:
         job = jobs.submit(asked)
         wait(job)

@@ -10,15 +10,16 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
+from assets.recipe import measure
 from assets.recipe.loras import CARDS, FLUX, judge_phrase, stem
-from assets.recipe.measure import paint
 from assets.recipe.objects import OBJECTS, article
 from assets.recipe.places import PLACES
+from composition import bundled
 from retrieval.judge import Judge
 
 open_clip = pytest.importorskip("open_clip")
 
-POCKET = Path(__file__).parents[2] / "assets/pocket"
+POCKET = Path(__file__).parents[2] / "assets/pocket128"
 CLIP = POCKET / "clip"
 
 
@@ -43,7 +44,9 @@ def judge():
 def pictures():
     pipe = StableDiffusionPipeline.from_pretrained(POCKET / "sd", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    return paint(pipe, [f"{thing} {PLACES[place][0]}" for thing, place in ASKED])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "STEPS", 10)
+        return measure.paint(pipe, [f"{thing} {PLACES[place][0]}" for thing, place in ASKED])
 
 
 ASKED = [("a fox", "snow"), ("a panda", "beach"), ("a pumpkin", "night"), ("a frog", "red"), ("a car", "yellow"), ("a pig", "sea")]
@@ -87,8 +90,9 @@ def test_it_tells_pockets_pictures_apart(judge, pictures):
     assert (scores.roll(1, 0).argmax(1) == own).float().mean() <= 1 / 3  # and not with a neighbour's
 
 
-@pytest.mark.parametrize(("testbed", "loras", "names"), [("testbed", "loras", CARDS), ("testbed-flux", "flux-loras", FLUX)])
-def test_a_testbed_names_loras_that_are_there(testbed, loras, names):
-    rows = json.loads((POCKET / f"{testbed}.json").read_text())
-    there = {file.stem for file in (POCKET / loras).glob("*.safetensors")}
+@pytest.mark.parametrize(("model", "names"), [("pocket", CARDS), ("pocket-flux", FLUX)])
+def test_a_testbed_names_loras_that_are_there(model, names):
+    bundle = bundled.BUNDLES[model]
+    rows = json.loads(bundled.path(bundle.testbed).read_text())
+    there = {file.stem for file in bundled.path(bundle.loras).glob("*.safetensors")}
     assert {entry["id"] for entries in rows.values() for entry in entries} == there == {stem(name) for name in names}

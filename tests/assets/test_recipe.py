@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from assets.recipe import autoencoder, base, flux, judge, loras, testbed, tokenizer, unigram
+from assets.recipe import autoencoder, base, export, flux, judge, loras, testbed, tokenizer, unigram
 from assets.recipe.labelled import Named
 from assets.recipe.loop import Loop
 from assets.recipe.muon import Muon, orthogonal
+from assets.recipe.shorten import shorten
 from composition.training.concept import TARGETS
 
 
@@ -187,7 +190,7 @@ def test_the_lora_plan_names_known_layers():
     assert set(loras.PLAN.targets) <= set(TARGETS)
 
 
-SD = Path(__file__).parents[2] / "assets/pocket/sd"
+SD = Path(__file__).parents[2] / "assets/pocket128/sd"
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +240,38 @@ def test_t5_begins_with_what_clip_says_of_each_piece():
     state = clip(tokens).last_hidden_state[0, last]
     torch.testing.assert_close(row, state / state.pow(2).mean().sqrt())
     assert torch.equal(t5.encoder.embed_tokens.weight, t5.shared.weight)
+
+
+def test_a_second_base_begins_with_the_weights_of_a_folder(tmp_path):
+    vae = AutoencoderKL.from_pretrained(SD / "vae", dtype=torch.float32)
+    clip, t5 = CLIPTokenizer.from_pretrained(SD / "tokenizer"), unigram.build(["a fox in the snow"] * 60)
+    shape = {"width": 32, "double": 1, "single": 1}
+    torch.manual_seed(1)
+    held, other = flux.build(vae, clip, t5, **shape), flux.build(vae, clip, t5, **shape)
+    export.export_flux(held, vae, clip, t5, tmp_path / "flux")
+    flux.load(other, tmp_path / "flux")
+    assert all(torch.equal(mine.half(), theirs) for mine, theirs in zip(other.parameters(), held.parameters(), strict=True))
+
+
+def test_a_shortened_lora_is_the_nearest_of_its_rank(tmp_path):
+    rng = torch.Generator().manual_seed(3)
+    down, up, wide = torch.randn(8, 12, generator=rng), torch.randn(10, 8, generator=rng), torch.randn(8, 3, 3, 3, generator=rng)
+    tensors = {"unet.a.lora_A.weight": down, "unet.a.lora_B.weight": up, "unet.b.lora_A.weight": wide,
+               "unet.b.lora_B.weight": torch.randn(5, 8, 1, 1, generator=rng)}  # fmt: skip
+    file = tmp_path / "a.safetensors"
+    save_file(tensors, file, metadata={"title": "A"})
+    kept = shorten(file, 5)
+    short = load_file(file)
+    assert {name: tuple(tensor.shape) for name, tensor in short.items()} == {
+        "unet.a.lora_A.weight": (5, 12), "unet.a.lora_B.weight": (10, 5), "unet.b.lora_A.weight": (5, 3, 3, 3), "unet.b.lora_B.weight": (5, 5, 1, 1)}  # fmt: skip
+    strengths = torch.linalg.svdvals(up @ down)
+    error = (up @ down - short["unet.a.lora_B.weight"] @ short["unet.a.lora_A.weight"]).norm()
+    torch.testing.assert_close(error, strengths[5:].norm(), rtol=1e-4, atol=1e-4)
+    conv = tensors["unet.b.lora_B.weight"].flatten(1) @ wide.flatten(1)  # of rank 5 already
+    torch.testing.assert_close(short["unet.b.lora_B.weight"].flatten(1) @ short["unet.b.lora_A.weight"].flatten(1), conv, rtol=1e-4, atol=1e-4)
+    conv_energy = torch.linalg.svdvals(conv).square().sum()
+    assert kept == pytest.approx(float((strengths[:5].square().sum() + conv_energy) / (strengths.square().sum() + conv_energy)), rel=1e-5)
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["title"] == "A"
+    before = file.read_bytes()
+    assert shorten(file, 5) == 1.0 and file.read_bytes() == before

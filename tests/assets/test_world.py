@@ -20,16 +20,16 @@ def art(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world(art):
-    return World(art, objects=12, places=6, vendors=("noto",), also=("owl", "moon", *WORN), variants=4)
+    return World(art, objects=12, places=6, size=32, vendors=("noto",), also=("owl", "moon", *WORN), variants=4)
 
 
 def test_the_same_seed_is_the_same_scene(art, world):
-    again = World(art, objects=12, places=6, vendors=("noto",), variants=4)
+    again = World(art, objects=12, places=6, size=32, vendors=("noto",), variants=4)
     for seed in (0, 7, 10**9):
         a, b = world.scene(seed), again.scene(seed)
         assert np.array_equal(a.picture, b.picture) and a.caption == b.caption
     assert not np.array_equal(world.scene(1).picture, world.scene(2).picture)
-    other = World(art, objects=12, places=6, vendors=("noto",), variants=4, seed=1)
+    other = World(art, objects=12, places=6, size=32, vendors=("noto",), variants=4, seed=1)
     assert world.scene(3).caption != other.scene(3).caption or not np.array_equal(world.scene(3).picture, other.scene(3).picture)
 
 
@@ -102,8 +102,8 @@ def test_a_vendor_can_be_fixed(art):
 
 
 def test_strange_words_stand_for_objects_in_a_few_captions(art):
-    plain = World(art, objects=12, places=6, vendors=("noto",), variants=4)
-    strange = World(art, objects=12, places=6, vendors=("noto",), variants=4, strange=("zebra crossing",))
+    plain = World(art, objects=12, places=6, size=32, vendors=("noto",), variants=4)
+    strange = World(art, objects=12, places=6, size=32, vendors=("noto",), variants=4, strange=("zebra crossing",))
     captions = [(plain.scene(seed), strange.scene(seed)) for seed in range(1500)]
     changed = [b for _, b in captions if "zebra crossing" in b.caption]
     assert STRANGE / 2 < len(changed) / len(captions) < STRANGE * 2

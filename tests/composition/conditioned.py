@@ -21,7 +21,7 @@ def factors(width=32, rank=4, seed=0, double=2, single=2, scale=0.2):
 
 def write(path, pairs, **settings):
     """A file in the released layout; settings become its header."""
-    tensors = {f"{key}.{role}.weight": value.contiguous() for key, pair in pairs.items() for role, value in zip(("down", "up"), pair, strict=True)}
+    tensors = {f"{key}.{role}.weight": value.contiguous().clone() for key, pair in pairs.items() for role, value in zip(("down", "up"), pair, strict=True)}
     save_file(tensors, path, metadata={f"condition.{name}": str(value) for name, value in settings.items()} or None)
     return path
 

@@ -35,6 +35,9 @@ def engines():
     return {family: Engine(backbones.of(make(dtype=torch.float64), family.removesuffix("-dev")), "toy") for family, make in FAMILIES.items()}
 
 
+SHAPED = ("sd", "flux")  # one UNet and one transformer: where the tests of a method check shapes
+
+
 @pytest.fixture
 def shapes_unchecked():
     """Without the check of shapes, which takes half the time of a toy's run and is no part of what is compiled."""

@@ -5,10 +5,11 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from composition import Refused, pictures
-from composition.annotators import ANNOTATORS, annotate
+from composition.annotators import ANNOTATORS, annotate, plugins
 
 WEIGHTLESS = [name for name, annotator in ANNOTATORS.items() if not annotator.extra]
 DRAWN = [name for name in WEIGHTLESS if name != "hole"]
@@ -128,8 +129,8 @@ def test_a_picture_of_one_colour_has_tones_and_no_lines(colour):
 
 def test_a_large_picture_is_annotated_at_the_size_of_what_it_controls():
     """Its edges are one pixel wide there, where those of the large one would fade into grey."""
-    large, small = scene(1600, 1200), (64, 48)
-    for size, fitted in (((64, 48), (64, 48)), ((64, 64), (86, 64)), ((30, 48), (64, 48)), ((1024, 1024), (1366, 1024)), ((4000, 3000), (1600, 1200))):
+    large, small = scene(640, 480), (64, 48)
+    for size, fitted in (((64, 48), (64, 48)), ((64, 64), (86, 64)), ((30, 48), (64, 48)), ((400, 400), (534, 400)), ((4000, 3000), (640, 480))):
         assert annotate("canny", large, size).size == fitted
     assert (np.asarray(annotate("canny", large, small)) == np.asarray(annotate("canny", large.resize(small, Image.Resampling.BOX)))).all()
 
@@ -274,3 +275,48 @@ def test_folders_leave_the_text():
 def test_text_that_is_no_picture_is_refused(text):
     with pytest.raises(Refused, match="the picture of condition canny cannot be used"):
         pictures.condition_as_text(text, "canny")
+
+
+# annotators with a network ------------------------------------------------------------------------------------------------
+
+NETWORKS = [name for name, annotator in ANNOTATORS.items() if annotator.extra]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_not_installed_is_refused_with_what_to_install(name, monkeypatch):
+    monkeypatch.setattr(plugins, "DEPTH", "nobody/no-such-model")
+    with pytest.raises(Refused, match=f"annotator {name} needs .*as it is"):
+        annotate(name, scene())
+    assert ANNOTATORS[name].licence and ANNOTATORS[name].extra
+
+
+def test_a_package_offers_an_annotator(monkeypatch):
+    class Entry:
+        load = staticmethod(lambda: lambda picture: picture.convert("L").resize((8, 8)))
+
+    monkeypatch.setattr(plugins, "entry_points", lambda group, name: [Entry] if (group, name) == ("medley.annotators", "pose") else [])
+    drawn = annotate("pose", scene())
+    assert (drawn.size, drawn.mode) == ((160, 120), "RGB")
+    Entry.load = staticmethod(lambda: lambda picture: "x")
+    with pytest.raises(Refused, match="made no picture but a str"):
+        annotate("pose", scene())
+
+
+def test_depth_by_a_toy_of_its_class(tmp_path, monkeypatch):
+    """The code around the network, on one of random weights; the real one was not run."""
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
+
+    eye = Dinov2Config(image_size=28, patch_size=14, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, reshape_hidden_states=False,
+                       out_features=["stage1", "stage2", "stage3", "stage4"])
+    torch.manual_seed(0)
+    net = DepthAnythingForDepthEstimation(DepthAnythingConfig(
+        backbone_config=eye, reassemble_hidden_size=16, neck_hidden_sizes=[4, 4, 8, 8], fusion_hidden_size=8, head_hidden_size=4, patch_size=14))
+    net.save_pretrained(tmp_path)
+    DPTImageProcessor(size={"height": 56, "width": 56}, ensure_multiple_of=14, keep_aspect_ratio=True).save_pretrained(tmp_path)
+    monkeypatch.setattr(plugins, "_folder", lambda repository: str(tmp_path))
+    drawn = np.asarray(annotate("depth", scene()))
+    assert drawn.shape == (120, 160, 3) and (drawn.min(), drawn.max()) == (0, 255) and (drawn[..., 0] == drawn[..., 2]).all()
+    (tmp_path / "model.safetensors").unlink()
+    plugins._depth_model.cache_clear()
+    with pytest.raises(Refused, match="cannot be opened"):
+        annotate("depth", scene())

@@ -26,7 +26,7 @@ from tests import toys
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """(model folder, LoRA folder) of a toy."""
-    root, pipe = tmp_path_factory.mktemp("batch"), toys.sd()
+    root, pipe = tmp_path_factory.mktemp("batch"), toys.sd(blocks=(16, 32))
     pipe.save_pretrained(root / "model")
     (root / "loras").mkdir()
     for seed, name in enumerate(("fox", "owl")):

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from composition import Engine, Lora, Request, backbones, methods
 from composition.adapters import Adapters
 from composition.adapters.gates import Gates
+from composition.adapters.layers import Layers
 from composition.adapters.stack import Stack
 from composition.backbones import flux, schedulers
 from composition.backbones.flux import FluxBackbone
@@ -27,14 +28,42 @@ CASES = [(family, name) for family in FAMILIES for name in methods.all() if fami
 
 @pytest.fixture(autouse=True)
 def shapes_checked_once(request):
-    """Shapes are checked by one law alone, `seeds`, which goes through every method and family."""
-    if "seeds" not in request.node.name:
+    """Shapes are checked by one test alone, which goes through every method and family."""
+    if request.node.originalname != "test_shapes":
         request.getfixturevalue("shapes_unchecked")
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
-def case(request, engines, lora_files):
-    return asked(*request.param, engines, lora_files)
+@pytest.fixture(scope="module")
+def stock(lora_files):
+    return Stock(lora_files)
+
+
+class Stock:
+    """Stock pipelines with their families' LoRA files in PEFT's layers, and what they draw: made once, used by many tests."""
+
+    def __init__(self, files):
+        self._files, self._pipes, self._drawn = files, {}, {}
+
+    def pipe(self, family):
+        """The pipeline with a new scheduler of its own kind, and the names of its adapters."""
+        if family not in self._pipes:
+            pipe = FAMILIES[family](dtype=torch.float64)
+            self._pipes[family] = pipe, reference.load(pipe, self._files[family], [1.0] * len(self._files[family]))
+            self._pipes[family] += (pipe.scheduler,)
+        pipe, names, scheduler = self._pipes[family]
+        pipe.scheduler = type(scheduler).from_config(scheduler.config)
+        return pipe, names
+
+    def draw(self, family, weights, asked):
+        """Final latents of the stock call for this request with adapter k at weights[k], the others off."""
+        key = family, tuple(weights.items()), repr(asked)
+        if key not in self._drawn:
+            pipe, names = self.pipe(family)
+            pipe.scheduler = schedulers.make(asked.sampler, pipe.scheduler)
+            pipe.set_adapters([names[k] for k in weights], list(weights.values()))
+            generators = [torch.Generator().manual_seed(seed) for seed in asked.seeds]
+            self._drawn[key] = reference.stock(pipe, asked.prompt, asked.negative, asked.steps, asked.guidance, generators, asked.size[0])
+        return self._drawn[key]
 
 
 def asked(family, name, engines, lora_files):
@@ -43,7 +72,7 @@ def asked(family, name, engines, lora_files):
 
 
 LAWS = (laws.none_is_plain, laws.seeds, laws.batch, laws.loop_or_batch, laws.weight_counts, laws.weight_zero, laws.off_at_a_step, laws.returned,
-        laws.no_leak)  # fmt: skip
+        laws.no_leak, laws.order, laws.one_is_merge)  # fmt: skip
 WHOLE = ("sd", "flux")  # families on which every law is checked of every method; of the others every pair of two of the three
 EVERY = 3
 
@@ -53,7 +82,8 @@ def combinations():
     for family, name in CASES:
         for number, law in enumerate(LAWS):
             turn = list(FAMILIES).index(family) + list(methods.all()).index(name) + number
-            if family in WHOLE or law is laws.seeds or turn % EVERY == 0:
+            due = law is not laws.one_is_merge or methods.find(name).single
+            if due and (family in WHOLE or turn % EVERY == 0):
                 yield pytest.param(family, name, law, id=f"{family}-{name}-{law.__name__}")
 
 
@@ -62,13 +92,12 @@ def test_law(family, name, law, engines, lora_files):
     law(*asked(family, name, engines, lora_files))
 
 
-def test_one_is_merge(case):
-    if methods.find(case[1]).single:
-        laws.one_is_merge(*case)
-
-
-def test_order(case):
-    laws.order(*case, symmetric=methods.find(case[1]).symmetric)
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_shapes(family, name, engines, lora_files, monkeypatch):
+    """Every shape in a signature is that of what is passed, in every method on every family, two pictures in a batch."""
+    engine, method, loras = asked(family, name, engines, lora_files)
+    monkeypatch.setattr(engine, "together", 2)
+    assert engine.run(laws.request(method, *loras, count=2, negative="an owl")).images
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,24 +149,30 @@ def test_half_precision(method, family, dtype, engines, half_engines, lora_files
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "method"), [("sd", "composite"), ("flux", "merge")])
 def test_compiled_is_eager(family, method, engines, lora_files):
-    compiled = Engine(backbones.of(FAMILIES[family](dtype=torch.float64), family), "toy", fold=False)
-    compiled.backbone.denoiser.compile(backend="eager")
-    laws.compiled_is_eager(compiled, engines[family], method, laws.loras_of(lora_files[family]))
+    laws.compiled_is_eager(_compiled(family), engines[family], method, laws.loras_of(lora_files[family]))
 
 
-def test_switch_with_heun_is_its_formula(engines, lora_files):
+def _compiled(family):
+    """An engine whose denoiser is compiled: FLUX's whole, of the UNet a block with attention and convolutions, which takes a fifth of the time."""
+    torch.compiler.reset()  # what other tests compiled would count as our graphs' variants
+    engine = Engine(backbones.of(FAMILIES[family](dtype=torch.float64), family), "toy", fold=False)
+    denoiser = engine.backbone.denoiser
+    (denoiser if family == "flux" else denoiser.down_blocks[0]).compile(backend="eager")
+    return engine
+
+
+def test_switch_with_heun_is_its_formula(engines, lora_files, stock):
     """One LoRA for the predictor and the corrector of each step, on stock PEFT layers and the stock scheduler."""
     engine, loras = engines["sd"], laws.loras_of(lora_files["sd"])
-    pipe, weights = FAMILIES["sd"](dtype=torch.float64), [lora.weight for lora in loras]
-    names = reference.load(pipe, lora_files["sd"], weights)
-    asked = laws.request("switch", *loras, sampler="heun", options={"tau": 2})
+    (pipe, names), weights = stock.pipe("sd"), [lora.weight for lora in loras]
+    asked = laws.request("switch", *loras, sampler="heun", options={"tau": 2}, steps=7)
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
 
     def combine(evaluation, predictor):
         return predictor(evaluation // 2 // 2 % 3)
 
     expected = reference.each(pipe, names, weights, asked.prompt, asked.negative, asked.steps, asked.guidance,
-                              torch.Generator().manual_seed(asked.seed), combine)
+                              torch.Generator().manual_seed(asked.seed), combine, laws.SIDE)
     laws.same(laws.latents(engine, asked), expected, 1e-7)
 
 
@@ -145,15 +180,11 @@ def test_switch_with_heun_is_its_formula(engines, lora_files):
     (family, sampler) for family in FAMILIES
     for sampler in (["default"] if family in laws.FLOWS else ["ddim", "euler", "euler-a", "dpm++2m", "unipc", "heun", "dpm2"])])
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "live"])
-def test_merge_is_the_stock_pipeline(family, sampler, fold, engines, lora_files):
+def test_merge_is_the_stock_pipeline(family, sampler, fold, engines, lora_files, stock):
     """Merge of two LoRAs against load_lora_weights + set_adapters + the stock call, two pictures."""
     engine, loras = engines[family], laws.loras_of(lora_files[family])[:2]
-    pipe = FAMILIES[family](dtype=torch.float64)
-    reference.load(pipe, lora_files[family][:2], [lora.weight for lora in loras])
-    pipe.scheduler = schedulers.make(sampler, pipe.scheduler)
     asked = laws.request("merge", *loras, count=2, sampler=sampler, negative="an owl")
-    generators = [torch.Generator().manual_seed(seed) for seed in asked.seeds]
-    expected = reference.stock(pipe, asked.prompt, asked.negative, asked.steps, asked.guidance, generators)
+    expected = stock.draw(family, {k: lora.weight for k, lora in enumerate(loras)}, asked)
     kept = engine.fold
     try:
         engine.fold = fold
@@ -164,18 +195,17 @@ def test_merge_is_the_stock_pipeline(family, sampler, fold, engines, lora_files)
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["composite", "switch"])
-def test_method_is_its_formula(family, method, engines, lora_files):
+def test_method_is_its_formula(family, method, engines, lora_files, stock):
     """Composite and Switch against the paper's formulas on stock PEFT layers, text-encoder LoRAs included."""
     engine, loras = engines[family], laws.loras_of(lora_files[family])
-    pipe, weights = FAMILIES[family](dtype=torch.float64), [lora.weight for lora in loras]
-    names = reference.load(pipe, lora_files[family], weights)
+    (pipe, names), weights = stock.pipe(family), [lora.weight for lora in loras]
     options = {"tau": 2} if method == "switch" else {}
-    asked = laws.request(method, *loras, sampler="default" if family in laws.FLOWS else "ddim", options=options)
+    asked = laws.request(method, *loras, sampler="default" if family in laws.FLOWS else "ddim", options=options, steps=7 if method == "switch" else laws.STEPS)
     if family not in laws.FLOWS:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     call = (pipe, names, weights, asked.prompt, asked.negative, asked.steps, asked.guidance,
             torch.Generator().manual_seed(asked.seed))
-    expected = getattr(reference, method)(*call, **options)
+    expected = getattr(reference, method)(*call, **options, side=laws.SIDE)
     laws.same(laws.latents(engine, asked), expected, 1e-7)
 
 
@@ -184,7 +214,7 @@ def test_no_lora_is_the_stock_pipeline(family, engines):
     engine, pipe = engines[family], FAMILIES[family](dtype=torch.float64)
     asked = laws.request("composite")
     generators = [torch.Generator().manual_seed(asked.seed)]
-    expected = reference.stock(pipe, asked.prompt, "", asked.steps, asked.guidance, generators)
+    expected = reference.stock(pipe, asked.prompt, "", asked.steps, asked.guidance, generators, laws.SIDE)
     laws.same(laws.latents(engine, asked), expected, 1e-9)
 
 
@@ -214,14 +244,10 @@ def _alpha_ignored(monkeypatch):
     monkeypatch.setattr(Stack, "__init__", deaf)
 
 
-def _against_stock(engine, family, files, **changes):
-    loras = laws.loras_of(files)[1:2]
-    pipe = FAMILIES[family](dtype=torch.float64)
-    reference.load(pipe, files[1:2], [loras[0].weight])
-    asked = laws.request("merge", *loras, **changes)
-    generators = [torch.Generator().manual_seed(asked.seed)]
-    expected = reference.stock(pipe, asked.prompt, "", asked.steps, asked.guidance, generators)
-    laws.same(laws.latents(engine, asked), expected, 1e-7)
+def _against_stock(engine, family, files, stock, **changes):
+    (lora,) = laws.loras_of(files)[1:2]
+    asked = laws.request("merge", lora, **changes)
+    laws.same(laws.latents(engine, asked), stock.draw(family, {1: lora.weight}, asked), 1e-7)
 
 
 def test_mutant_gate_dropped(monkeypatch, engines, lora_files):
@@ -242,11 +268,26 @@ def test_mutant_rows_swapped(monkeypatch, engines, lora_files):
         laws.loop_or_batch(engines["sd"], "composite", laws.loras_of(lora_files["sd"]))
 
 
-def test_mutant_alpha_ignored(monkeypatch, engines, lora_files):
-    _against_stock(engines["sd"], "sd", lora_files["sd"])
+def test_mutant_alpha_ignored(monkeypatch, engines, lora_files, stock):
+    _against_stock(engines["sd"], "sd", lora_files["sd"], stock)
     _alpha_ignored(monkeypatch)
     with pytest.raises(AssertionError):
-        _against_stock(engines["sd"], "sd", lora_files["sd"])
+        _against_stock(engines["sd"], "sd", lora_files["sd"], stock)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", [
+    (Layers, "prepare", lambda self: None),
+    (Stack, "_owners", lambda self, device: torch.arange(len(self.spans)).repeat_interleave(torch.tensor([b - a for a, b in self.spans]))),
+], ids=["first forward another", "length from a tensor"])  # fmt: skip
+def test_mutant_graphs(mutant, monkeypatch, engines, lora_files):
+    """Factors laid out by the first forward are a second graph; ranks that a tensor tells are a break in every layer."""
+    owner, name, broken = mutant
+    monkeypatch.setattr(owner, name, broken)
+    if owner is Stack:
+        monkeypatch.setattr(Layers, "prepare", lambda self: None)
+    with pytest.raises(AssertionError):
+        laws.compiled_is_eager(_compiled("sd"), engines["sd"], "composite", laws.loras_of(lora_files["sd"]))
 
 
 def test_mutant_state_kept(monkeypatch, engines, lora_files):
@@ -342,27 +383,27 @@ def test_mutant_regional_text_swapped(family, method, monkeypatch, engines, lora
         laws.own_place(engines[family], method, laws.loras_of(lora_files[family]))
 
 
-def test_mutant_flux_guidance_ignored(monkeypatch, engines, lora_files):
-    _against_stock(engines["flux-dev"], "flux-dev", lora_files["flux-dev"])
+def test_mutant_flux_guidance_ignored(monkeypatch, engines, lora_files, stock):
+    _against_stock(engines["flux-dev"], "flux-dev", lora_files["flux-dev"], stock)
     monkeypatch.setattr(FluxBackbone, "embedded_guidance", lambda self, request: None)
     with pytest.raises(AssertionError):
-        _against_stock(engines["flux-dev"], "flux-dev", lora_files["flux-dev"])
+        _against_stock(engines["flux-dev"], "flux-dev", lora_files["flux-dev"], stock)
 
 
-def test_mutant_flux_packing_transposed(monkeypatch, engines, lora_files):
+def test_mutant_flux_packing_transposed(monkeypatch, engines, lora_files, stock):
     """Rows for columns, there and back."""
     packed, unpacked = flux.packed, flux.unpacked
     monkeypatch.setattr(flux, "packed", lambda latents: packed(latents.transpose(-1, -2)))
     monkeypatch.setattr(flux, "unpacked", lambda tokens, size: unpacked(tokens, size[::-1]).transpose(-1, -2))
     with pytest.raises(AssertionError):
-        _against_stock(engines["flux"], "flux", lora_files["flux"])
+        _against_stock(engines["flux"], "flux", lora_files["flux"], stock)
 
 
-def test_mutant_flux_rows_swapped(monkeypatch, engines, lora_files):
+def test_mutant_flux_rows_swapped(monkeypatch, engines, lora_files, stock):
     honest = FluxBackbone.denoise
     monkeypatch.setattr(FluxBackbone, "denoise", lambda self, latents, t, cond: honest(self, latents, t, cond).flip(0))
     with pytest.raises(AssertionError):
-        _against_stock(engines["flux"], "flux", lora_files["flux"])
+        _against_stock(engines["flux"], "flux", lora_files["flux"], stock)
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])

@@ -28,8 +28,8 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def toy(dtype=torch.float64, make=toys.sd):
-    pipe = make(dtype=dtype)
+def toy(dtype=torch.float64, make=toys.sd, **more):
+    pipe = make(dtype=dtype, **more)
     backbone = backbones.of(pipe, make.__name__.removesuffix("_distilled"))
     return backbone, Adapters(backbone.components, family=backbone.family, block=backbone.block)
 

@@ -225,16 +225,17 @@ def test_a_quantised_layer_is_trained_by_its_declared_sizes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "half", "targets"), [(toys.flux, False, ("attention", "feed_forward", "projection")), (toys.sd, True, LAYERS)],
+@pytest.mark.parametrize(("make", "small", "half", "targets"), [
+    (toys.flux, {"layers": 1}, False, ("attention", "feed_forward", "projection")), (toys.sd, {"blocks": (16, 32)}, True, LAYERS)],
                          ids=["flux", "sd-half"])  # fmt: skip
-def test_compiled_learns_the_same(tmp_path, monkeypatch, shapes_unchecked, make, half, targets):
+def test_compiled_learns_the_same(tmp_path, monkeypatch, shapes_unchecked, make, small, half, targets):
     """By the compiler's own kernels of operations: generating code for a processor takes many minutes, and is not ours."""
     torch.compiler.reset()  # what other tests compiled would count as our graphs' variants
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     seen = {}
     for compiled in (False, True):
-        backbone, adapters = toy(torch.float32, make)
+        backbone, adapters = toy(torch.float32, make, **small)
         losses = seen[compiled] = []
         before = dict(vars(backbone.denoiser))
         train(backbone, adapters, [concept(name, dtype=torch.float32) for name in ("fox", "owl")],

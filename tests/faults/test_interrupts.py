@@ -33,7 +33,7 @@ LATER = (NEVER, 3, 11, 29)  # instructions from one Ctrl-C to the next
 
 
 def the_engine(folder: Path, fold: bool = True) -> Engine:
-    pipe = toys.sd()
+    pipe = toys.sd(blocks=(16, 32))
     for seed, name in enumerate(("fox", "owl")):
         toys.lora(pipe, folder / f"{name}.safetensors", seed=seed, targets=("attn",), text=False)
     return Engine(backbones.of(pipe, "sd"), "toy", folders=[folder], fold=fold)
@@ -136,7 +136,7 @@ def run_batch(folder: Path, count: int | None) -> tuple[int, int]:
 
 def run_sessions(folder: Path, count: int | None) -> tuple[int, int]:
     """Adapters by themselves: sessions, folds, rows, regional gates; `repair` makes the model the bare base."""
-    pipe = toys.sd(dtype=torch.float64)
+    pipe = toys.sd(dtype=torch.float64, blocks=(16, 32))
     backbone = UNetBackbone(pipe, "sd")
     held = Adapters(backbone.components, family="sd", block=backbone.block, axis=backbone.axis)
     sources = [(name, Lora(name), toys.lora(pipe, folder / f"{name}.safetensors", seed=seed, targets=("attn",), text=False))

@@ -1,6 +1,6 @@
 """What only a GPU can show, by one command: a table, and JSON after each part.
 
-    python -m tests.gpu [--parts a,b,c,d,e] [--out FOLDER] [--seconds TOTAL] [--seconds-a N ...] [--steps 10] [--device cuda] [--tiny]
+    python -m tests.gpu [--parts a,b,c,d,e,f] [--out FOLDER] [--seconds TOTAL] [--seconds-a N ...] [--steps 10] [--device cuda] [--tiny]
 
 Parts, in order of importance (a, c and d together take at most four minutes on one large GPU with 16 cores):
   a  every method on Pocket and Pocket-FLUX against the processor's float32, and every way of offloading with two LoRAs
@@ -8,6 +8,7 @@ Parts, in order of importance (a, c and d together take at most four minutes on 
   c  Composite, CMLoRA and CLoRA fast over Merge, step by step
   d  the trainer's steps a second for 1, 4 and 16 adapters
   e  int8, fp8 and nf4 with two LoRAs
+  f  FLUX's width with one and two conditions: masked, cached as published, and from banks, over the plain evaluation
 
 FOLDER (else $OUT, else out/gpu) gets gpu.json and gpu.txt. Each chapter of a part is a process of its own with a limit of its own: what
 fails there, or takes the device with it, is told in the table, and the rest goes on. --tiny is the same in small, for a processor.

@@ -45,7 +45,7 @@ def _way(setting: Setting, report: Report, model: str, way: str, offload: str, w
     with Engine.open(model, device=setting.device, offload=offload) as engine:
         for kind, (method, fold) in KINDS.items():
             engine.fold = fold
-            asked = request(method, count=2, steps=min(setting.steps, 4))
+            asked = request(method, count=2, steps=min(setting.steps, 4), tiny=setting.tiny)
             shot = report.attempt(f"{model} {kind}, offload {way}", _shot, setting, report, engine, asked, f"{model} {kind}", way)
             if shot is None:
                 continue

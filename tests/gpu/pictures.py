@@ -70,7 +70,7 @@ def measure(setting: Setting, report: Report) -> None:
 def _precision(setting: Setting, report: Report, model: str, names: list[str], precision: str, expected: dict[tuple[str, str], Any]) -> None:
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     with Engine.open(model, device=setting.device, dtype=PRECISIONS[precision], offload="none") as engine:
-        engine.run(request("merge", steps=2))
+        engine.run(request("merge", steps=2, tiny=setting.tiny))
         for name in names:
             report.attempt(f"{model} {name} in {precision}", _picture, setting, report, engine, name, precision, expected[model, name])
     clock.free(setting.device)

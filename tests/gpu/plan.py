@@ -24,6 +24,7 @@ PARTS: Mapping[str, Part] = {
     "c": Part("what a step of Composite, CMLoRA and CLoRA fast costs over Merge's, three LoRAs", 50, {"steps": ("steps", 1.0)}),
     "d": Part("the trainer: K adapters at once on Pocket's UNet, 16 rows each", 40, {"training": ("trainer", 1.0)}),
     "e": Part("quantised bases with two LoRAs", 60, {"quantised": ("quantised", 1.0)}),
+    "f": Part("conditions on FLUX's width, one and two: three ways to read them over the plain evaluation", 40, {"conditions": ("conditions", 1.0)}),
 }
 
 

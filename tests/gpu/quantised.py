@@ -39,8 +39,8 @@ def measure(setting: Setting, report: Report) -> None:
 def _kind(setting: Setting, report: Report, model: str, kind: str | None, plain: dict[str, tuple[np.ndarray, float]]) -> None:
     with Engine.open(model, device=setting.device, dtype="bfloat16", offload="none", quantize=kind) as engine:
         for method in METHODS:
-            asked = request(method, count=2, steps=setting.steps)
-            engine.run(request(method, count=2, steps=1))
+            asked = request(method, count=2, steps=setting.steps, tiny=setting.tiny)
+            engine.run(request(method, count=2, steps=1, tiny=setting.tiny))
             with clock.peak(setting.device) as peak:
                 seconds, result = clock.timed(setting.device, lambda asked=asked: engine.run(asked))
             picture = np.asarray(result.images[0])

@@ -20,9 +20,12 @@ def there(model: str) -> bool:
 
 
 def request(method: str, *, count: int = 3, steps: int = 10, tiny: bool = False) -> Request:
-    """`count` of the LoRAs by this method; each bound to its word, and with a third of the picture where the method reads regions."""
+    """`count` of the LoRAs by this method; each bound to its word, and with a third of the picture where the method reads regions.
+
+    tiny: as cheap as it may be, for a processor.
+    """
     loras = [Lora(name, binds=name, region=(k / count, 0.0, (k + 1) / count, 1.0) if method == "regions" else None)
              for k, name in enumerate(LORAS[:count])]
     options = (TINY_OPTIONS if tiny else OPTIONS).get(method, {})
     prompt = PROMPT if count > 2 else PROMPT.replace("the moon", "a hill")
-    return Request(prompt, loras=loras, method=method, options=options, steps=steps, seed=7)
+    return Request(prompt, loras=loras, method=method, options=options, steps=steps, seed=7, size=(64, 64) if tiny else None)

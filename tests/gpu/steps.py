@@ -46,7 +46,7 @@ def measure(setting: Setting, report: Report) -> None:
 
 def _bundled(setting: Setting, report: Report, model: str, steps: int) -> None:
     with Engine.open(model, device=setting.device, offload="none") as engine:
-        _arms(setting, report, engine, {name: request(method, steps=steps) for name, (method, _) in ARMS.items()})
+        _arms(setting, report, engine, {name: request(method, steps=steps, tiny=setting.tiny) for name, (method, _) in ARMS.items()})
 
 
 def _random(setting: Setting, report: Report, steps: int) -> None:

@@ -27,7 +27,7 @@ from tests.gpu.chapter import Setting
 from tests.gpu.plan import PARTS
 from tests.gpu.report import Report
 
-for part in "abcd":
+for part in "abcdf":
     for name, (module, _) in PARTS[part].chapters.items():
         report = Report(Path(sys.argv[1]) / f"{part}-{name}.json", time.time() + 300)
         importlib.import_module(f"tests.gpu.{module}").measure(Setting("cpu", True, 2), report)
@@ -43,7 +43,7 @@ def surroundings(folder):
 
 @pytest.fixture(scope="module")
 def chapters(tmp_path_factory):
-    """Chapters of parts a to d by name, all measured in one process: loading torch for each would take most of the time."""
+    """Chapters of parts a to d and f by name, all measured in one process: loading torch for each would take most of the time."""
     folder = tmp_path_factory.mktemp("gpu")
     subprocess.run([sys.executable, "-c", TOGETHER, str(folder)], check=True, cwd=ROOT, env=surroundings(folder))
     return {file.stem: read(file) for file in folder.glob("*.json")}
@@ -55,7 +55,7 @@ def columns(chapter, name):
 
 @pytest.mark.slow
 def test_nothing_fails_and_every_number_is_one(chapters):
-    assert set(chapters) == {f"{part}-{name}" for part in "abcd" for name in PARTS[part].chapters}
+    assert set(chapters) == {f"{part}-{name}" for part in "abcdf" for name in PARTS[part].chapters}
     for name, chapter in chapters.items():
         assert not chapter["errors"] and not chapter["skipped"], (name, chapter["errors"], chapter["skipped"])
         assert chapter["machine"]["torch"] and chapter["rows"], name
@@ -104,6 +104,16 @@ def test_steps_and_training_have_their_ratios(chapters):
     trained = columns(chapters["d-training"], "adapter steps/s")
     assert set(trained) == {"K = 1", "K = 2"}
     assert columns(chapters["d-training"], "over K = 1")["K = 1"] == 1.0
+
+
+@pytest.mark.slow
+def test_conditions_are_read_alike_and_banks_cost_least(chapters):
+    rows = chapters["f-conditions"]["rows"]
+    for count in (1, 2):
+        ways = {way: rows[f"{count} {way}"] for way in ("plain", "banks", "as published", "one pass", "extraction")}
+        assert ways["banks"]["gap"] < 1e-5 > ways["as published"]["gap"]
+        counted = [ways[way]["counted"] for way in ("plain", "banks", "as published", "one pass")]
+        assert counted == sorted(counted) and counted[0] == 1.0 < counted[1]
 
 
 @pytest.mark.slow
@@ -194,7 +204,7 @@ def test_a_stopped_chapter_takes_its_workers_along(tmp_path):
 
 def test_the_important_parts_take_at_most_four_minutes():
     seconds = limits(["a", "c", "d"], None, {})
-    assert sum(seconds.values()) + len(seconds) * GRACE <= 240 and list(PARTS) == ["a", "b", "c", "d", "e"]
+    assert sum(seconds.values()) + len(seconds) * GRACE <= 240 and list(PARTS) == ["a", "b", "c", "d", "e", "f"]
 
 
 def test_seconds_are_shared_by_weight():

@@ -107,6 +107,10 @@ def lora_headers() -> Iterator[Case]:
     for dimensions in (8, 9, 64, 65, 10_000):
         shaped = {"a": {"dtype": "F32", "shape": [1] * dimensions, "data_offsets": [0, 4]}}
         yield Case("lora", f"{dimensions} dimensions", seeds.framed(json.dumps(shaped).encode(), bytes(4)), refused=dimensions > 8)
+    for key in seeds.CONDITION:
+        values = TEXTS | {name: value.decode("utf-8", "replace") for name, value in (BAD | ODD | ODDLY_TYPED).items() if name != "million lists"}
+        for name, text in values.items():
+            yield Case("condition", f"metadata {key}: {name}", seeds.condition(seeds.CONDITION | {key: text}))
     many = {f"t{index}": {"dtype": "U8", "shape": [1], "data_offsets": [index, index + 1]} for index in range(20_001)}
     yield Case("lora", "20,001 tensors", seeds.framed(json.dumps(many).encode(), bytes(len(many))), refused=True)
     yield Case("lora", "alpha_pattern of 20,000", seeds.lora(metadata={"lora_adapter_metadata": json.dumps(
@@ -121,6 +125,11 @@ def lora_factors() -> Iterator[Case]:
                 numbers = torch.full(shape, value, dtype=torch.float64).to(dtype)
                 yield Case("lora", f"{role} of {value} in {dtype}", seeds.lora(seeds.pair(**{role: numbers})),
                            refused=not bool(numbers.double().isfinite().all()))  # fmt: skip
+    for shape in ((), (0,), (8,), (0, 8), (2, 0), (8, 2), (2, 8, 1, 1), (5000, 8), (1, 1, 1, 1, 1, 1, 1, 1)):
+        for end in ("down.weight", "up.weight", "alpha", "down.bias"):
+            yield Case("condition", f"{end} of shape {shape}", seeds.condition(**{end: torch.ones(shape)}), refused=end[-6:] != "weight")
+    for value in (float("nan"), float("inf"), 1e38, -1e30):
+        yield Case("condition", f"up of {value}", seeds.condition(**{"up.weight": torch.full((8, 2), value)}), refused=value in (float("inf"),) or value != value)
     for shape in ((), (0,), (16,), (0, 16), (2, 0), (2, 16, 3, 3), (2, 16, 1, 1), (2, 16, 1, 1, 1), (1, 1, 1, 1, 1, 1, 1, 1), (16, 2), (500, 16)):
         for role in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale", "lora_mid.weight", "hada_w1_a", "lokr_w1", "diff", "oft_blocks"):
             yield Case("lora", f"{role} of shape {shape}", seeds.lora(seeds.pair(**{role: torch.ones(shape)})))

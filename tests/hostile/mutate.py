@@ -13,7 +13,7 @@ from tests.hostile import seeds
 from tests.hostile.corpus import Case
 from tests.hostile.values import BAD, ODD, ODDLY_TYPED, TEXTS
 
-FUZZED = ("lora", "infotext", "manifest", "record", "request", "config", "picture", "mask", "captions", "profile", "testbed", "thresholds", "log")
+FUZZED = ("lora", "condition", "infotext", "manifest", "record", "request", "config", "picture", "mask", "captions", "profile", "testbed", "thresholds", "log")
 MAX_BYTES = 2_000_000
 _VALUES = [value for value in (BAD | ODD | ODDLY_TYPED).values() if len(value) < 200_000] + [json.dumps(text).encode() for text in TEXTS.values()]
 _NUMBERS = (0, 1, 2, 7, 127, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
@@ -36,7 +36,7 @@ def good(reader: str) -> list[bytes]:
 
 def _inside(reader: str) -> list[Callable[[random.Random, bytes], bytes]]:
     anywhere = [_bytes, _token, _cut, _again, _grown, _number]
-    return {"lora": [*anywhere, _header, _header, _header, _header], "record": [*anywhere, _chunks, _chunks, _texts, _texts, _texts],
+    return {"lora": [*anywhere, _header, _header, _header, _header], "condition": [*anywhere, _header, _header, _header, _header], "record": [*anywhere, _chunks, _chunks, _texts, _texts, _texts],
             "picture": [*anywhere, _chunks, _chunks, _chunks]}.get(reader, [*anywhere, _value, _value, _value])  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from app.evaluation import testbed
 from composition import manifest, pictures, prompt_syntax, record
 from composition.annotators import annotate
 from composition.log import Log
-from composition.loras import library, reader
+from composition.loras import condition, library, reader
 from composition.profiles.frequency import Profile
 from composition.record import infotext
 from composition.refusal import Refused
@@ -49,6 +49,9 @@ def _put(module: nn.Module, parts: list[str], layer: nn.Module) -> None:
 
 
 BASE = base()
+TRANSFORMER = nn.Module()
+for layer_path in ("to_q", "to_k", "to_v", "to_out.0"):
+    _put(TRANSFORMER, ["transformer_blocks", "0", "attn", *layer_path.split(".")], nn.Linear(8, 8))
 
 
 def _lora(path: Path) -> None:
@@ -73,6 +76,19 @@ def _checked(path: Path, allow_partial: bool) -> None:
     for layers in lora.factors.values():
         for factors in layers.values():
             assert factors.up.isfinite().all() and factors.down.isfinite().all(), "numbers that are not finite were accepted"
+    receipt.line()
+
+
+def _condition_lora(path: Path) -> None:
+    """By its header, in a list, and read for a transformer."""
+    with suppress(Refused):
+        condition.describe(path)
+    library.condition_loras("none", [path.parent])
+    lora = condition.read(path, TRANSFORMER)
+    receipt = lora.receipt
+    assert receipt.applied + sum(map(len, receipt.ignored.values())) == receipt.tensors, "not every tensor is accounted for"
+    assert lora.settings.colour and 8 <= lora.settings.size <= 4096 and lora.settings.factor > 0
+    assert all(layer.up.isfinite().all() for adapter in lora.adapters for layer in adapter.values()), "numbers that are not finite were accepted"
     receipt.line()
 
 
@@ -150,7 +166,7 @@ def _log(path: Path) -> None:
 
 
 READERS = {reader.name: reader for reader in (
-    Reader("lora", ".safetensors", _lora), Reader("infotext", ".txt", _infotext),
+    Reader("lora", ".safetensors", _lora), Reader("condition", ".safetensors", _condition_lora), Reader("infotext", ".txt", _infotext),
     Reader("manifest", ".jsonl", _manifest), Reader("record", ".png", _record),
     Reader("request", ".json", _request), Reader("config", ".json", _config),
     Reader("picture", ".png", _picture), Reader("mask", ".txt", _mask), Reader("captions", ".jsonl", _captions),

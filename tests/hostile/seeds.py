@@ -32,6 +32,18 @@ def pair(**changed: Tensor) -> dict[str, Tensor]:
     return tensors | {f"{Q}.{name}": tensor for name, tensor in changed.items()}
 
 
+def condition(metadata: dict[str, Any] | None = None, **changed: Tensor) -> bytes:
+    """A condition LoRA in the released layout, of one double block; changed: by the end of a tensor's name."""
+    names = [f"transformer_blocks.0.attn.processor.{role}_loras.0" for role in ("q", "k", "v", "proj")]
+    tensors = {f"{name}.{end}.weight": torch.ones(2, 8) / 4 if end == "down" else torch.ones(8, 2) / 4 for name in names for end in ("down", "up")}
+    return safetensors(tensors | {f"{names[0]}.{name}": tensor for name, tensor in changed.items()}, CONDITION if metadata is None else metadata)
+
+
+CONDITION = {"condition.version": "1", "condition.kind": "spatial", "condition.size": "64", "condition.alpha": "2", "condition.base": "toy",
+             "condition.pad": "black", "condition.annotator": "canny", "condition.offset": "64", "condition.clear": "true", "condition.rounded": "false",
+             "condition.projection": "true", "condition.bias": "-2", "title": "Edges", "trigger_words": "SKS"}  # fmt: skip
+
+
 def safetensors(tensors: dict[str, Tensor], metadata: Any) -> bytes:
     header, data = {"__metadata__": metadata} if metadata is not None else {}, b""
     for name, tensor in tensors.items():
@@ -101,7 +113,7 @@ def of(reader: str) -> list[bytes]:
     document, request = json.dumps(DOCUMENT).encode(), json.dumps(REQUEST).encode()
     return {
         "lora": [lora(), lora(metadata={"lora_adapter_metadata": json.dumps(ADAPTER)})],
-        "infotext": [PARAMETERS.encode()], "manifest": [request + b"\n\n" + request + b"\n"], "request": [request],
+        "condition": [condition()], "infotext": [PARAMETERS.encode()], "manifest": [request + b"\n\n" + request + b"\n"], "request": [request],
         "record": [picture(document), picture(parameters=PARAMETERS.encode())], "config": [json.dumps(ADAPTER).encode()],
         "picture": [png(), png(colour=6), png(chunk(b"tRNS", b"\0\1")), png(colour=2, bits=16)], "mask": [mask().encode()],
         "captions": [json.dumps(CAPTION).encode()], "profile": [json.dumps(PROFILE).encode()], "testbed": [json.dumps(TESTBED).encode()],

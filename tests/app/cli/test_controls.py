@@ -257,3 +257,21 @@ def test_another_file_of_the_same_name_is_noted(make, nets, tmp_path, medley):
     (tmp_path / "others/edges.safetensors").write_bytes((nets / "figure.safetensors").read_bytes())
     said = medley("generate", "--from", "pictures/0000.png", "--model", "pocket-flux", "--lora-dir", tmp_path / "others", "--out", "x")
     assert said.code == 0 and "condition edges is not the file it was made with" in said.err and "picture will differ" in said.err
+
+
+def test_what_reads_pictures_is_listed_and_inspected(medley, nets):
+    said = medley("loras", "--model", "pocket-flux", "--lora-dir", nets)
+    assert [line.split() for line in said.out.splitlines() if line.startswith(("edges", "figure"))] == [
+        ["edges", "condition", "LoRA", "spatial", "canny"], ["figure", "condition", "LoRA", "subject"]]
+    rows = {row["name"]: row for row in medley("loras", "--model", "pocket-flux", "--lora-dir", nets, "--json").json}
+    assert rows["edges"] == {"name": "edges", "path": str(nets / "edges.safetensors"), "control": "condition LoRA", "kind": "spatial", "annotator": "canny"}
+    assert "control" not in rows["raccoon"]
+    for words in (("edges", "--lora-dir", nets), (nets / "edges.safetensors",)):
+        said = medley("inspect", *words)
+        assert said.code == 0 and "--control edges=PICTURE; its picture is spatial, drawn by annotator canny" in said.out
+    assert medley("inspect", nets / "figure.safetensors", "--json").json["kind"] == "subject"
+
+
+def test_a_condition_lora_given_as_a_lora_says_how_it_is_given(make):
+    said = make("--lora", "edges")
+    assert said.code == 2 and "a condition LoRA, which goes with a picture: --control NAME=PICTURE" in said.err

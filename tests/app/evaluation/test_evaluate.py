@@ -353,7 +353,7 @@ def test_a_judge_without_thresholds_sets_them_on_the_pictures_of_other_cases(med
 
     import assets
 
-    clip = Path(assets.__path__[0]) / "pocket/clip"
+    clip = Path(assets.__path__[0]) / "pocket128/clip"
     (tmp_path / "judge").mkdir()
     for name in ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(clip / name, tmp_path / "judge" / name)

@@ -297,7 +297,7 @@ def test_no_file_is_read_and_nothing_is_drawn_on_the_loop(place, visitor, monkey
     for part in ("stage", "report", "preview"):
         monkeypatch.setattr(page.job_view, part, watched(part, getattr(page.job_view, part)))
     _listed(visitor)
-    visitor.picture(prompt="looked at", steps=30, cards=[{"key": "raccoon", "weight": 1}])
+    visitor.picture(prompt="looked at", steps=30, size="64x64", cards=[{"key": "raccoon", "weight": 1}])
     assert on_loop == [] and {"cards", "loras", "stage", "report"} <= set(off_loop)
     slow.set()
     with ThreadPoolExecutor(4) as pool:

@@ -146,7 +146,7 @@ def test_from_cards_to_a_picture_with_its_receipt(server, tab, tmp_path):
     page.keyboard.press("ArrowLeft")
     assert page.get_by_label("Weight of Raccoon as a number").input_value() == "0.95"
     fill(page, "prompt", "a raccoon in the snow, ink drawing")
-    more(page, steps=500, negative="fog")
+    more(page, steps=200, negative="fog", size="64x64")
     generate(page)
     running(page)
     page.locator("#picture.preview").wait_for()
@@ -160,7 +160,7 @@ def test_from_cards_to_a_picture_with_its_receipt(server, tab, tmp_path):
         assert server.engine.inspect(name).line() in report
     found = record.read(download(page, tmp_path / "got.png"))
     assert [(lora.source, lora.weight) for lora in found.loras] == [("raccoon", 0.95), ("ink", 0.45)]
-    assert (found.prompt, found.negative, found.steps) == ("a raccoon in the snow, ink drawing", "fog", 500)
+    assert (found.prompt, found.negative, found.steps) == ("a raccoon in the snow, ink drawing", "fog", 200)
     assert str(found.seed) in report and page.locator("#seed input").input_value() == str(found.seed)
     saved = sorted(server.pictures.glob("*.png"))[-1]
     assert str(saved) in report
@@ -173,7 +173,7 @@ def test_the_page_shows_where_each_concept_is_and_who_led_when(tab):
         page.get_by_label(f"Use {name}", exact=True).check()
     fill(page, "prompt", "a wolf and an owl in the forest")
     page.locator("#method").get_by_label("CLoRA fast", exact=True).check()
-    more(page, steps=10)
+    more(page, steps=10, size="64x64")
     seed(page, 1)
     generate(page)
     done(page)
@@ -199,7 +199,7 @@ def test_the_same_seed_makes_the_same_bytes_and_those_of_the_engine(server, tab,
     page = tab()
     page.get_by_label("Use Owl").check()
     fill(page, "prompt", "an owl")
-    more(page, steps=5)
+    more(page, steps=5, size="64x64")
     seed(page, 1234)
     got = []
     for name in ("a.png", "b.png"):
@@ -379,7 +379,7 @@ def test_words_can_be_read_in_light_and_dark(tab, scheme):
       };
       const light = (colours) => { const [r, g, b] = paint(colours); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
       const kinds = ["#title h1", "#title p", ".card strong", ".card small", ".chip", ".count", "#hint", "#status .error",
-                     ".stage span", "#method-about p", "#generate"];
+                     ".stage span", "#method-about p", "#generate", ".controls h2", ".controls .none", ".controls .drop"];
       return kinds.map((kind) => {
         const layers = [];
         for (let part = document.querySelector(kind); part; part = part.parentElement)

@@ -109,7 +109,7 @@ def test_variant(names: list[str], expected: str | None) -> None:
 def test_a_bundled_name(monkeypatch: pytest.MonkeyPatch, folders, tmp_path: Path) -> None:
     """Found in the package "assets", wherever that is installed, and before a folder of that name."""
     package = tmp_path / "site" / "assets"
-    shutil.copytree(folders["sd"], package / "pocket" / "sd")
+    shutil.copytree(folders["sd"], package / "pocket128" / "sd")
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     for module in [name for name in sys.modules if name == "assets" or name.startswith("assets.")]:
@@ -117,9 +117,9 @@ def test_a_bundled_name(monkeypatch: pytest.MonkeyPatch, folders, tmp_path: Path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pocket").mkdir()
     location = opening.find("pocket")
-    assert location.kind == "folder" and location.path == package / "pocket" / "sd"
+    assert location.kind == "folder" and location.path == package / "pocket128" / "sd"
     assert opening.family(location) == "sd"
-    shutil.rmtree(package / "pocket")
+    shutil.rmtree(package / "pocket128")
     with pytest.raises(Refused, match="is not in this installation"):
         opening.find("pocket")
     for module in [name for name in sys.modules if name == "assets"]:

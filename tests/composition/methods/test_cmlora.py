@@ -17,14 +17,26 @@ from composition.hooks.costs import layer_costs
 from composition.loop import Step
 from composition.methods import cmlora
 from tests.composition import laws
+from tests.composition.conftest import SHAPED
 
 
 @pytest.fixture(params=["sd", "sdxl", "sd3", "flux"])
 def case(request, engines, lora_files):
     """An engine and three LoRAs, the last a place."""
-    loras = laws.loras_of(lora_files[request.param])
+    if request.param not in SHAPED:
+        request.getfixturevalue("shapes_unchecked")
+    return _case(request.param, engines, lora_files)
+
+
+@pytest.fixture(params=SHAPED)
+def course(request, engines, lora_files, shapes_unchecked):
+    """The same on one UNet and one transformer: for what follows from the number of the step, whatever the denoiser."""
+    return _case(request.param, engines, lora_files)
+
+
+def _case(family, engines, lora_files):
     kinds = ("character", "style", "place")
-    return engines[request.param], [replace(lora, category=kind) for lora, kind in zip(loras, kinds, strict=True)]
+    return engines[family], [replace(lora, category=kind) for lora, kind in zip(laws.loras_of(lora_files[family]), kinds, strict=True)]
 
 
 def asked(loras, steps=20, **options):
@@ -181,14 +193,14 @@ def test_6_evaluations_are_those_of_the_slots_that_were_filled(case):
     result = engine.run(asked(loras))
     told = result.notes["cmlora"]
     cache = of(engine.backbone.denoiser)
-    share = cache.share(engine.backbone.axis, (16, 16), engine.backbone.encode(["a"], [""]).values["text"].shape[2])
+    share = cache.share(engine.backbone.axis, (laws.SIDE // 2, laws.SIDE // 2), engine.backbone.encode(["a"], [""]).values["text"].shape[2])
     full = sum(len(names) for names in told["full"])
     assert result.notes["evaluations"] == pytest.approx(full + share * (20 * 3 - full))
     assert 0.05 < share < 0.95
 
 
-def test_7_and_8_the_late_phase_comes_and_refreshes_whatever_the_number_of_steps(case):
-    engine, loras = case
+def test_7_and_8_the_late_phase_comes_and_refreshes_whatever_the_number_of_steps(course):
+    engine, loras = course
     for steps in (20, 30):
         told = notes(engine, asked(loras, steps=steps))
         late = [index for index, phase in enumerate(told["phase"]) if phase == "late"]
@@ -203,43 +215,45 @@ def engine_names(told):
     return [*told["high"], *told["low"]]
 
 
-def test_reference_does_what_the_released_code_does(case):
-    """The phase at step 120 only, constant weights, nothing refreshed after it."""
-    engine, loras = case
-    told = notes(engine, asked(loras, steps=130, reference=True))
-    assert told["phase"] == ["early"] * 121 + ["late"] * 9
+def test_reference_does_what_the_released_code_does(course, monkeypatch):
+    """The phase at step 120 only (here 12), constant weights, nothing refreshed after it."""
+    engine, loras = course
+    assert cmlora.REFERENCE_BOUNDARY == 120
+    monkeypatch.setattr(cmlora, "REFERENCE_BOUNDARY", 12)
+    told = notes(engine, asked(loras, steps=16, reference=True))
+    assert told["phase"] == ["early"] * 13 + ["late"] * 3
     assert set(told["weight"]) == {1.6667}
-    assert not any(told["full"][121:]) and told["full"][0] == [*asked(loras).names]
+    assert not any(told["full"][13:]) and told["full"][0] == [*asked(loras).names]
     assert all(len(full) <= 1 for full in told["full"][1:])
-    assert "late" not in notes(engine, asked(loras, steps=50, reference=True))["phase"]
+    assert "late" not in notes(engine, asked(loras, steps=5, reference=True))["phase"]
 
 
-def test_online_ends_the_early_phase_by_the_latents_own_frequency(case):
-    engine, loras = case
+def test_online_ends_the_early_phase_by_the_latents_own_frequency(course):
+    engine, loras = course
     told = notes(engine, asked(loras, online=True, threshold=1.0))  # every latent is under it: calm after three steps
     assert told["phase"] == ["early"] * 2 + ["late"] * 18
     assert set(notes(engine, asked(loras, online=True, threshold=0.0))["phase"]) == {"early"}
     assert len(told["H"]) == 20 and all(0 <= h <= 1 for h in told["H"])
 
 
-def test_a_lora_that_comes_and_goes(case):
+def test_a_lora_that_comes_and_goes(course):
     """start and end: the lead is among those that are on; with none on the base goes on alone."""
-    engine, loras = case
+    engine, loras = course
     part = [replace(loras[0], end=0.5), replace(loras[1], start=0.25, end=0.75)]
     told = notes(engine, asked(part))
     first, second = engine_names(told)
     assert set(told["leaders"][:5]) == {first} and set(told["leaders"][10:15]) == {second} and len(told["leaders"]) == 15
 
 
-def test_pinned_order(case):
-    engine, loras = case
+def test_pinned_order(course):
+    engine, loras = course
     names = asked(loras).names
-    told = notes(engine, asked(loras, order=f"{names[2]},{names[1]}", low=names[0]))
+    told = notes(engine, asked(loras, steps=2, order=f"{names[2]},{names[1]}", low=names[0]))
     assert told["high"] == [names[2], names[1]] and told["low"] == [names[0]] and told["leaders"][0] == names[2]
 
 
-def test_the_timeline_is_readable(case):
-    engine, loras = case
+def test_the_timeline_is_readable(course):
+    engine, loras = course
     lines = cmlora.timeline(engine.run(asked(loras)).notes)
     assert lines[0].split() == ["phase", "e" * 12 + "l" * 8]
     for line in lines[1:]:
@@ -362,7 +376,7 @@ def test_on_pocket():
 
     with Engine.open("pocket", device="cpu") as engine:
         request = asked([Lora("raccoon"), Lora("moon"), Lora("ink")], steps=10, order="category")
-        result = engine.run(replace(request, guidance=4.5))
+        result = engine.run(replace(request, guidance=4.5, size=(64, 64)))
         told = result.notes["cmlora"]
         assert told["high"] == ["raccoon", "ink"] and told["low"] == ["moon"]
         assert told["leaders"][0] == "raccoon" and told["leaders"][-1] in ("ink", "moon")
