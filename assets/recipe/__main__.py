@@ -1,10 +1,11 @@
 """``python -m assets.recipe STAGE``: makes Pocket again from the npm art packages alone, resuming unfinished stages.
 
 Stages: art (rendered from the packages), autoencoder, base, polish (of the decoder), export, judge, loras, previews (in the LoRAs'
-headers, and their profiles), measure, controlnet and controlnet-measure, and then flux, flux-loras, flux-previews and flux-measure for the second base, which has the
-first one's autoencoder and is taught by it; or all of them in order. ``--budget`` is minutes of training for autoencoder, base,
-polish, judge, controlnet and flux together (their shares are below), compiling not counted, and a larger budget on a later call takes them
-further; the LoRAs' number of steps is not part of it. The same code trains on a processor and on a GPU.
+headers, and their profiles), measure, controlnet and controlnet-measure, and then flux, flux-loras, flux-previews and flux-measure for the
+second base, which has the first one's autoencoder and is taught by it, and flux-conditions and flux-conditions-measure for its condition
+LoRAs; or all of them in order. ``--budget`` is minutes of training for autoencoder, base, polish, judge, controlnet and flux together (their
+shares are below), compiling not counted, and a larger budget on a later call takes them further; the LoRAs' number of steps is not part of
+it. The same code trains on a processor and on a GPU.
 """
 
 from __future__ import annotations

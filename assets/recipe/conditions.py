@@ -142,11 +142,16 @@ def pair(world: World, own: Sequence[str], name: str, number: int, size: tuple[i
     return Pair(np.asarray(cut(scene.picture, size, rng)), np.asarray(portrait(world, subject, vendor, side, rng)), caption)
 
 
+def pixels(shape: tuple[int, int], side: int, unit: int) -> tuple[int, int]:
+    """A shape in eighths of the base's side, in pixels: whole tokens."""
+    wide, high = (max(unit, round(length * side / 8 / unit) * unit) for length in shape)
+    return wide, high
+
+
 def sizes(count: int, side: int, unit: int) -> list[tuple[tuple[int, int], int]]:
     """(width, height) of each bucket, and how many of `count` pairs it has."""
-    eighth, parts = side / 8, sum(part for *_, part in SHAPES)
-    whole = lambda n: max(unit, round(n * eighth / unit) * unit)  # noqa: E731
-    counts = {(whole(wide), whole(high)): round(count * part / parts) for wide, high, part in SHAPES}
+    parts = sum(part for *_, part in SHAPES)
+    counts = {pixels((wide, high), side, unit): round(count * part / parts) for wide, high, part in SHAPES}
     return [(size, number) for size, number in counts.items() if number]
 
 
@@ -161,10 +166,10 @@ def pairs(backbone: Any, world: World, own: Sequence[str], name: str, stage: Sta
         parts = [range(first + i, first + min(i + 50, number)) for i in range(0, number, 50)]
         drawn = [p for part in each(lambda some, size=size: [pair(world, own, name, n, size, stated.size) for n in some], parts, workers) for p in part]
         first += number
-        pixels = torch.from_numpy(np.stack([p.picture for p in drawn])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        shown = torch.from_numpy(np.stack([p.picture for p in drawn])).permute(0, 3, 1, 2).float() / 127.5 - 1
         seen = torch.cat([placed.pixels(Image.fromarray(p.condition), stated, unit) for p in drawn])
         with torch.autocast(backbone.device.type, torch.bfloat16, enabled=half):
-            latents, read = (vae.encode(backbone.pipeline, some, part=16).float().cpu() for some in (pixels, seen))
+            latents, read = (vae.encode(backbone.pipeline, some, part=16).float().cpu() for some in (shown, seen))
         buckets.append(Bucket(latents, read, [p.caption for p in drawn]))
     blank = Image.new("RGB", (stated.size, stated.size), stated.colour)
     card = CARDS[name]

@@ -20,7 +20,7 @@ from composition import Condition, Engine, Refused, Request, annotators, backbon
 from composition.backbones.loading import open as opening
 from retrieval.judge import Judge
 
-from .conditions import NEW_SHAPES, cut, portrait
+from .conditions import NEW_SHAPES, cut, pixels, portrait
 from .objects import HELD_OBJECTS, article
 from .places import PLACES
 from .world import World
@@ -55,8 +55,8 @@ def miou(seen: Image.Image, wanted: Image.Image) -> float:
     """Mean intersection over union of the condition's regions and the picture's, both by the nearest of the condition's colours."""
     flat = np.asarray(wanted.convert("RGB")).reshape(-1, 3).astype(np.float32)
     colours, own, counts = np.unique(flat, axis=0, return_inverse=True, return_counts=True)
-    pixels = np.asarray(seen.convert("RGB")).reshape(-1, 3).astype(np.float32)
-    nearest = ((pixels[:, None] - colours) ** 2).sum(-1).argmin(1)
+    drawn = np.asarray(seen.convert("RGB")).reshape(-1, 3).astype(np.float32)
+    nearest = ((drawn[:, None] - colours) ** 2).sum(-1).argmin(1)
     own = own.reshape(-1)
     shares = [((nearest == k) & (own == k)).sum() / ((nearest == k) | (own == k)).sum() for k in range(len(colours))
               if counts[k] >= SMALLEST * len(flat)]  # fmt: skip
@@ -129,9 +129,10 @@ def figures(pipe: Any, judge: Judge, world: World, own: Sequence[str], files: Pa
     """Figures of every condition LoRA there is, and of two at once. world: with what is held out. sheets: a folder for pictures to look at."""
     side = pipe.vae.config.sample_size
     own_size, table = (side, side), {}
-    new = [(side * wide // 8, side * high // 8) for wide, high in NEW_SHAPES]
     there = [name for name in names if (files / f"{name}.safetensors").is_file()]
-    with Engine(backbones.of(pipe, opening.family(pipe)), "pocket-flux") as engine:
+    backbone = backbones.of(pipe, opening.family(pipe))
+    new = [pixels(shape, side, backbone.pixels_per_token) for shape in NEW_SHAPES]
+    with Engine(backbone, "pocket-flux") as engine:
         maker = Maker(engine, files)
         for name in there:
             for label, sizes, count in (("own size", [own_size], share(EACH)), ("new sizes", new, share(ELSEWHERE))):
