@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -63,8 +63,8 @@ def learn(config: ConditionConfig, out: Console, err: Console) -> bool:
     from composition.training.state import reached
 
     folder = pair_pictures.read(config.images, config.annotator, config.drawn, config.kind)
-    said = sum(bool(caption) for caption in folder.captions.values())
-    out.print(Text(f"{config.name}: {len(folder)} pictures, {f'{said} captions' if said else 'no captions, so empty prompts'}, conditions "
+    captioned = sum(bool(caption) for caption in folder.captions.values())
+    out.print(Text(f"{config.name}: {len(folder)} pictures, {f'{captioned} captions' if captioned else 'no captions, so empty prompts'}, conditions "
                    f"{f'by {config.annotator}' if config.annotator else f'from {config.drawn}'}"))  # fmt: skip
     checkpoint = config.folder / f"{config.name}.training"
     place = engines.EngineOptions(config.device, defaults.dtype_for(config.device, config.dtype), "none")
@@ -118,17 +118,18 @@ def _plan(config: ConditionConfig, usual: Any, half: bool) -> "ConditionPlan":
 
 def _settings(config: ConditionConfig, usual: Any, plan: "ConditionPlan", engine: "Engine") -> "Settings":
     """What the file will say of itself. Raises Refused for a size or a bias that it cannot have."""
-    from composition.loras.condition import MAX_BIAS, MAX_SIZE, Settings
+    from composition.loras.condition import MAX_BIAS, MAX_SIZE, Kind, Settings
     from composition.training import header
 
-    unit = engine.backbone.pixels_per_token
+    backbone: Any = engine.backbone  # a FLUX, which has tokens
+    unit = backbone.pixels_per_token
     size = usual.size if config.size is None else config.size
     if not unit <= size <= MAX_SIZE or size % unit:
         raise Refused(f"--size {size}: a condition's side is a multiple of {unit} pixels, up to {MAX_SIZE}")
     bias = usual.bias if config.bias is None else config.bias
     if not abs(bias) <= MAX_BIAS:
         raise Refused(f"--bias {bias:g}: give a number from -{MAX_BIAS} to {MAX_BIAS}")
-    return Settings(kind=config.kind, size=size, alpha=plan.alpha, base=header.plain_name(engine.name), annotator=config.annotator,
+    return Settings(kind=cast(Kind, config.kind), size=size, alpha=plan.alpha, base=header.plain_name(engine.name), annotator=config.annotator,
                     offset=usual.offset, bias=bias)  # fmt: skip
 
 

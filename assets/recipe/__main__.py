@@ -1,10 +1,11 @@
 """``python -m assets.recipe STAGE``: makes Pocket again from the npm art packages alone, resuming unfinished stages.
 
 Stages: art (rendered from the packages), autoencoder, base, polish (of the decoder), export, judge, loras, previews (in the LoRAs'
-headers, and their profiles), measure, controlnet and controlnet-measure, and then flux, flux-loras, flux-previews and flux-measure for the second base, which has the
-first one's autoencoder and is taught by it; or all of them in order. ``--budget`` is minutes of training for autoencoder, base,
-polish, judge, controlnet and flux together (their shares are below), compiling not counted, and a larger budget on a later call takes them
-further; the LoRAs' number of steps is not part of it. The same code trains on a processor and on a GPU.
+headers, and their profiles), measure, controlnet and controlnet-measure, and then flux, flux-loras, flux-previews and flux-measure for the
+second base, which has the first one's autoencoder and is taught by it, and flux-conditions and flux-conditions-measure for its condition
+LoRAs; or all of them in order. ``--budget`` is minutes of training for autoencoder, base, polish, judge, controlnet and flux together (their
+shares are below), compiling not counted, and a larger budget on a later call takes them further; the LoRAs' number of steps is not part of
+it. The same code trains on a processor and on a GPU.
 """
 
 from __future__ import annotations
@@ -85,9 +86,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--loras", default=",".join(loras.CARDS), help=f"comma separated, of {', '.join(loras.CARDS)}")
     parser.add_argument("--lora-steps", type=int, default=0, help="0: as many as the plans say")
     parser.add_argument("--conditions", default=",".join(conditions.CARDS), help=f"comma separated, of {', '.join(conditions.CARDS)}")
-    parser.add_argument("--condition-steps", type=int, default=0, help="0: as many as the plan says")
-    parser.add_argument("--begin-conditions", type=Path, help="a folder of condition LoRAs that new ones of the same name begin with")
-    parser.add_argument("--pairs", type=int, default=conditions.PAIRS, help="pictures with their conditions that each is learned from")
+    parser.add_argument("--condition-steps", type=int, default=0, help="of every stage of a condition; 0: as many as its plan says")
+    parser.add_argument("--pairs", type=int, default=0, help="pictures with their conditions, for every stage; 0: as many as it says")
     parser.add_argument("--together", type=int, default=1, help="LoRAs that train as one batch; each takes its own rows")
     parser.add_argument("--judge", type=Path, help="a judge's folder for flux-conditions-measure, when it is not --out's clip/")
     parser.add_argument("--measured", type=float, default=1.0, help="share of the usual renders and pictures that are measured on")
@@ -230,9 +230,7 @@ def _third(args: argparse.Namespace, stages: Sequence[str], art: Path) -> None:
     world = conditions.world_of(art, pipe.vae.config.sample_size, args.objects, args.places, args.vendors.split(","), args.variants, args.workers)
     own = list(OBJECTS)[: args.objects]
     if "flux-conditions" in stages:
-        plan = replace(conditions.PLAN, steps=args.condition_steps or conditions.PLAN.steps)
-        conditions.make(pipe, world, own, names, files, args.work, plan=plan, count=args.pairs, workers=args.workers,
-                        begin=args.begin_conditions)  # fmt: skip
+        conditions.make(pipe, world, own, names, files, args.work, steps=args.condition_steps, count=args.pairs, workers=args.workers)
     if "flux-conditions-measure" in stages:
         judge = Judge.open(str(args.judge or args.out / "clip"), args.device)
         _keep(args.work, "conditions", controlled.figures(pipe, judge, world, own, files, names, partial(_share, args), args.work / "sheets"))

@@ -36,12 +36,10 @@ from .objects import HELD_OBJECTS, article
 from .world import World
 
 FIRST = 8 * 10**9  # scene numbers of the training
-PAIRS = 1600  # of each condition
 SHAPES = ((8, 8, 10), (10, 8, 2), (8, 10, 2), (8, 6, 2), (6, 8, 2), (10, 10, 2))  # width and height in eighths of a side; parts of all pairs
 NEW_SHAPES = ((12, 8), (8, 12), (10, 6), (12, 12))  # never trained on
 LARGER = 10 / 8  # side of a scene over the side of the pictures
 OFFSET = 16  # rows of tokens that a subject stands below the picture's first: as many as a picture of twice the side has
-BIAS = -1.5  # at 0 the base is disturbed at first, and learns to look away
 WHITE = (255, 255, 255)
 COLOURED = 0.3  # of subjects stand on another colour than white
 FILLED = (0.75, 1.0)  # share of the side that a subject takes up
@@ -49,23 +47,36 @@ UNNAMED = 0.5  # of captions call a subject THING
 THING = "a thing"
 
 
+class Stage(NamedTuple):
+    """A part of a training; the next goes on from what it learned. size: side of the condition pictures over the side of the base's.
+
+    bias: as in Settings; at 0 the base is disturbed at first, and the quickest thing to learn is to look away. pairs: drawn for it.
+    """
+
+    size: float
+    bias: float
+    plan: ConditionPlan
+    pairs: int
+
+
 class Card(NamedTuple):
-    """What a condition LoRA's file says. size: side of its condition pictures over the side of the base's."""
+    """What a condition LoRA's file says, and how it is trained."""
 
     title: str
     kind: str
     annotator: str
-    size: float
-    pad: str = "black"
+    pad: str
+    stages: tuple[Stage, ...]
 
 
+NOISY = ConditionPlan(rank=32, rate=5e-3, steps=800, batch=2, views=4, noise=(1.5, 1.2), empty=0.2, drop=0.0, warm=20)  # settles where things stand
+CLEARER = replace(NOISY, rate=4e-3, steps=600, batch=4, noise=(0.7, 1.2))  # and then what they look like
+COARSE = Stage(0.75, -1.5, NOISY, 1600)
 CARDS = {
-    "canny": Card("Edges", "spatial", "canny", 1.0),
-    "layout": Card("Flat colours", "spatial", "layout", 0.75),
-    "subject": Card("A subject on plain ground", "subject", "", 0.75, "white"),
+    "canny": Card("Edges", "spatial", "canny", "black", (COARSE, Stage(1.0, -1.5, replace(NOISY, steps=1000), 2400), Stage(1.0, -0.7, CLEARER, 3000))),
+    "layout": Card("Flat colours", "spatial", "layout", "black", (COARSE._replace(plan=replace(NOISY, steps=450)),)),
+    "subject": Card("A subject on plain ground", "subject", "", "white", (COARSE,)),
 }
-
-PLAN = ConditionPlan(rank=32, rate=5e-3, steps=800, batch=2, views=4, noise=(1.5, 1.2), empty=0.2, drop=0.0, warm=20)
 
 
 class Pair(NamedTuple):
@@ -76,11 +87,11 @@ class Pair(NamedTuple):
     caption: str
 
 
-def settings(name: str, side: int, unit: int) -> Settings:
+def settings(name: str, stage: Stage, side: int, unit: int) -> Settings:
     """side: of the base's pictures in pixels; unit: pixels of a token."""
     card = CARDS[name]
-    return Settings(kind=card.kind, size=round(side * card.size / unit) * unit, base="pocket-flux", pad=card.pad, annotator=card.annotator,
-                    offset=OFFSET, bias=BIAS)  # fmt: skip
+    return Settings(kind=card.kind, size=round(side * stage.size / unit) * unit, base="pocket-flux", pad=card.pad, annotator=card.annotator,
+                    offset=OFFSET, bias=stage.bias)  # fmt: skip
 
 
 def world_of(art: Path, size: int, objects: int, places: int, vendors: Sequence[str], variants: int, workers: int = 0) -> World:
@@ -131,27 +142,34 @@ def pair(world: World, own: Sequence[str], name: str, number: int, size: tuple[i
     return Pair(np.asarray(cut(scene.picture, size, rng)), np.asarray(portrait(world, subject, vendor, side, rng)), caption)
 
 
+def pixels(shape: tuple[int, int], side: int, unit: int) -> tuple[int, int]:
+    """A shape in eighths of the base's side, in pixels: whole tokens."""
+    wide, high = (max(unit, round(length * side / 8 / unit) * unit) for length in shape)
+    return wide, high
+
+
 def sizes(count: int, side: int, unit: int) -> list[tuple[tuple[int, int], int]]:
     """(width, height) of each bucket, and how many of `count` pairs it has."""
-    eighth, parts = side / 8, sum(part for *_, part in SHAPES)
-    made = {tuple(max(unit, round(n * eighth / unit) * unit) for n in shape[:2]): round(count * shape[2] / parts) for shape in SHAPES}
-    return [(size, number) for size, number in made.items() if number]
+    parts = sum(part for *_, part in SHAPES)
+    counts = {pixels((wide, high), side, unit): round(count * part / parts) for wide, high, part in SHAPES}
+    return [(size, number) for size, number in counts.items() if number]
 
 
 @torch.no_grad()
-def pairs(backbone: Any, world: World, own: Sequence[str], name: str, count: int, workers: int = 0) -> Pairs:
+def pairs(backbone: Any, world: World, own: Sequence[str], name: str, stage: Stage, workers: int = 0) -> Pairs:
     """Pairs of one condition, drawn and encoded."""
+    count = stage.pairs
     side, unit = backbone.pipeline.vae.config.sample_size, backbone.pixels_per_token
-    stated, buckets, first = settings(name, side, unit), [], FIRST + 10**7 * list(CARDS).index(name)
+    stated, buckets, first = settings(name, stage, side, unit), [], FIRST + 10**7 * list(CARDS).index(name)
     half = halves(backbone.device, backbone.dtype)
     for size, number in sizes(count, side, unit):
         parts = [range(first + i, first + min(i + 50, number)) for i in range(0, number, 50)]
         drawn = [p for part in each(lambda some, size=size: [pair(world, own, name, n, size, stated.size) for n in some], parts, workers) for p in part]
         first += number
-        pixels = torch.from_numpy(np.stack([p.picture for p in drawn])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        shown = torch.from_numpy(np.stack([p.picture for p in drawn])).permute(0, 3, 1, 2).float() / 127.5 - 1
         seen = torch.cat([placed.pixels(Image.fromarray(p.condition), stated, unit) for p in drawn])
         with torch.autocast(backbone.device.type, torch.bfloat16, enabled=half):
-            latents, read = (vae.encode(backbone.pipeline, some, part=16).float().cpu() for some in (pixels, seen))
+            latents, read = (vae.encode(backbone.pipeline, some, part=16).float().cpu() for some in (shown, seen))
         buckets.append(Bucket(latents, read, [p.caption for p in drawn]))
     blank = Image.new("RGB", (stated.size, stated.size), stated.colour)
     card = CARDS[name]
@@ -170,29 +188,38 @@ def shorter(pipe: Any) -> Iterator[None]:
         pipe.tokenizer_2.model_max_length = before
 
 
-def make(pipe: Any, world: World, own: Sequence[str], names: Sequence[str], folder: Path, work: Path, *, plan: ConditionPlan = PLAN,
-         count: int = PAIRS, workers: int = 0, begin: Path | None = None, report: Callable[[str], None] = print) -> None:  # fmt: skip
-    """Train each condition LoRA that has no file yet, resuming from ``work``. own: the base's objects.
+def make(pipe: Any, world: World, own: Sequence[str], names: Sequence[str], folder: Path, work: Path, *, steps: int = 0, count: int = 0,
+         workers: int = 0, report: Callable[[str], None] = print) -> None:  # fmt: skip
+    """Train each condition LoRA that has no file yet, stage by stage, resuming from ``work``. own: the base's objects.
 
-    begin: a folder of condition LoRAs that those of the same name begin with.
+    steps, count: of every stage in place of its own, and of its pairs; 0 leaves them.
     """
     backbone = backbones.of(pipe, opening.family(pipe))
-    plan = replace(plan, half=halves(backbone.device, backbone.dtype))
+    half = halves(backbone.device, backbone.dtype)
     for name in names:
-        if (folder / f"{name}.safetensors").is_file():
-            continue
-        losses: list[Mapping[str, float]] = []
+        before, stages = None, CARDS[name].stages
+        for number, stage in enumerate(stages, 1):
+            file = (folder if number == len(stages) else work / f"conditions-{number}") / f"{name}.safetensors"
+            stage = stage._replace(plan=replace(stage.plan, half=half, steps=steps or stage.plan.steps), pairs=count or stage.pairs)
+            if not file.is_file():
+                checkpoint = work / f"condition-{name}-{number}.pt"
+                learned = pairs(backbone, world, own, name, stage, workers)
+                begin = files.read(before, backbone.denoiser).adapters[0] if before is not None else None
+                with shorter(pipe):
+                    train(backbone, learned, stage.plan, file.parent, checkpoint=checkpoint, save_every=50, begin=begin,
+                          on_step=_reporting(f"{name}, stage {number} of {len(stages)}", stage.plan.steps, report))  # fmt: skip
+                checkpoint.unlink(missing_ok=True)  # else the next base would resume from it
+            before = file
 
-        def on_step(step: int, loss: Mapping[str, float], _: object, name: str = name, losses: list[Mapping[str, float]] = losses) -> None:
-            losses.append(loss)
-            if step % 50 == 0 or step == plan.steps:
-                report(f"{name}: step {step} of {plan.steps}, loss {np.mean([value for part in losses for value in part.values()]):.4f}")
-                losses.clear()
 
-        checkpoint = work / f"condition-{name}.pt"
-        learned = pairs(backbone, world, own, name, count, workers)
-        first = begin / f"{name}.safetensors" if begin is not None else None
-        held = files.read(first, backbone.denoiser).adapters[0] if first is not None and first.is_file() else None
-        with shorter(pipe):
-            train(backbone, learned, plan, folder, checkpoint=checkpoint, save_every=50, on_step=on_step, begin=held)
-        checkpoint.unlink(missing_ok=True)  # else the next base would resume from it
+def _reporting(label: str, steps: int, report: Callable[[str], None]) -> Callable[[int, Mapping[str, float], object], None]:
+    """What reports the mean loss of every fifty steps."""
+    losses: list[Mapping[str, float]] = []
+
+    def on_step(step: int, loss: Mapping[str, float], _: object) -> None:
+        losses.append(loss)
+        if step % 50 == 0 or step == steps:
+            report(f"{label}: step {step} of {steps}, loss {np.mean([value for part in losses for value in part.values()]):.4f}")
+            losses.clear()
+
+    return on_step

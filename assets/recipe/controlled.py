@@ -20,7 +20,7 @@ from composition import Condition, Engine, Refused, Request, annotators, backbon
 from composition.backbones.loading import open as opening
 from retrieval.judge import Judge
 
-from .conditions import NEW_SHAPES, cut, portrait
+from .conditions import NEW_SHAPES, cut, pixels, portrait
 from .objects import HELD_OBJECTS, article
 from .places import PLACES
 from .world import World
@@ -45,9 +45,9 @@ def f1(seen: Image.Image, wanted: Image.Image, slack: int = 0) -> float:
     """Of two pictures of edges, those of the one that lie within `slack` pixels of the other's, and the other way round."""
     from scipy.ndimage import binary_dilation
 
-    a, b = (np.asarray(one.convert("L")) > 127 for one in (seen, wanted))
-    near = (lambda edges: binary_dilation(edges, np.ones((2 * slack + 1,) * 2))) if slack else (lambda edges: edges)
-    precise, recalled = (float((one & near(other)).sum()) / max(1, int(one.sum())) for one, other in ((a, b), (b, a)))
+    edges = [np.asarray(picture.convert("L")) > 127 for picture in (seen, wanted)]
+    wide = [binary_dilation(lines, np.ones((2 * slack + 1,) * 2)) if slack else lines for lines in edges]
+    precise, recalled = (float((edges[k] & wide[1 - k]).sum()) / max(1, int(edges[k].sum())) for k in (0, 1))
     return 2 * precise * recalled / max(1e-9, precise + recalled)
 
 
@@ -55,8 +55,8 @@ def miou(seen: Image.Image, wanted: Image.Image) -> float:
     """Mean intersection over union of the condition's regions and the picture's, both by the nearest of the condition's colours."""
     flat = np.asarray(wanted.convert("RGB")).reshape(-1, 3).astype(np.float32)
     colours, own, counts = np.unique(flat, axis=0, return_inverse=True, return_counts=True)
-    pixels = np.asarray(seen.convert("RGB")).reshape(-1, 3).astype(np.float32)
-    nearest = ((pixels[:, None] - colours) ** 2).sum(-1).argmin(1)
+    drawn = np.asarray(seen.convert("RGB")).reshape(-1, 3).astype(np.float32)
+    nearest = ((drawn[:, None] - colours) ** 2).sum(-1).argmin(1)
     own = own.reshape(-1)
     shares = [((nearest == k) & (own == k)).sum() / ((nearest == k) | (own == k)).sum() for k in range(len(colours))
               if counts[k] >= SMALLEST * len(flat)]  # fmt: skip
@@ -75,23 +75,23 @@ class Maker:
 
     def __init__(self, engine: Engine, files: Path) -> None:
         self.engine, self.files = engine, files
-        self.made = 0
+        self.seed = 0
 
     def __call__(self, case: Case, use: Sequence[str]) -> Image.Image:
         """use: names of the conditions that are on. The seed follows from how many were drawn with other settings before: use `again`."""
         with tempfile.TemporaryDirectory() as held:
-            given = []
+            controls = []
             for name in use:
                 path = Path(held) / f"{name}.png"
                 case.conditions[name].save(path)
-                given.append(Condition(str(self.files / f"{name}.safetensors"), str(path), annotator=""))
-            request = Request(case.prompt, conditions=given, size=case.size, steps=STEPS, guidance=GUIDANCE, seed=self.made)
+                controls.append(Condition(str(self.files / f"{name}.safetensors"), str(path), annotator=""))
+            request = Request(case.prompt, conditions=controls, size=case.size, steps=STEPS, guidance=GUIDANCE, seed=self.seed)
             return self.engine.run(request).images[0]
 
     def compared(self, case: Case, *uses: Sequence[str]) -> list[Image.Image]:
         """The case's picture with each of these sets of conditions, all from one seed."""
         pictures = [self(case, use) for use in uses]
-        self.made += 1
+        self.seed += 1
         return pictures
 
 
@@ -128,10 +128,11 @@ def figures(pipe: Any, judge: Judge, world: World, own: Sequence[str], files: Pa
             sheets: Path | None = None) -> dict[str, Any]:  # fmt: skip
     """Figures of every condition LoRA there is, and of two at once. world: with what is held out. sheets: a folder for pictures to look at."""
     side = pipe.vae.config.sample_size
-    own_size, found = (side, side), {}
-    new = [(side * wide // 8, side * high // 8) for wide, high in NEW_SHAPES]
+    own_size, table = (side, side), {}
     there = [name for name in names if (files / f"{name}.safetensors").is_file()]
-    with Engine(backbones.of(pipe, opening.family(pipe)), "pocket-flux") as engine:
+    backbone = backbones.of(pipe, opening.family(pipe))
+    new = [pixels(shape, side, backbone.pixels_per_token) for shape in NEW_SHAPES]
+    with Engine(backbone, "pocket-flux") as engine:
         maker = Maker(engine, files)
         for name in there:
             for label, sizes, count in (("own size", [own_size], share(EACH)), ("new sizes", new, share(ELSEWHERE))):
@@ -140,14 +141,14 @@ def figures(pipe: Any, judge: Judge, world: World, own: Sequence[str], files: Pa
                 else:
                     cases = [scene_case(world, own, n, sizes[n % len(sizes)], [name]) for n in range(count)]
                 drawn = [maker.compared(case, [], [name]) for case in cases]
-                found[f"{name}, {label}"] = {"pictures": count} | _scores(name, judge, cases, drawn)
+                table[f"{name}, {label}"] = {"pictures": count} | _scores(name, judge, cases, drawn)
                 _sheet(sheets, f"{name}-{label}", cases, drawn)
         if {"canny", "subject"} <= set(there):
             cases = [both_case(world, n, own_size, side) for n in range(share(EACH))]
             drawn = [maker.compared(case, [], ["canny", "subject"]) for case in cases]
-            found["canny and subject"] = {"pictures": len(cases)} | _scores("canny", judge, cases, drawn) | _scores("subject", judge, cases, drawn)
+            table["canny and subject"] = {"pictures": len(cases)} | _scores("canny", judge, cases, drawn) | _scores("subject", judge, cases, drawn)
             _sheet(sheets, "both", cases, drawn)
-    return found
+    return table
 
 
 def _scores(name: str, judge: Judge, cases: Sequence[Case], drawn: Sequence[Sequence[Image.Image]]) -> dict[str, list[float]]:

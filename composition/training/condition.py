@@ -93,12 +93,12 @@ def train(
         learning = Learning(backbone, banks, trained, plan, pairs.settings.factor)
         rows = Rows(backbone, pairs, plan)
 
-        def told(losses: Float[Tensor, "1"]) -> None:
+        def report(losses: Float[Tensor, "1"]) -> None:
             if on_step:
                 on_step(state.step, Losses([pairs.name], losses), learning.updates())
 
         with state.rescued(checkpoint), learning.restored():
-            if not advanced(state, rows.stream(state.step), learning, on_step=told, checkpoint=checkpoint, save_every=save_every, stop=stop):
+            if not advanced(state, rows.stream(state.step), learning, on_step=report, checkpoint=checkpoint, save_every=save_every, stop=stop):
                 return None
             words = {**pairs.words, **(describe(learning.updates()) if describe else {})}
             files.write(folder / f"{pairs.name}.safetensors", learning.factors(), pairs.settings, words)

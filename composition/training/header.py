@@ -8,14 +8,14 @@ from pathlib import PurePath
 
 from composition.backbones.base import Backbone
 from composition.loras.family import text_width
-from composition.training.plan import Plan
+from composition.training.plan import Schedule
 
 _ARCHITECTURES = {768: "stable-diffusion-v1", 2048: "stable-diffusion-xl-v1-base"}
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 def header(
-    backbone: Backbone, base: str, plan: Plan, *, title: str, category: str, trigger: str, pictures: int,
+    backbone: Backbone, base: str, plan: Schedule, *, title: str, category: str, trigger: str, pictures: int,
     size: tuple[int, int], software: str,
 ) -> dict[str, str]:
     """Names and values of the header. base: the model as the user named it; size: (width, height) in pixels."""

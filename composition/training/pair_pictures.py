@@ -69,7 +69,7 @@ def read(images: Path, annotator: str, drawn: Path | None, kind: str) -> PairFol
             raise Refused(f"{file} has no condition picture: add {drawn / (file.stem + '.png')}")
         other = opened(others[file.stem])
         digest.update(hashlib.sha256(others[file.stem].read_bytes()).digest())
-        shapes = [one.width / one.height for one in (picture, other)]
+        shapes = [shown.width / shown.height for shown in (picture, other)]
         if kind == "spatial" and abs(shapes[0] / shapes[1] - 1) > ALIKE:
             raise Refused(f"{others[file.stem]} is {other.width}x{other.height} and {file.name} {picture.width}x{picture.height}: "
                           "a condition lies over its picture, so both need one shape")
@@ -148,5 +148,6 @@ def _tensor(picture: Image.Image) -> Float[Tensor, "1 3 height width"]:
 
 
 def _encoded(backbone: Any, rows: Sequence[tuple[Tensor, Tensor, str]]) -> Bucket:
-    latents, read = (vae.encode(backbone.pipeline, torch.cat([row[k] for row in rows]), part=8).cpu() for k in (0, 1))
-    return Bucket(latents, read, [row[2] for row in rows])
+    seen, read, prompts = zip(*rows, strict=True)
+    latents, drawn = (vae.encode(backbone.pipeline, torch.cat(parts), part=8).cpu() for parts in (seen, read))
+    return Bucket(latents, drawn, prompts)

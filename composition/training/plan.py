@@ -33,6 +33,9 @@ class Schedule(Protocol):
     def steps(self) -> int: ...
 
     @property
+    def rank(self) -> int: ...
+
+    @property
     def warm(self) -> int: ...
 
     @property

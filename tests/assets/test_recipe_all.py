@@ -18,7 +18,8 @@ def test_all_stages_run_in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [
         "recipe", "all", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--budget", "0.1", "--size", "32",
         "--objects", "20", "--places", "3", "--variants", "3", "--blocks", "32,64", "--batch", "4", "--workers", "2", "--no-compile",
-        "--loras", "raccoon,moon", "--lora-steps", "2", "--together", "2", "--measured", "0.01"])  # fmt: skip
+        "--loras", "raccoon,moon", "--lora-steps", "2", "--together", "2", "--condition-steps", "1", "--pairs", "12",
+        "--measured", "0.01"])  # fmt: skip
     main()
     out = tmp_path / "out"
     for folder, kind in (("sd", StableDiffusionPipeline), ("flux", FluxPipeline)):
@@ -29,7 +30,8 @@ def test_all_stages_run_in_an_empty_folder(tmp_path, monkeypatch):
             with safe_open(out / folder / f"{name}.safetensors", "pt") as opened:
                 said = opened.metadata()
             assert {"title", "category", "trigger_words", "base", "preview"} <= set(said)
+    assert {file.stem for file in (out / "flux-conditions").iterdir()} == {"canny", "layout", "subject"}
     assert "a raccoon" in Judge.open(str(out / "clip")).thresholds and (out / "clip/confusion.json").is_file()
     figures = {file.stem for file in (tmp_path / "work").glob("figures-*.json")}
-    assert figures == {f"figures-{name}" for name in ("judge", "base", "loras", "flux", "flux-loras")}
+    assert figures == {f"figures-{name}" for name in ("judge", "base", "loras", "controlnet", "flux", "flux-loras", "conditions")}
     assert json.loads((tmp_path / "work/figures-base.json").read_text())["one"]["objects present"] >= 0
