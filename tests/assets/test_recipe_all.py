@@ -31,5 +31,5 @@ def test_all_stages_run_in_an_empty_folder(tmp_path, monkeypatch):
             assert {"title", "category", "trigger_words", "base", "preview"} <= set(said)
     assert "a raccoon" in Judge.open(str(out / "clip")).thresholds and (out / "clip/confusion.json").is_file()
     figures = {file.stem for file in (tmp_path / "work").glob("figures-*.json")}
-    assert figures == {f"figures-{name}" for name in ("judge", "base", "loras", "flux", "flux-loras")}
+    assert figures == {f"figures-{name}" for name in ("judge", "base", "loras", "controlnet", "flux", "flux-loras", "conditions")}
     assert json.loads((tmp_path / "work/figures-base.json").read_text())["one"]["objects present"] >= 0
