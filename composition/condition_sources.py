@@ -122,7 +122,7 @@ class ConditionSources:
     def _read(self, path: Path) -> ConditionLora | ControlLora | Net:
         if self._nets:
             return controlnets.open(path, self.backbone)
-        kind = controls.usable(path, self.backbone.denoiser.get_submodule(control_lora.INPUT).in_features)
+        kind = controls.usable(path, control_lora.inputs(self.backbone.denoiser))
         if kind == "controlnet":
             raise Refused(f"{path.name} is a ControlNet for Stable Diffusion or SDXL; on FLUX give a condition LoRA or a control LoRA")
         return control_lora.read(path, self.backbone.denoiser) if kind else condition.read(path, self.backbone.denoiser)

@@ -66,7 +66,9 @@ def controlled(unet: nn.Module, controls: Sequence[Control], *, segments: Segmen
     try:
         unet.register_forward_pre_hook(hook, with_kwargs=True)
         with ExitStack() as stack:
-            for net in {id(control.net): control.net for control in controls}.values() if segments else ():
+            for net in {id(control.net): control.net for control in controls}.values():
+                if segments is None:
+                    break
                 layers = _reading(net)
                 override = split(layers, segments.grids(set(layers.values())), segments)
                 stack.enter_context(attention.override(net, tuple(layers), override))

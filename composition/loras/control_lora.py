@@ -65,7 +65,7 @@ def read(path: Path, transformer: Any) -> ControlLora:
         changes |= _changes(f"{path.name}: {name[:200]}", roles, where, layers)
     if INPUT not in changes:
         raise Refused(f"{path.name}: it does not change the input projection ({INPUT}), so it reads no picture")
-    own = layers[INPUT].in_features
+    own = inputs(transformer)
     extra = changes[INPUT].down.shape[1] - own
     if extra != own:
         raise Refused(f"{path.name}: its input projection reads {extra} numbers a token beside the {own} of the latents, where a picture's latents "
@@ -83,16 +83,21 @@ def read(path: Path, transformer: Any) -> ControlLora:
     return ControlLora(changes, norms, extra, receipt)
 
 
+def inputs(transformer: Any) -> int:
+    """Numbers of a token of the latents, as the input projection reads them."""
+    return layer_map.shape(transformer.get_submodule(INPUT))[1]
+
+
 def _changes(what: str, roles: Mapping[str, Tensor], where: tuple[Part, ...], layers: Mapping[str, layer_map.Layer]) -> dict[str, Change]:
     """By path, the change of each layer that a module of the file stands for."""
     down, up, bias = (roles.get(role) for role in ("lora_A.weight", "lora_B.weight", "lora_B.bias"))
     if down is None or up is None:
         raise Refused(f"{what} is an incomplete pair")
     shapes = [layer_map.shape(layers[part.path]) for part in where]
-    outputs, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
+    outputs, reads = sum(shape[0] for shape in shapes), shapes[0][1]
     fits = down.ndim == up.ndim == 2 and down.shape[0] == up.shape[1] and up.shape[0] == outputs
-    if not fits or (down.shape[1] != inputs if where[0].path != INPUT else down.shape[1] <= inputs) or (bias is not None and bias.shape != up.shape[:1]):
-        raise Refused(f"{what}: its factors {tuple(up.shape)} x {tuple(down.shape)} do not fit a layer of shape {(outputs, inputs)} (out, in): it was "
+    if not fits or (down.shape[1] != reads if where[0].path != INPUT else down.shape[1] <= reads) or (bias is not None and bias.shape != up.shape[:1]):
+        raise Refused(f"{what}: its factors {tuple(up.shape)} x {tuple(down.shape)} do not fit a layer of shape {(outputs, reads)} (out, in): it was "
                       "made for a model of another width")
     return {part.path: Change(down, part.rows(up), None if bias is None else part.rows(bias)) for part in where}
 

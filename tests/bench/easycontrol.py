@@ -230,7 +230,7 @@ def measured(bench: Bench, rounds: int, left: Callable[[], float] = lambda: 1.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--counts", default="1,2")
     parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=512)
