@@ -74,8 +74,9 @@ CLEARER = replace(NOISY, rate=4e-3, steps=600, batch=4, noise=(0.7, 1.2))  # and
 COARSE = Stage(0.75, -1.5, NOISY, 1600)
 CARDS = {
     "canny": Card("Edges", "spatial", "canny", "black", (COARSE, Stage(1.0, -1.5, replace(NOISY, steps=1000), 2400), Stage(1.0, -0.7, CLEARER, 3000))),
-    "layout": Card("Flat colours", "spatial", "layout", "black", (COARSE._replace(plan=replace(NOISY, steps=450)),)),
-    "subject": Card("A subject on plain ground", "subject", "", "white", (COARSE,)),
+    "layout": Card("Flat colours", "spatial", "layout", "black", (COARSE._replace(plan=replace(NOISY, steps=450)),
+                                                                  Stage(0.75, -0.7, replace(CLEARER, steps=200), 1600))),  # fmt: skip
+    "subject": Card("A subject on plain ground", "subject", "", "white", (COARSE, Stage(0.75, -0.7, CLEARER, 3000))),
 }
 
 

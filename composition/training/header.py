@@ -19,7 +19,7 @@ def header(
     size: tuple[int, int], software: str,
 ) -> dict[str, str]:
     """Names and values of the header. base: the model as the user named it; size: (width, height) in pixels."""
-    kind = backbone.scheduler.config.prediction_type
+    kind = backbone.scheduler.config.get("prediction_type", "")  # a flow has none
     fields = {
         "title": title, "category": category, "trigger_words": trigger, "base": plain_name(base),
         "modelspec.sai_model_spec": "1.0.1",
@@ -37,6 +37,8 @@ def header(
 
 def architecture(backbone: Backbone, base: str) -> str:
     """The base in the words of modelspec; a bundled or unknown one by its own name."""
+    if backbone.family == "flux":
+        return "flux-1-dev" if backbone.denoiser.config.guidance_embeds else plain_name(base)
     width = text_width(backbone.components)
     if width == 1024:
         return f"stable-diffusion-v2-{'768-v' if backbone.scheduler.config.prediction_type == 'v_prediction' else '512'}"
