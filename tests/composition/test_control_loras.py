@@ -16,6 +16,8 @@ from tests import reference, toys
 from tests.composition import laws
 from tests.composition.conftest import FAMILIES
 
+SIDE = 16  # of the pictures of laws
+
 
 @pytest.fixture(autouse=True)
 def quick(shapes_unchecked):
@@ -33,7 +35,7 @@ def folder(tmp_path_factory, engines):
     pipe = engines["flux"].backbone.pipeline
     for layout in ("diffusers", "bfl"):
         toys.control_lora(pipe, folder / f"{layout}.safetensors", layout)
-    Image.effect_noise((32, 32), 90).convert("RGB").save(folder / "edges.png")
+    Image.effect_noise((SIDE, SIDE), 90).convert("RGB").save(folder / "edges.png")
     return folder
 
 
@@ -49,7 +51,7 @@ def edges(folder):
 
 def test_merge_is_the_stock_control_pipeline(family, engine, edges, folder, monkeypatch):
     """In both layouts. (The stock pipeline draws the picture's latents; here it takes their mean.)"""
-    asked = laws.request("merge", conditions=[edges], steps=4, size=None, guidance=3.5 if family == "flux-dev" else 1.0)
+    asked = laws.request("merge", conditions=[edges], steps=4, guidance=3.5 if family == "flux-dev" else 1.0)
     mine = laws.latents(engine, asked)
     assert torch.equal(laws.latents(engine, replace(asked, conditions=[replace(edges, source="diffusers")])), mine)
     laws.differ(mine, laws.latents(engine, replace(asked, conditions=[])))
@@ -58,10 +60,10 @@ def test_merge_is_the_stock_control_pipeline(family, engine, edges, folder, monk
     pipe = FluxControlPipeline(**{name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")})
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(folder / "diffusers.safetensors")
-    stock = pipe(asked.prompt, control_image=Image.open(folder / "edges.png"), height=32, width=32, num_inference_steps=4, guidance_scale=3.5,
+    stock = pipe(asked.prompt, control_image=Image.open(folder / "edges.png"), height=SIDE, width=SIDE, num_inference_steps=4, guidance_scale=3.5,
                  generator=torch.Generator().manual_seed(asked.seed), output_type="latent",
                  max_sequence_length=pipe.tokenizer_2.model_max_length).images  # fmt: skip
-    laws.same(mine, reference.unpacked(stock, pipe, 32))
+    laws.same(mine, reference.unpacked(stock, pipe, SIDE))
 
 
 def test_strength_and_times(engine, edges):
@@ -110,7 +112,7 @@ def test_everything_is_returned(engine, edges, monkeypatch):
         engine.run(laws.request("merge", steps=2, conditions=[edges]), on_step=fail)
     assert laws.fingerprint(engine) == before
     lora = control_lora.read(engine.find_condition("bfl"), engine.backbone.denoiser)
-    left = hooks.controlled(engine.backbone.denoiser, lora, torch.zeros(1, 64, 16, dtype=torch.float64))
+    left = hooks.controlled(engine.backbone.denoiser, lora, torch.zeros(1, SIDE * SIDE // 16, 16, dtype=torch.float64))
     left.__enter__()
     hooks.abandon(engine.backbone.denoiser)
     assert laws.fingerprint(engine) == before
@@ -145,7 +147,7 @@ def test_what_does_not_fit_is_refused(engine, engines, edges, folder, tmp_path):
 def test_mutant_that_reads_no_picture_is_caught(engines, folder, edges, monkeypatch):
     engine = Engine(engines["flux"].backbone, "toy", folders=[folder])
     other = replace(edges, image=str(folder / "other.png"))
-    Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(folder / "other.png")
+    Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB").save(folder / "other.png")
     pair = [laws.request("merge", steps=1, conditions=[some]) for some in (edges, other)]
     laws.differ(*(laws.latents(engine, asked) for asked in pair))
     honest = hooks.controlled

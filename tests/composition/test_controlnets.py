@@ -13,7 +13,7 @@ from tests import toys
 from tests.composition import laws
 from tests.composition.conftest import FAMILIES
 
-SIDE = 32
+SIDE = 16  # of the pictures of laws
 PIPES = {"sd": StableDiffusionControlNetPipeline, "sdxl": StableDiffusionXLControlNetPipeline}
 
 
@@ -126,7 +126,7 @@ def test_the_last_requests_nets_are_kept(engine, edges, depth, monkeypatch):
     for conditions in ([edges, depth], [edges], [edges], [depth], []):
         engine.run(laws.request("merge", steps=1, conditions=conditions))
     assert opened == ["controlnet-edges", "depth.safetensors", "depth.safetensors"]
-    assert not engine._nets
+    assert not engine._controls._held
 
 
 def test_what_is_not_a_controlnets_is_refused(engine, engines, edges, depth, lora_files, family):
