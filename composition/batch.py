@@ -18,7 +18,6 @@ from pydantic import ValidationError
 
 from composition import atomic, lock, record
 from composition.log import Log
-from composition.loras import controls
 from composition.refusal import Cancelled, Refused, explain
 from composition.request import Request, Result
 from composition.version import __version__
@@ -213,6 +212,8 @@ class Identity:
         """The id, 20 hexadecimal digits, of a settled request, which has its masks and the pictures of its conditions in it.
 
         Raises Refused for a LoRA that is not there."""
+        from composition.loras import controls  # it brings torch, which a command that draws nothing does without
+
         paths = [self._engine.find(lora.source) for lora in request.loras]
         for condition in request.conditions:  # of a ControlNet's folder its weights
             path = self._engine.find_condition(condition.source)

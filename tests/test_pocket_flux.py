@@ -61,7 +61,7 @@ def test_merge_is_stock_diffusers_with_the_same_three_loras(engine, pipe, weight
 @pytest.mark.parametrize("length", [20, 40, 64, 128, 512])
 def test_padding_of_any_length_leaves_what_the_prompt_says(pipe, length):
     """The stock pipeline pads T5's text and lets the padding be attended to: 512 unless told otherwise."""
-    judge = Judge.open(str(POCKET / "clip"))
+    judge = Judge.open("pocket")
     seen = picture(pipe, "a panda in the snow", seed=3, length=length)
     assert judge.present([seen], ["a panda", "in the snow"]).all()
     assert not judge.present([seen], ["a car", "in the desert"]).any()
@@ -81,12 +81,12 @@ def test_every_bundled_lora_applies_whole_and_shows(engine):
 
 def test_a_lora_of_the_other_pocket_is_refused_in_plain_words(engine):
     with pytest.raises(Refused, match="this base is FLUX"):
-        engine.inspect(str(POCKET / "loras" / "raccoon.safetensors"))
+        engine.inspect(str(POCKET.parent / "pocket128/loras/raccoon.safetensors"))
 
 
 def test_two_animals_have_places_of_their_own(engine):
     """Neither is a word that the base knows. By what each LoRA changes, places part, and both animals are found more often than by Merge."""
-    judge, pair = Judge.open(str(POCKET / "clip")), ("raccoon", "owl")
+    judge, pair = Judge.open("pocket"), ("raccoon", "owl")
     found = {}
     for method in ("merge", "clora-fast"):
         made = engine.run(Request("a raccoon and an owl in the snow", loras=[Lora(name) for name in pair], method=method, seed=41, count=6))

@@ -14,7 +14,7 @@ from composition import Refused, annotators
 
 EPILOG = ("Captions: NAME.txt beside NAME.png, or metadata.jsonl with file_name and text; without, the prompt is empty. Ctrl-C keeps what was "
           "learned; the same command goes on from there.")  # fmt: skip
-SIDES = re.compile(r"\s*[0-9]{1,5}(\s*,\s*[0-9]{1,5})*\s*")
+SIDE = re.compile(r"[0-9]{1,5}")
 
 
 def condition(
@@ -51,7 +51,7 @@ def condition(
     if annotator:
         annotators.find(annotator)
     train.check_common(dtype, seed, preview_every)
-    if sides is not None and not SIDES.fullmatch(sides):
+    if sides is not None and not all(SIDE.fullmatch(side.strip()) for side in sides.split(",")):
         raise Refused(f"--sides {sides!r}: give sizes in pixels, as 384,512,640")
     called = train.checked_name(name or annotator or (conditions.name if conditions else ""))
     engines.prepare(model)

@@ -146,12 +146,12 @@ def test_what_is_drawn_follows_from_the_concept_alone():
     for mine, together in ((alone.times, company.times), (alone.kept, company.kept)):
         assert torch.equal(together[:, 8:], mine)
     assert [alone.words[n] for n in alone.prompts.flatten()] == [company.words[n] for n in company.prompts[:, 8:].flatten()]
-    noise = draws.Fresh([fox, owl], plan).draw(7, (4, 2, 2), torch.float32)
-    assert torch.equal(noise[8:], draws.Fresh([owl], plan).draw(7, (4, 2, 2), torch.float32))
-    assert not torch.equal(noise[8:], draws.Fresh([owl], plan).draw(8, (4, 2, 2), torch.float32))
-    other = draws.Fresh([owl], replace(plan, seed=4)).draw(7, (4, 2, 2), torch.float32)
+    noise = draws.Fresh([fox, owl], plan, plan.batch).draw(7, (4, 2, 2), torch.float32)
+    assert torch.equal(noise[8:], draws.Fresh([owl], plan, plan.batch).draw(7, (4, 2, 2), torch.float32))
+    assert not torch.equal(noise[8:], draws.Fresh([owl], plan, plan.batch).draw(8, (4, 2, 2), torch.float32))
+    other = draws.Fresh([owl], replace(plan, seed=4), plan.batch).draw(7, (4, 2, 2), torch.float32)
     assert not np.isclose(noise[8:], other).any()
-    many = draws.Fresh([fox], plan).draw(0, (50, 50), torch.float64)
+    many = draws.Fresh([fox], plan, plan.batch).draw(0, (50, 50), torch.float64)
     assert abs(float(many.mean())) < 0.03 and abs(float(many.std()) - 1) < 0.03
     assert 0.2 < company.kept.double().mean() < 0.3
     own, empty = set(fox.prompts), 0

@@ -214,7 +214,7 @@ def test_doctor_fails_when_what_ships_does_not_run(medley, monkeypatch):
     from composition.backbones.loading import open as opening
     from composition.loras import library
 
-    monkeypatch.setattr(bundled, "BUNDLES", {"gone": bundled.Bundle("gone/sd", "gone/loras", "gone/testbed.json")})
+    monkeypatch.setattr(bundled, "BUNDLES", {"gone": bundled.Bundle("gone/sd", "gone/loras", "gone/testbed.json", "gone/profiles")})
     monkeypatch.setattr(opening, "BUNDLES", bundled.BUNDLES)
     monkeypatch.setattr(library, "BUNDLES", bundled.BUNDLES)
     answer = medley("doctor")

@@ -362,7 +362,7 @@ def test_a_judge_without_thresholds_sets_them_on_the_pictures_of_other_cases(med
     for n in range(60):
         red = n % 3 == 0
         base = torch.tensor([220, 40, 40] if red else [40, 80, 220])
-        pixels = (base + 40 * torch.randn(32, 32, 3, generator=generator)).clamp(0, 255).byte()
+        pixels = (base + 10 * torch.randn(32, 32, 3, generator=generator)).clamp(0, 255).byte()
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{n}.png")
         colour = "red" if red else "blue"
         lines.append({"file_name": f"{n}.png", "text": f"on a {colour} background {n}", "concepts": [f"on a {colour} background"]})

@@ -249,7 +249,7 @@ def test_a_closed_tab_takes_its_job_with_it(server, tab):
 
 
 @pytest.mark.parametrize(("values", "said"), [
-    ({"size": "63x63"}, "Size 63x63: width and height must be multiples of 4; 64x64 is the nearest"),
+    ({"size": "63x63"}, "Size 63x63: width and height must be multiples of 8; 64x64 is the nearest"),
     ({"size": "big"}, "Size big: write WIDTHxHEIGHT"),
     ({"steps": 0}, "Steps: must be at least 1 (given 0)"),
     ({"steps": ""}, "Steps is empty"),
