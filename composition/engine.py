@@ -227,7 +227,7 @@ class Engine:
                 conditions = self._controls.opened(request, paths, size, isolated=not _steady(request, method), shelf=shelf)
             notes = opening_notes(request, receipts, self.backbone) | settled | ({"fold": fold} if fold else {})
             if conditions is not None:
-                notes |= conditions.notes | ({"conditions isolated": True} if conditions.isolated and request.active else {})
+                notes |= {**conditions.notes} | ({"conditions isolated": True} if conditions.isolated and request.active else {})
             rows = list(zip(request.names, request.loras, receipts, strict=True))
             categories = {name: lora.category or receipt.category for name, lora, receipt in rows}
             triggers = {name: lora.triggers or receipt.triggers for name, lora, receipt in rows}

@@ -38,7 +38,7 @@ def header(
 def architecture(backbone: Backbone, base: str) -> str:
     """The base in the words of modelspec; a bundled or unknown one by its own name."""
     if backbone.family == "flux":
-        return "flux-1-dev" if backbone.denoiser.config.guidance_embeds else plain_name(base)
+        return "flux-1-dev" if getattr(backbone.denoiser.config, "guidance_embeds", False) else plain_name(base)
     width = text_width(backbone.components)
     if width == 1024:
         return f"stable-diffusion-v2-{'768-v' if backbone.scheduler.config.prediction_type == 'v_prediction' else '512'}"

@@ -56,7 +56,7 @@ def _of_file(path: Path, backbone: Any) -> Any:
     settings = _settings(shapes, backbone)
     _fits(path.name, settings, backbone, shapes)
     with safe_open(path, "pt") as file, TemporaryDirectory() as folder:
-        tensors = {name: file.get_tensor(name) for name in shapes}
+        tensors: Any = {name: file.get_tensor(name) for name in shapes}  # diffusers takes them too, though its types say a path
         Path(folder, controls.CONFIG).write_text(json.dumps({"_class_name": "ControlNetModel", **settings}))
         return ControlNetModel.from_single_file(tensors, config=folder, dtype=backbone.dtype, local_files_only=True)
 
