@@ -29,11 +29,10 @@ LOKR = "LoKr is not supported yet"
 OFT = "OFT is not supported"
 BIAS = "a LoRA with a bias is not supported"
 FULL = "full weights (diff, norm, bias) are not supported"
-CONTROL = "a condition LoRA, which goes with a picture: --control NAME=PICTURE"
 TOKEN = "learned tokens (textual inversion) are not supported yet"
 TWICE = "written twice for the same layer"
 PART = "a part of a LoRA that is not known"
-CONDITION = "of a condition LoRA, which is given with its picture, as a condition (--control)"
+CONDITION = "of a condition LoRA, which goes with a picture: --control NAME=PICTURE"
 UNKNOWN = "not a LoRA tensor that is known"
 
 
@@ -78,7 +77,6 @@ _ROLES = tuple((re.compile(pattern), role, reason) for pattern, role, reason in 
     (r"\.lokr_\w+$", "whole", LOKR),
     (r"\.oft_\w+(?:\.weight)?$", "whole", OFT),
     (r"\.lora_[AB](?:\.[^.]+)?\.bias$|\.lora_(?:down|up)\.bias$", "whole", BIAS),
-    (r"\.processor\.(?:q|k|v|proj)_loras\.\d+\.(?:down|up)\.weight$", "beside", CONTROL),
     (r"\.(?:diff|diff_b|set_weight|w_norm|b_norm|bias)$", "beside", FULL),
     (r"\.lora_\w+(?:\.[^.]+){0,2}$|\.scalar$", "whole", PART),
     (r"\.weight$", "beside", FULL),

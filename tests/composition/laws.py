@@ -224,7 +224,7 @@ def cached_is_full_at_age_0(engine, loras):
     same(latents(engine, always), latents(engine, replace(always, options={"cache": False})))
 
 
-def half_precision(engine, exact, method, loras, bound):
+def half_precision(engine, exact, method, loras, bound, **changes):
     """From the same noise, the final latents lie within `bound` of those of `exact`, in units of their spread."""
     with pytest.MonkeyPatch.context() as patch:
         honest = engine.backbone.start
@@ -235,7 +235,7 @@ def half_precision(engine, exact, method, loras, bound):
             return noise.to(engine.backbone.dtype), honest(asked, scheduler, generators)[1]
 
         patch.setattr(engine.backbone, "start", start)
-        asked = request(method, *loras, steps=7)
+        asked = request(method, *loras, steps=7, **changes)
         rounded, right = latents(engine, asked).double(), latents(exact, asked)
     assert rounded.isfinite().all()
     error = float((rounded - right).square().mean().sqrt() / right.std())

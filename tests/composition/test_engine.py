@@ -106,9 +106,9 @@ def test_cost_is_counted(engine, method, evaluations):
 
 def test_switch_tells_who_led(engine):
     """tau = 2 over 7 steps: fox fox owl owl fox fox owl; the authors' version gives the first three steps."""
-    paper = engine.run(laws.request("switch", Lora("fox"), Lora("owl"), options={"tau": 2}, sampler="ddim"))
+    paper = engine.run(laws.request("switch", Lora("fox"), Lora("owl"), options={"tau": 2}, sampler="ddim", steps=7))
     assert paper.notes["leaders"] == ["fox", "fox", "owl", "owl", "fox", "fox", "owl"]
-    code = engine.run(laws.request("switch", Lora("fox"), Lora("owl"), options={"tau": 2, "reference": True}, sampler="ddim"))
+    code = engine.run(laws.request("switch", Lora("fox"), Lora("owl"), options={"tau": 2, "reference": True}, sampler="ddim", steps=7))
     assert code.notes["leaders"] == ["fox", "fox", "fox", "owl", "owl", "fox", "fox"]
 
 

@@ -88,7 +88,7 @@ def test_another_device_is_asked_seldom_and_the_first_bad_step_is_named(steps, b
 
 
 def test_the_exit_code_is_not_0_and_no_picture_is_there(medley, toy, tmp_path):
-    file = lora(toys.sd(), tmp_path, "1e38")
+    file = lora(toys.sd(blocks=(16, 32)), tmp_path, "1e38")  # as the model in toy's folder
     call = ("a fox", "--model", toy.model, "--lora", file, "--steps", 2, "--out", "out")
     said = medley("generate", *call)
     assert said.code == 2 and "overflowed at step 1 of 2" in said.err and "flood" in said.err

@@ -58,7 +58,7 @@ def test_from_says_when_a_lora_is_another_file(make, medley, toy, tmp_path):
     assert make().code == 0
     (tmp_path / "changed").mkdir()
     for seed, name in ((7, "fox"), (1, "owl")):
-        toys.lora(toys.sd(), tmp_path / "changed" / f"{name}.safetensors", seed=seed, targets=("attn",), text=False)
+        toys.lora(toys.sd(blocks=(16, 32)), tmp_path / "changed" / f"{name}.safetensors", seed=seed, targets=("attn",), text=False)
     said = medley("generate", "--from", "pictures/0000.png", "--model", toy.model, "--lora-dir", tmp_path / "changed", "--out", "again")
     assert "LoRA fox is not the file" in said.err
     assert "picture will differ" in said.err

@@ -274,4 +274,4 @@ def test_what_reads_pictures_is_listed_and_inspected(medley, nets):
 
 def test_a_condition_lora_given_as_a_lora_says_how_it_is_given(make):
     said = make("--lora", "edges")
-    assert said.code == 2 and "a condition LoRA, which goes with a picture: --control NAME=PICTURE" in said.err
+    assert said.code == 2 and "of a condition LoRA, which goes with a picture: --control NAME=PICTURE" in said.err

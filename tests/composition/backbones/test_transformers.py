@@ -119,7 +119,7 @@ def test_sd3_without_t5_is_the_stock_pipeline_without_it(lora_files):
     made, pipe = engine(bare()), bare()
     request = laws.request("merge", laws.loras_of(lora_files["sd3"])[0], steps=4)
     reference.load(pipe, lora_files["sd3"][:1], [1.0])
-    expected = reference.stock(pipe, request.prompt, "", 4, request.guidance, [torch.Generator().manual_seed(request.seed)])
+    expected = reference.stock(pipe, request.prompt, "", 4, request.guidance, [torch.Generator().manual_seed(request.seed)], laws.SIDE)
     laws.same(laws.latents(made, request), expected, 1e-7)
 
 

@@ -212,7 +212,7 @@ def test_by_change_with_a_region_the_other_contends_for_the_rest(case, regions, 
     middle = first.shape[1] // 2
     assert first[:, :middle].eq(0).all() and float((first * second).max()) == 0
     if regions == "replace":
-        assert first[:, middle:].eq(1).all() and second[:, :middle].mean() > 0.9  # all but the place of its least change
+        assert first[:, middle:].eq(1).all() and second[:, :middle].eq(0).sum() <= 1  # all but the place of its least change
     else:
         assert 0 < first[:, middle:].mean() < 1
 

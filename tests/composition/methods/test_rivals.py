@@ -151,7 +151,7 @@ def test_a_profile_is_measured_as_its_formula_says(case):
     courses = {}
     for live in (True, False):
         for seed in (0, 1):
-            asked = laws.request("merge", *([lora] if live else []), prompt="the fox", steps=10, seed=seed, guidance=None, negative="")
+            asked = laws.request("merge", *([lora] if live else []), prompt="the fox", steps=10, seed=seed, guidance=None, negative="", size=None)
             course = []
             engine.run(asked, on_step=lambda event, course=course: course.append(float(spectrum.high(event.latents)[0])))
             courses[live, seed] = course
