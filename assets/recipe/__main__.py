@@ -46,7 +46,7 @@ from . import (
 )
 from .drawing import drawn_ahead
 from .labelled import ALSO, START, Source
-from .loop import Loop
+from .loop import Loop, joined
 from .objects import OBJECTS
 from .places import HELD_PLACES, PLACES, variants
 from .shorten import shorten
@@ -248,7 +248,8 @@ def _flux(args: argparse.Namespace, art: Path, world: World, folder: Path) -> No
         model = flux.train(scenes, vae, clip, t5, args.out / "sd", args.work, minutes=_minutes(args, "flux"),
                            device=torch.device(args.device), settings=flux.Settings(args.batch, compiled=args.compile), begin=args.begin_flux,
                            peak=args.flux_peak)  # fmt: skip
-    export.export_flux(model.cpu(), vae.cpu(), clip, t5, folder)
+    if not joined()[0]:  # the first of the processes that train together
+        export.export_flux(model.cpu(), vae.cpu(), clip, t5, folder)
 
 
 def _measured(args: argparse.Namespace, first: str, second: str, pipe: object, world: World, files: Path, names: Sequence[str]) -> None:

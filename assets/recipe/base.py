@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from composition.hooks.kernels import attention_for
 
 from .autoencoder import encoded
-from .drawing import Pool, Stock, drawn_ahead
+from .drawing import SEEN, Pool, Stock, drawn_ahead
 from .loop import Loop, Minutes, joined
 from .tokenizer import LENGTH, ids
 from .world import World, batch
@@ -87,9 +87,9 @@ def stock(world: World, read: Callable[[list[str]], torch.Tensor], first: int, *
     return Stock(draw, first=first, **sizes)
 
 
-def latents_pool(stock: Stock, vae: AutoencoderKL, device: torch.device, limit: int = 98_304) -> Pool:
-    """Latents (n, C, h, w) in half precision and tokens (n, L) of the stock's scenes."""
-    return Pool(stock, device, limit=limit, enter=lambda pictures, tokens: (encoded(vae, pictures), tokens))
+def latents_pool(stock: Stock, vae: AutoencoderKL, device: torch.device, limit: int = 98_304, seen: float = SEEN) -> Pool:
+    """Latents (n, C, h, w) in half precision and tokens (n, L) of the stock's scenes; each is used ``seen`` times."""
+    return Pool(stock, device, limit=limit, enter=lambda pictures, tokens: (encoded(vae, pictures), tokens), seen=seen)
 
 
 def drop_captions(batches: Iterator[tuple[torch.Tensor, ...]], empty: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

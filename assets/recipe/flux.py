@@ -37,6 +37,7 @@ FEWER = {128: 2, 512: 8}  # at these lengths, one picture of so many
 UNSEEN = 7 * 10**8  # number of the first scene that only shift and scale of the latents are taken from
 HEAD = 32  # width of an attention head, and of its three rotary parts together
 ROPE = (8, 12, 12)
+SEEN = 10  # times that a scene is used: the teacher's answer is another for every noise
 CENTRE, WIDTH = 0.4, 1.2  # logit of s trained on: normal; the stock schedule at this size looks more at much noise, too
 
 
@@ -247,7 +248,7 @@ def train(scenes: Stock, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenize
         return F.mse_loss(guess.float(), pack(goal))
 
     with attention_for(device, positions=2 * len(image_ids), gradients=True), products(settings.blas):
-        pool = latents_pool(scenes, vae, device, limit)
+        pool = latents_pool(scenes, vae, device, limit, SEEN)
         batches = drop_captions(pool.batches(settings.size), reader(clip, t5)([""]).to(device))
         if device.type == "cuda":  # what a card cannot do shows before anything is compiled, and every length is compiled ahead
             loss_of(*next(batches), length=SHORT).backward()

@@ -1,7 +1,6 @@
 """Conditions of a request: equal to one masked forward with LoRAs on, exact when they are off, read once, beside every method."""
 
 import base64
-import gc
 import io
 import threading
 from dataclasses import replace
@@ -340,16 +339,7 @@ def test_interrupted_while_it_is_read(engines, folder, monkeypatch):
 
 
 def test_no_tensor_of_a_run_is_alive_after_it(engines, folder):
-    engine, asked = engines["flux"], request("composite", folder, [edges(folder)])
-
-    def alive():
-        gc.collect()
-        return sorted(tuple(item.shape) for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
-
-    engine.run(asked)
-    before = alive()
-    engine.run(asked)
-    assert alive() == before
+    laws.leaves_nothing(engines["flux"], request("composite", folder, [edges(folder)]))
 
 
 def test_cached_passes_beside_banks(engine, folder, opened):
