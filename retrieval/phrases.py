@@ -1,6 +1,7 @@
 """A prompt split into the phrases that LoRAs are searched for, each by itself: what is seen, how it looks, where it is."""
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 MOST = 16  # phrases of a prompt that are searched for
@@ -19,11 +20,17 @@ _GENERIC = frozenset(
     "masterpiece quality best high highly detailed intricate beautiful amazing stunning professional trending award winning 4k 8k hd uhd resolution".split())
 
 
+_AROUND = frozenset("in at on under near inside outside through by".split())  # what a place is named with
+_LOOK = re.compile(r"\b(?:style|styled|aesthetic|look|lighting|light|colours?|colors?|palette|background)\b", re.IGNORECASE)
+
+
 class Phrase(NamedTuple):
-    """text: as it stands in the prompt, without articles at its beginning. words: those of it that say something. whole: not a part of another."""
+    """text: as it stands in the prompt, without articles at its beginning. words: those of it that say something. everywhere: it says where the
+    picture is or how it looks, and not what is in it, as far as the words around it tell. whole: not a part of another."""
 
     text: str
     words: tuple[str, ...]
+    everywhere: bool = False
     whole: bool = True
 
 
@@ -31,19 +38,27 @@ def split(prompt: str) -> list[Phrase]:
     """The phrases in their order, each once; behind one of several words those words by themselves, since a style or a place is often one of
     them ("a neon city"). Empty for a prompt that names nothing."""
     found: dict[str, Phrase] = {}
-    for piece in _BREAK.split(prompt):
+    for before, piece in _pieces(prompt):
         words = re.findall(r"\w[\w'’-]*", piece)
         while words and words[0].lower() in _EMPTY:
             words = words[1:]
         said = tuple(word for word in words if word.lower() not in _EMPTY | _GENERIC and not word.isdigit())
-        if not said or len(words) > LONGEST:
-            found |= {word.lower(): Phrase(word, (word,), False) for word in said if word.lower() not in found}
-            continue
-        text = " ".join(words if len(said) > 1 else said)
-        found.setdefault(text.lower(), Phrase(text, said))
+        everywhere = before in _AROUND or bool(_LOOK.search(piece))
+        if said and len(words) <= LONGEST:
+            text = " ".join(words if len(said) > 1 else said)
+            found.setdefault(text.lower(), Phrase(text, said, everywhere))
         for word in said if len(said) > 1 else ():
-            found.setdefault(word.lower(), Phrase(word, (word,), False))
+            found.setdefault(word.lower(), Phrase(word, (word,), everywhere, False))
     return list(found.values())[:MOST]
+
+
+def _pieces(prompt: str) -> Iterator[tuple[str, str]]:
+    """What stands between two breaks, with the break before it in lower case."""
+    before, start = "", 0
+    for found in _BREAK.finditer(prompt):
+        yield before, prompt[start : found.start()]
+        before, start = found[0].lower(), found.end()
+    yield before, prompt[start:]
 
 
 class Words:

@@ -20,6 +20,7 @@ MOST = 3
 CHANCE = 0.05  # that some unrelated LoRA of the library is taken for a phrase
 ALIKE = 0.8  # cosine of two LoRAs' vectors from which they do the same
 SAID, NAMED, TAGGED = 12.0, 10.0, 4.0  # what literal evidence counts, in standard deviations of a null: more than any vector
+EVERYWHERE = ("style", "place")  # categories that are of the whole picture
 SPREAD = 0.02  # of cosines: a null narrower than that is taken for so wide
 
 Vectors = Float[np.ndarray, "n D"]
@@ -61,10 +62,11 @@ class Reason:
 @dataclass(frozen=True)
 class Suggestion:
     """One LoRA to use. phrase: the words of the prompt it serves. reasons: strongest first. trigger: the word to add to the prompt, "" when the
-    prompt has one or none is known. weight: to begin with."""
+    prompt has one or none is known. weight: to begin with. everywhere: it serves the whole picture, and not a thing in it."""
 
     candidate: Candidate
     phrase: str
+    everywhere: bool
     reasons: tuple[Reason, ...]
     trigger: str
     weight: float
@@ -152,8 +154,9 @@ def _chosen(prompt: str, phrases: Sequence[Phrase], candidates: Sequence[Candida
         if words & served or any(candidate.id == other.candidate.id or likeness(candidate, other.candidate) >= alike for other in taken):
             continue
         served |= words
+        everywhere = candidate.category in EVERYWHERE if candidate.category else bool(phrase and phrase.everywhere)
         said = not candidate.triggers or any(spoken.say(words) for words in candidate.triggers)
-        taken.append(Suggestion(candidate, phrase.text if phrase else reasons[0].words, reasons, "" if said else candidate.triggers[0],
+        taken.append(Suggestion(candidate, phrase.text if phrase else reasons[0].words, everywhere, reasons, "" if said else candidate.triggers[0],
                                 1.0 if candidate.weight is None else candidate.weight))  # fmt: skip
     return taken
 

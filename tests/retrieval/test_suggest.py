@@ -104,6 +104,12 @@ def test_phrases(prompt, phrases):
     assert [phrase.text for phrase in split(prompt)] == phrases
 
 
+@pytest.mark.parametrize(("prompt", "everywhere"), [
+    ("a dragon in a neon city", ["neon city", "neon", "city"]), ("an owl, ink style", ["ink"]), ("a fox with a hat at the beach", ["beach"]), ("a fox", [])])
+def test_what_is_everywhere(prompt, everywhere):
+    assert [phrase.text for phrase in split(prompt) if phrase.everywhere] == everywhere
+
+
 def test_a_long_prompt_has_few_phrases_and_takes_no_time():
     assert len(split("word " * 20_000 + "," * 20_000)) <= 16
     assert len(split(", ".join(f"thing number{number}x" for number in range(5000)))) <= 16
