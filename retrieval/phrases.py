@@ -37,27 +37,27 @@ class Phrase(NamedTuple):
 def split(prompt: str) -> list[Phrase]:
     """The phrases in their order, each once; behind one of several words those words by themselves, since a style or a place is often one of
     them ("a neon city"). Empty for a prompt that names nothing."""
-    found: dict[str, Phrase] = {}
+    phrases: dict[str, Phrase] = {}
     for before, piece in _pieces(prompt):
         words = re.findall(r"\w[\w'’-]*", piece)
         while words and words[0].lower() in _EMPTY:
             words = words[1:]
-        said = tuple(word for word in words if word.lower() not in _EMPTY | _GENERIC and not word.isdigit())
+        content_words = tuple(word for word in words if word.lower() not in _EMPTY | _GENERIC and not word.isdigit())
         everywhere = before in _AROUND or bool(_LOOK.search(piece))
-        if said and len(words) <= LONGEST:
-            text = " ".join(words if len(said) > 1 else said)
-            found.setdefault(text.lower(), Phrase(text, said, everywhere))
-        for word in said if len(said) > 1 else ():
-            found.setdefault(word.lower(), Phrase(word, (word,), everywhere, False))
-    return list(found.values())[:MOST]
+        if content_words and len(words) <= LONGEST:
+            text = " ".join(words if len(content_words) > 1 else content_words)
+            phrases.setdefault(text.lower(), Phrase(text, content_words, everywhere))
+        for word in content_words if len(content_words) > 1 else ():
+            phrases.setdefault(word.lower(), Phrase(word, (word,), everywhere, False))
+    return list(phrases.values())[:MOST]
 
 
 def _pieces(prompt: str) -> Iterator[tuple[str, str]]:
     """What stands between two breaks, with the break before it in lower case."""
     before, start = "", 0
-    for found in _BREAK.finditer(prompt):
-        yield before, prompt[start : found.start()]
-        before, start = found[0].lower(), found.end()
+    for end in _BREAK.finditer(prompt):
+        yield before, prompt[start : end.start()]
+        before, start = end[0].lower(), end.end()
     yield before, prompt[start:]
 
 

@@ -89,10 +89,10 @@ def suggest(
     phrases = split(prompt)
     if not phrases or not candidates:
         return []
-    found = [_spoken(prompt, phrases, candidates), *(_near(phrases, candidates, evidence, make, null[evidence], chance)
+    evidences = [_spoken(prompt, phrases, candidates), *(_near(phrases, candidates, evidence, make, null[evidence], chance)
                                                      for evidence, make in queries.items() if evidence in null)]  # fmt: skip
     reasons: dict[tuple[int, int], list[Reason]] = {}
-    for some in found:
+    for some in evidences:
         for place, reason in some:
             reasons.setdefault(place, []).append(reason)
     ranked = sorted(reasons.items(), key=lambda item: (-_worth(item[1]), item[0]))
@@ -100,23 +100,23 @@ def suggest(
                    most, alike)  # fmt: skip
 
 
-Found = Iterable[tuple[tuple[int, int], Reason]]  # (candidate, phrase) and the reason
+Reasons = Iterable[tuple[tuple[int, int], Reason]]  # (candidate, phrase) and the reason
 
 
-def _spoken(prompt: str, phrases: Sequence[Phrase], candidates: Sequence[Candidate]) -> Found:
+def _spoken(prompt: str, phrases: Sequence[Phrase], candidates: Sequence[Candidate]) -> Reasons:
     """What the prompt says literally."""
-    said_by, parts = Words(prompt), [Words(phrase.text) for phrase in phrases]
+    spoken, parts = Words(prompt), [Words(phrase.text) for phrase in phrases]
     for who, candidate in enumerate(candidates):
-        literal = [("trigger", SAID, candidate.triggers), ("name", NAMED, (_spaced(candidate.name),)), ("tag", TAGGED, candidate.tags)]
-        for evidence, score, words in literal:
-            said = next((text for text in words if said_by.say(text)), "")
-            if said:
-                which = next((index for index, part in enumerate(parts) if part.say(said)), -1)
-                yield (who, which), Reason(evidence, said, score)
+        kinds = [("trigger", SAID, candidate.triggers), ("name", NAMED, (_spaced(candidate.name),)), ("tag", TAGGED, candidate.tags)]
+        for evidence, score, words in kinds:
+            literal = next((text for text in words if spoken.say(text)), "")
+            if literal:
+                which = next((index for index, part in enumerate(parts) if part.say(literal)), -1)
+                yield (who, which), Reason(evidence, literal, score)
                 break
 
 
-def _near(phrases: Sequence[Phrase], candidates: Sequence[Candidate], evidence: str, make: Queries, null: Vectors, chance: float) -> Found:
+def _near(phrases: Sequence[Phrase], candidates: Sequence[Candidate], evidence: str, make: Queries, null: Vectors, chance: float) -> Reasons:
     """What one kind of vector says, where that is more than chance."""
     held = [index for index, candidate in enumerate(candidates) if evidence in candidate.vectors]
     if not held:
@@ -155,16 +155,16 @@ def _chosen(prompt: str, phrases: Sequence[Phrase], candidates: Sequence[Candida
             continue
         served |= words
         everywhere = candidate.category in EVERYWHERE if candidate.category else bool(phrase and phrase.everywhere)
-        said = not candidate.triggers or any(spoken.say(words) for words in candidate.triggers)
-        taken.append(Suggestion(candidate, phrase.text if phrase else reasons[0].words, everywhere, reasons, "" if said else candidate.triggers[0],
+        has_trigger = not candidate.triggers or any(spoken.say(words) for words in candidate.triggers)
+        taken.append(Suggestion(candidate, phrase.text if phrase else reasons[0].words, everywhere, reasons, "" if has_trigger else candidate.triggers[0],
                                 1.0 if candidate.weight is None else candidate.weight))  # fmt: skip
     return taken
 
 
-def likeness(one: Candidate, other: Candidate) -> float:
+def likeness(first: Candidate, other: Candidate) -> float:
     """The largest cosine that any kind of vector has for two LoRAs; -1 where they share none."""
-    shared = one.vectors.keys() & other.vectors.keys()
-    return max((float(one.vectors[name] @ other.vectors[name]) for name in shared), default=-1.0)
+    shared = first.vectors.keys() & other.vectors.keys()
+    return max((float(first.vectors[name] @ other.vectors[name]) for name in shared), default=-1.0)
 
 
 def _spaced(name: str) -> str:
