@@ -19,7 +19,7 @@ from retrieval.phrases import Phrase, Words, content, split
 MOST = 3
 CHANCE = 0.05  # that some unrelated LoRA of the library is taken for a phrase
 ALIKE = 0.8  # cosine of two LoRAs' vectors from which they do the same
-SAID, NAMED, TAGGED = 12.0, 10.0, 4.0  # what literal evidence counts, in standard deviations of a null: more than any vector
+SPOKEN, NAMED, TAGGED = 12.0, 10.0, 4.0  # what literal evidence counts, in standard deviations of a null: more than any vector
 EVERYWHERE = ("style", "place")  # categories that are of the whole picture
 SPREAD = 0.02  # of cosines: a null narrower than that is taken for so wide
 
@@ -107,7 +107,7 @@ def _spoken(prompt: str, phrases: Sequence[Phrase], candidates: Sequence[Candida
     """What the prompt says literally."""
     spoken, parts = Words(prompt), [Words(phrase.text) for phrase in phrases]
     for who, candidate in enumerate(candidates):
-        kinds = [("trigger", SAID, candidate.triggers), ("name", NAMED, (_spaced(candidate.name),)), ("tag", TAGGED, candidate.tags)]
+        kinds = [("trigger", SPOKEN, candidate.triggers), ("name", NAMED, (_spaced(candidate.name),)), ("tag", TAGGED, candidate.tags)]
         for evidence, score, words in kinds:
             literal = next((text for text in words if spoken.say(text)), "")
             if literal:
