@@ -93,7 +93,7 @@ class Card:
         """All but the path, as JSON."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "path"}
         return json.dumps({name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()},
-                          ensure_ascii=False, separators=(",", ":"))
+                          separators=(",", ":"))
 
 
 def read(path: Path, text: str) -> Card:

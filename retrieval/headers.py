@@ -1,11 +1,12 @@
-"""A LoRA file -> its card: from the header and the sidecars alone, and completed when the file is read whole."""
+"""A LoRA file -> its card: from the header and the sidecars alone, and what only the whole file tells."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from composition import untrusted
 from composition.loras import condition, family, keys, library, metadata, reader
@@ -23,6 +24,30 @@ _BASES = ("base", "ss_base_model_version", "modelspec.architecture")
 _PREVIEWS = ("preview", "modelspec.thumbnail")
 
 
+class Content(NamedTuple):
+    """The part of a card that depends on the bytes of the file alone (and on an adapter_config.json beside it)."""
+
+    sha256: str = ""
+    tensor_sha256: str = ""
+    data_sha256: str = ""
+    alphas: Mapping[float, int] = {}
+    no_effect: int = 0
+    strength: float | None = None
+    effective_rank: float | None = None
+    spike: float | None = None
+    remarks: tuple[str, ...] = ()
+    trouble: str = ""
+
+    def text(self) -> str:
+        return json.dumps(self._asdict(), separators=(",", ":"))
+
+
+def content(text: str) -> Content:
+    """From `Content.text`. Raises ValueError, KeyError or TypeError for what is none."""
+    values = json.loads(text)
+    return Content(**values | {"alphas": {float(alpha): count for alpha, count in values["alphas"].items()}, "remarks": tuple(values["remarks"])})
+
+
 def describe(path: Path, files: Sequence[Path] = (), picture: Path | None = None) -> Card:
     """What a file's header and these sidecars tell; a file that cannot be read has `trouble`. picture: its preview beside it. Raises nothing."""
     notes = sidecars.read(files)
@@ -34,24 +59,28 @@ def describe(path: Path, files: Sequence[Path] = (), picture: Path | None = None
     return _worded(_built(path, raw), raw.metadata, notes, picture)
 
 
-def complete(card: Card) -> tuple[Card, SafeFile | None, Mapping[str, Factors]]:
-    """The card with what only the numbers tell, the file, and its factors (`reader.unplaced`); None and none for a file that cannot be used."""
+def load(path: Path) -> tuple[Content, SafeFile | None, Mapping[str, Factors]]:
+    """What only a file's numbers tell, the file, and its factors (`reader.unplaced`); None and none for one that cannot be used. Raises nothing."""
     try:
-        raw = load_safely(card.path)
-    except Exception as error:  # as above
-        return replace(card, trouble=line(library.trouble(error), 500)), None, {}
-    card = replace(card, sha256=raw.sha256, tensor_sha256=raw.tensor_sha256, data_sha256=raw.data_sha256)
-    if card.stated_sha256 and card.sha256 not in card.stated_sha256:
-        card = replace(card, remarks=(*card.remarks, "what lies beside it is of another file: its sha256 differs"))
-    if card.trouble:  # no LoRA; its hashes are known all the same
-        return card, None, {}
+        raw = load_safely(path)
+    except Exception as error:  # one file, whatever is wrong with it, does not take the others down
+        return Content(trouble=line(library.trouble(error), 500)), None, {}
+    whole = Content(raw.sha256, raw.tensor_sha256, raw.data_sha256)
     try:
-        receipt, factors = reader.inspect(card.path, raw), reader.unplaced(card.path, raw)
+        receipt, factors = reader.inspect(path, raw), reader.unplaced(path, raw)
         of = singular.figures(factors)
     except Exception as error:  # an alpha that is no number, numbers that overflow
-        return replace(card, trouble=line(library.trouble(error), 500)), None, {}
-    return replace(card, alphas=receipt.alphas, no_effect=len(receipt.no_effect), remarks=(*card.remarks, *receipt.remarks), strength=of.strength,
-                   effective_rank=of.effective_rank, spike=of.spike), raw, factors  # fmt: skip
+        return whole._replace(trouble=line(library.trouble(error), 500)), None, {}
+    return whole._replace(alphas=dict(receipt.alphas), no_effect=len(receipt.no_effect), remarks=receipt.remarks, strength=of.strength,
+                          effective_rank=of.effective_rank, spike=of.spike), raw, factors
+
+
+def completed(card: Card, whole: Content) -> Card:
+    """The card with what the numbers of its file tell. What its header says against using it stays."""
+    remarks = (*card.remarks, *whole.remarks)
+    if card.stated_sha256 and whole.sha256 and whole.sha256 not in card.stated_sha256:
+        remarks = (*remarks, "what lies beside it is of another file: its sha256 is another")
+    return replace(card, **whole._replace(remarks=remarks, trouble=card.trouble or whole.trouble)._asdict())
 
 
 def training_tags(header: Mapping[str, str]) -> Iterator[str]:
@@ -110,7 +139,7 @@ def _worded(card: Card, header: Mapping[str, str], notes: Notes, picture: Path |
         card, title=title, alias=alias, category=category, base=notes.base or _first(header, *_BASES), triggers=distinct(triggers),
         description=notes.description or _first(header, "modelspec.description", "description", "ss_training_comment", most=MAX_DESCRIPTION),
         tags=tuple(dict.fromkeys(filter(None, tags))), licence=_first(header, "licence", "license", "modelspec.license") or notes.licence,
-        preview=reader.shown(picture) if picture else IN_HEADER if _first(header, *_PREVIEWS) else "", weight=notes.weight,
+        preview=str(picture) if picture else IN_HEADER if _first(header, *_PREVIEWS) else "", weight=notes.weight,
         stated_sha256=notes.sha256, remarks=(*card.remarks, *notes.remarks))
 
 
