@@ -120,17 +120,17 @@ def read(
     return LoraFile(factors, receipt, "".join(repr(statement) for statement in stated if statement.order == scale.BESIDE))
 
 
-def inspect(path: Path) -> Receipt:
+def inspect(path: Path, raw: SafeFile | None = None) -> Receipt:
     """What a LoRA file is, without a base: nothing is applied, and every key is ignored because no base was given.
 
-    Ranks, alphas and modules without effect (by their names in the file) are of its complete pairs. Raises Refused
-    for a file that is unsafe or broken.
+    Ranks, alphas and modules without effect (by their names in the file) are of its complete pairs. raw: the file, where it was read
+    already. Raises Refused for a file that is unsafe or broken.
     """
     path = Path(path)
-    raw = load_safely(path)
+    raw = raw or load_safely(path)
     updates, _ = modules(raw.tensors)
     stated = scale.statements(path, raw.metadata)
-    pairs = [module for module in updates if _pair(module, raw.tensors)]
+    pairs = [module for module in updates if is_pair(module, raw.tensors)]
     sources = [scale.alphas(module, raw.tensors, stated, path.name) for module in pairs]
     no_effect = []
     for module, (alpha, *_) in zip(pairs, sources, strict=True):
@@ -139,6 +139,22 @@ def inspect(path: Path) -> Receipt:
     sizes = [_sizes(module, raw, rows[0].value) for module, rows in zip(pairs, sources, strict=True)]
     alphas = Counter(rows[0].value for rows in sources)
     return _alone(path, raw, updates, pairs, no_effect=tuple(no_effect), alphas=alphas, sources=sources, sizes=sizes)
+
+
+def unplaced(path: Path, raw: SafeFile) -> dict[str, Factors]:
+    """The factors of a file without a base, by "component.module" with underscores for the dots of the module, the one spelling that layouts
+    share. Of complete pairs alone that nothing blocks and whose ranks agree; alpha as `read` finds it. Raises Refused for one that cannot be read.
+    """
+    stated = scale.statements(path, raw.metadata)
+    factors: dict[str, Factors] = {}
+    for module in modules(raw.tensors)[0]:
+        if module.blocked or not is_pair(module, raw.tensors):
+            continue
+        down, up = (raw.tensors[module.keys[role]] for role in ("down", "up"))
+        if down.shape[0] == up.shape[1] and down.numel() and up.numel() == up.shape[0] * up.shape[1]:
+            alpha = scale.alphas(module, raw.tensors, stated, path.name)[0].value
+            factors[f"{module.component}.{layer_map.flat(module.module)}"] = Factors(down, up, alpha)
+    return factors
 
 
 def describe(path: Path) -> Receipt:
@@ -150,7 +166,7 @@ def describe(path: Path) -> Receipt:
     path = Path(path)
     raw = load_header(path)
     updates, _ = modules(raw.tensors)
-    return _alone(path, raw, updates, [module for module in updates if _pair(module, raw.tensors)])
+    return _alone(path, raw, updates, [module for module in updates if is_pair(module, raw.tensors)])
 
 
 def stamp(path: Path) -> tuple[object, ...]:
@@ -188,8 +204,8 @@ def _sizes(module: Module, raw: SafeFile, alpha: float) -> suspicious.Sizes:
     return suspicious.Sizes(module.module, raw.largest[down], raw.largest[up], alpha, raw.tensors[down].shape[0])
 
 
-def _pair(module: Module, tensors: Mapping[str, Tensor]) -> bool:
-    """True when it has a down and an up in floating point, with at least two dimensions."""
+def is_pair(module: Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it has a down and an up in floating point, with at least two dimensions."""
     pair = [tensors[module.keys[role]] for role in ("down", "up") if role in module.keys]
     return len(pair) == 2 and all(factor.dtype.is_floating_point and factor.ndim >= 2 for factor in pair)
 
