@@ -92,7 +92,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=0, help="pictures with their conditions, for every stage; 0: as many as it says")
     parser.add_argument("--base", type=Path, default=POCKET, help="of pool: the Pocket folder whose sd/ learns, and whose clip/ measures")
     parser.add_argument("--pool", type=int, default=0, help="LoRAs of the pool, the first so many; 0: all")
-    parser.add_argument("--together", type=int, default=1, help="LoRAs that train as one batch; each takes its own rows")
+    parser.add_argument("--together", type=int, default=1, help="LoRAs that train as one batch; each takes its own rows (of pool 8 at least)")
     parser.add_argument("--judge", type=Path, help="a judge's folder for flux-conditions-measure, when it is not --out's clip/")
     parser.add_argument("--measured", type=float, default=1.0, help="share of the usual renders and pictures that are measured on")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
@@ -248,7 +248,8 @@ def _pool(args: argparse.Namespace, stages: Sequence[str], art: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     some, folder = pool.entries(art)[: args.pool or None], args.out / "pool"
     if "pool" in stages:
-        pool.make(pipe, art, some, folder, args.work, plan=_plan(args, pool.PLAN), together=max(args.together, pool.TOGETHER), minutes=args.budget)
+        pool.make(pipe, art, some, folder, args.work, plan=_plan(args, pool.PLAN), together=max(args.together, pool.TOGETHER),
+                  over=pool.spent(args.budget))
     if "pool-measure" in stages:
         _keep(args.work, "pool", pool.figures(pipe, Judge.open(str(args.base / "clip"), args.device), art, some, folder, _share(args, 12)))
 

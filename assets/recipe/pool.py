@@ -21,8 +21,9 @@ from composition import atomic, backbones
 from composition.adapters import Adapters
 from composition.backbones.base import Backbone
 from composition.training.concept import Concept, Plan, latents_of, train
+from retrieval.judge import Judge
 
-from . import looks
+from . import looks, measure
 from .art import ART
 from .autoencoder import tensor
 from .base import CENTRE, WIDTH
@@ -38,14 +39,27 @@ PLAN = Plan(
     rank=4, rate=5e-3, steps=120, batch=4, targets=("attention", "feed_forward", "convolution"),
     noise=(CENTRE, WIDTH), warm=10, half=True,
 )  # fmt: skip
+TOGETHER = 8  # LoRAs that train as one batch, row beside row
 SCENES = 32  # of each LoRA
 VARIANTS = 24  # drawings of each place
 FIRST = 8 * 10**9  # scene numbers of the first LoRA; the next has them a thousand on
-UNSEEN, SEEN, TWICE, ONCE = 28, 22, 60, 152  # objects held out unseen and seen; of the training those with two drawings and with one
 HELD_LOOKS = ("neon", "candy")  # a style and a place whose words the judge knows, held out unseen
 FORMS = {"plain": "{what} {place}", "tags": "{bare}, {place}", "long": "a picture of {what} {place}"}  # of captions
 INVENTED = 5  # every so many-th LoRA has a trigger that is no word
 STAND_IN = next(iter(PLACES))  # the place whose ground and phrase a new place takes
+
+
+class Sizes(NamedTuple):
+    """Concepts that are objects: held out unseen; of the training with two drawings and with one. seen: of these, held-out drawings."""
+
+    unseen: int = 28
+    seen: int = 22
+    twice: int = 60
+    once: int = 152
+
+    @property
+    def concepts(self) -> int:
+        return self.unseen + self.twice + self.once
 
 
 class Entry(NamedTuple):
@@ -98,15 +112,16 @@ def _root(word: str) -> str:
     return word.removesuffix("s")
 
 
-def entries(art: str | Path) -> list[Entry]:
+def entries(art: str | Path, sizes: Sizes = Sizes()) -> list[Entry]:
     """All LoRAs of the pool, in the order in which they are made: whatever part of it is done has every split and category."""
     names, rows, vendors = concepts(art), [], list(ART)
-    if len(names) < UNSEEN + TWICE + ONCE:
-        raise ValueError(f"the art under {art} names {len(names)} concepts; the pool needs {UNSEEN + TWICE + ONCE}")
-    unseen, known = names[:UNSEEN], names[UNSEEN : UNSEEN + TWICE + ONCE]
+    if len(names) < sizes.concepts:
+        raise ValueError(f"the art under {art} names {len(names)} concepts of words of their own; the pool needs {sizes.concepts}")
+    unseen, known = names[: sizes.unseen], names[sizes.unseen : sizes.concepts]
+    again = [*known[: sizes.seen // 2], *known[len(known) - (sizes.seen - sizes.seen // 2) :]]  # of both those with two drawings and with one
     drawings = {"unseen": [(name, 0) for name in unseen],
-                "train": [(name, k) for i, name in enumerate(known) for k in range(2 if i < TWICE else 1)],
-                "seen": [(name, 2) for name in [*known[: SEEN // 2], *known[-(SEEN - SEEN // 2) :]]]}  # fmt: skip
+                "train": [(name, k) for i, name in enumerate(known) for k in range(2 if i < sizes.twice else 1)],
+                "seen": [(name, 2) for name in again]}  # fmt: skip
     for split, drawn in drawings.items():
         rows += [("object", name, article(name), k, split) for name, k in drawn]
     styles = STYLES | looks.STYLES
@@ -185,28 +200,32 @@ def pictures(world: World, entry: Entry, count: int = SCENES) -> np.ndarray:
     return np.stack(drawn)
 
 
-def make(pipe, art: Path, some: Sequence[Entry], folder: Path, work: Path, *, plan: Plan = PLAN, together: int = 8, scenes: int = SCENES,
-         minutes: float = float("inf"), report: Callable[[str], None] = print) -> bool:  # fmt: skip
+def make(pipe, art: Path, some: Sequence[Entry], folder: Path, work: Path, *, plan: Plan = PLAN, together: int = TOGETHER,
+         scenes: int = SCENES, over: Callable[[], bool] = lambda: False, report: Callable[[str], None] = print) -> bool:  # fmt: skip
     """Train each of these that has no file yet, ``together`` at once; True when none is left.
 
-    minutes: of this process's processor time. When they are over training stops between two steps, and the next call goes on from the
-    checkpoint in ``work``. The manifest lists the files that are there.
+    over: asked after every step; when it says True training stops, and the next call goes on from the checkpoint in ``work``. The manifest
+    lists the files that are there.
     """
-    backbone = backbones.of(pipe, "sd")
-    world, end = world_of(art, some, pipe.vae.config.sample_size), time.process_time() + 60 * minutes
-    groups = [some[first : first + together] for first in range(0, len(some), together)]
-    for group in groups:
+    backbone, world = backbones.of(pipe, "sd"), world_of(art, some, pipe.vae.config.sample_size)
+    for group in (some[first : first + together] for first in range(0, len(some), together)):
         missing = [entry for entry in group if not (folder / f"{entry.stem}.safetensors").is_file()]
         if not missing:
             continue
         begun = time.process_time()
-        if begun > end or not _learn(backbone, world, missing, folder, work, plan, scenes, lambda: time.process_time() > end):
-            report(f"{minutes:g} minutes are over; the same command goes on from here")
+        if over() or not _learn(backbone, world, missing, folder, work, plan, scenes, over):
+            report("the budget is spent; the same command with a budget goes on from here")
             return False
         write_manifest(folder, some, scenes)
         report(f"{missing[0].stem} to {missing[-1].stem}: {(time.process_time() - begun) / len(missing):.1f} core-seconds a LoRA")
     write_manifest(folder, some, scenes)
     return True
+
+
+def spent(minutes: float) -> Callable[[], bool]:
+    """Whether this process has used so many minutes of processor time from now on."""
+    end = time.process_time() + 60 * minutes
+    return lambda: time.process_time() > end
 
 
 def _learn(backbone: Backbone, world: World, group: Sequence[Entry], folder: Path, work: Path, plan: Plan, scenes: int,
@@ -233,3 +252,23 @@ def write_manifest(folder: Path, some: Sequence[Entry], scenes: int = SCENES) ->
             for entry in some if (folder / f"{entry.stem}.safetensors").is_file()]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     return atomic.write(folder / MANIFEST, json.dumps({"base": "pocket", "recipe": RECIPE, "loras": rows}, indent=1) + "\n")
+
+
+def figures(pipe, judge: Judge, art: Path, some: Sequence[Entry], folder: Path, count: int, of: int = 6) -> dict[str, dict[str, float | str]]:
+    """Percent of pictures in which the concept is the judge's first of all the names it knows, without the LoRA and with it.
+
+    Of the first `of` LoRAs of objects, `count` pictures each, over the base's places, with the words of their captions.
+    """
+    names, table = [*list(OBJECTS)[:48], *HELD_OBJECTS, *WORN, *further_names(art)], {}
+    texts = judge.read([article(name) for name in names])
+    for entry in [entry for entry in some if entry.category == "object" and (folder / f"{entry.stem}.safetensors").is_file()][:of]:
+        places = [PLACES[name][0] for name in (list(PLACES) * count)[:count]]
+        prompts = [FORMS[entry.form].format(what=article(entry.trigger), bare=entry.trigger, place=place) for place in places]
+        without = measure.paint(pipe, prompts, seed=3)
+        pipe.load_lora_weights(folder / f"{entry.stem}.safetensors")
+        with_it = measure.paint(pipe, prompts, seed=3)
+        pipe.unload_lora_weights()
+        shares = [round(100 * float(((judge.see(drawn) @ texts.T).argmax(1) == names.index(entry.concept)).float().mean()), 1)
+                  for drawn in (without, with_it)]  # fmt: skip
+        table[entry.stem] = {"concept": entry.concept, "trigger": entry.trigger, "pictures": count, "without": shares[0], "with": shares[1]}
+    return table
