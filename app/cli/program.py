@@ -191,14 +191,18 @@ app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 def profile(
     lora: Annotated[list[str], typer.Argument(metavar="LORA...", help="LoRAs by name or path.")],
     prompt: Annotated[str, typer.Option(help="What to draw (each LoRA's first trigger word); such a profile is shown, not kept.")] = "",
-    steps: Annotated[int, typer.Option(min=4, max=1000, help="Denoising steps.")] = 50,
-    seeds: Annotated[int, typer.Option(min=1, max=64, help="Pictures with and without each LoRA.")] = 4,
+    steps: Annotated[int | None, typer.Option(min=4, max=1000, help="Denoising steps (50; of a behaviour 8).")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=64, help="Pictures with and without each LoRA (4; of a behaviour, of each of 8 prompts, 2).")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure again, even where a profile is kept.")] = False,
+    behaviour: Annotated[bool, typer.Option("--behaviour", help="Measure what the LoRA does to pictures of any prompt instead, as the judge sees it: "
+                                            "LoRAs are searched by it.")] = False,
+    judge: Annotated[str, typer.Option(help="The judge of a behaviour: pocket, MODEL:WEIGHTS of open-clip, or a folder.")] = "pocket",
     model: Model = None, out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None, offload: Offload = "auto",
     lora_dir: Folders = None, json: Json = False,
 ) -> None:
-    """Measure how a LoRA moves high and low frequencies while it draws: the order that cmlora and switch-a use."""
-    record.ready(out_dir)
+    """Measure how a LoRA moves high and low frequencies while it draws: the order that cmlora and switch-a use. Or its behaviour."""
+    if not behaviour:
+        record.ready(out_dir)
     engines.prepare(model or "pocket")
     from app.cli import profile as profiling
     from app.drawing.profile_plot import plot
@@ -206,6 +210,11 @@ def profile(
     with engines.open_engine(model or "pocket", _place(device, dtype, offload, lora_dir)) as engine:
         for source in lora:
             engine.find(source)
+        if behaviour:
+            behaviours = profiling.searched(engine, lora, prompt=prompt, steps=steps, seeds=seeds, again=again, judge=judge, console=err)
+            out.document(tables.as_json({"behaviours": [asdict(item) for item, _ in behaviours]})) if json else tables.behaviours(out, behaviours)
+            return
+        steps, seeds = steps or 50, seeds or 4
         with workbench.bench(engine, 2 * steps * seeds * len(lora), err) as at:
             profiles = profiling.measure(at, lora, prompt=prompt, steps=steps, seeds=seeds, again=again)
     measured = [item for item, _ in profiles]

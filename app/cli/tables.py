@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from composition.condition_sources import Control
     from composition.loras import library
     from composition.methods import Method
+    from composition.profiles.behaviour import Behaviour
     from composition.profiles.frequency import Profile
 
 
@@ -184,6 +185,19 @@ def profiles(console: Console, measured: Sequence[tuple["Profile", bool]], names
     console.print(rows)
     console.print(Text("over the first 60 % of the steps and over what the base does: change, how far the LoRA moves H, the share of high "
                        "frequencies, in a tenth of the steps; level, how much higher H is with it. Sorted by change.", style="dim"))
+
+
+def behaviours(console: Console, measured: Sequence[tuple["Behaviour", bool]]) -> None:
+    """What each LoRA does to pictures, in words and numbers, and which were measured now."""
+    from retrieval import behaviour
+
+    rows = table("LoRA", "behaviour", "strength", "consistency", "", right=("strength", "consistency"))
+    for item, fresh in measured:
+        rows.add_row(Text(printable(item.name)), behaviour.words(item.relative, item.consistency), f"{item.relative:.2f}", f"{item.consistency:+.2f}",
+                     Text("measured now" if fresh else "kept", style="dim"))
+    console.print(rows)
+    console.print(Text("strength: how far the LoRA moves a picture, where 1 is as far as another prompt would. consistency: whether it moves all "
+                       "pictures the same way, 1, or each its own, 0. No trigger word was used.", style="dim"))
 
 
 def tiles(console: Console, pictures: Sequence[Tile], sheet: Path) -> None:

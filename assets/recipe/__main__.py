@@ -3,9 +3,9 @@
 Stages: art (rendered from the packages), autoencoder, base, polish (of the decoder), export, judge, loras, previews (in the LoRAs'
 headers, and their profiles), measure, controlnet and controlnet-measure, and then flux, flux-loras, flux-previews and flux-measure for the
 second base, which has the first one's autoencoder and is taught by it, and flux-conditions and flux-conditions-measure for its condition
-LoRAs; or all of them in order. ``--budget`` is minutes of training for autoencoder, base, polish, judge, controlnet and flux together (their
+LoRAs; or all of them in order. By itself stands pool, hundreds of small LoRAs for the search. ``--budget`` is minutes of training for autoencoder, base, polish, judge, controlnet and flux together (their
 shares are below), compiling not counted, and a larger budget on a later call takes them further; the LoRAs' number of steps is not part of
-it. The same code trains on a processor and on a GPU.
+it, and pool has all of it, in minutes of processor time. The same code trains on a processor and on a GPU.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from . import (
     judge,
     loras,
     measure,
+    pool,
     presence,
     previews,
     testbed,
@@ -57,13 +58,14 @@ FIRST = ("art", "autoencoder", "base", "polish", "export", "judge", "loras", "pr
 SECOND = ("flux", "flux-loras", "flux-previews", "flux-measure")
 THIRD = ("flux-conditions", "flux-conditions-measure")
 STAGES = (*FIRST, *SECOND, *THIRD)
+POOL = ("pool", "pool-measure")
 POCKET = Path(__file__).parents[1] / "pocket128"
 POLISHED = 10**8  # scene numbers from here on are what the decoder is polished on
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m assets.recipe", description=__doc__)
-    parser.add_argument("stage", choices=(*STAGES, "all"))
+    parser.add_argument("stage", choices=(*STAGES, *POOL, "all"))
     parser.add_argument("--packages", type=Path, default=Path("node_modules"), help="folder the npm art packages are installed in")
     parser.add_argument("--work", type=Path, default=Path(".work/recipe"), help="rendered art, checkpoints and measured figures")
     parser.add_argument("--out", type=Path, default=POCKET, help="where sd/, clip/, loras/ and testbed.json are written")
@@ -88,7 +90,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--conditions", default=",".join(conditions.CARDS), help=f"comma separated, of {', '.join(conditions.CARDS)}")
     parser.add_argument("--condition-steps", type=int, default=0, help="of every stage of a condition; 0: as many as its plan says")
     parser.add_argument("--pairs", type=int, default=0, help="pictures with their conditions, for every stage; 0: as many as it says")
-    parser.add_argument("--together", type=int, default=1, help="LoRAs that train as one batch; each takes its own rows")
+    parser.add_argument("--base", type=Path, default=POCKET, help="of pool: the Pocket folder whose sd/ learns, and whose clip/ measures")
+    parser.add_argument("--pool", type=int, default=0, help="LoRAs of the pool, the first so many; 0: all")
+    parser.add_argument("--together", type=int, default=1, help="LoRAs that train as one batch; each takes its own rows (of pool 8 at least)")
     parser.add_argument("--judge", type=Path, help="a judge's folder for flux-conditions-measure, when it is not --out's clip/")
     parser.add_argument("--measured", type=float, default=1.0, help="share of the usual renders and pictures that are measured on")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves it to torch")
@@ -105,7 +109,9 @@ def main() -> None:
     folder = args.work / "art"
     if "art" in stages and not folder.is_dir():
         art.make(args.packages, folder, args.size)
-    if not set(stages) <= {"art", *THIRD}:
+    if set(POOL) & set(stages):
+        _pool(args, stages, folder)
+    if not set(stages) <= {"art", *THIRD, *POOL}:
         _bases(args, stages, folder)
     if set(THIRD) & set(stages):
         _third(args, stages, folder)
@@ -234,6 +240,18 @@ def _third(args: argparse.Namespace, stages: Sequence[str], art: Path) -> None:
     if "flux-conditions-measure" in stages:
         judge = Judge.open(str(args.judge or args.out / "clip"), args.device)
         _keep(args.work, "conditions", controlled.figures(pipe, judge, world, own, files, names, partial(_share, args), args.work / "sheets"))
+
+
+def _pool(args: argparse.Namespace, stages: Sequence[str], art: Path) -> None:
+    """The pool of LoRAs of a first base, in --out's pool/, and what the judge sees of them."""
+    pipe = StableDiffusionPipeline.from_pretrained(args.base / "sd").to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    some, folder = pool.entries(art)[: args.pool or None], args.out / "pool"
+    if "pool" in stages:
+        pool.make(pipe, art, some, folder, args.work, plan=_plan(args, pool.PLAN), together=max(args.together, pool.TOGETHER),
+                  over=pool.spent(args.budget))
+    if "pool-measure" in stages:
+        _keep(args.work, "pool", pool.figures(pipe, Judge.open(str(args.base / "clip"), args.device), art, some, folder, _share(args, 12)))
 
 
 def _flux(args: argparse.Namespace, art: Path, world: World, folder: Path) -> None:

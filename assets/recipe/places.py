@@ -248,8 +248,12 @@ HELD_PLACES: dict[str, tuple[str, Callable[[Sheet], None]]] = {
 
 def render(name: str, size: int, seed: int) -> np.ndarray:
     """One variant of a place: (size, size, 3) uint8. The same name, size and seed give the same picture."""
-    _, paint = (PLACES | HELD_PLACES)[name]
-    sheet = Sheet(size * FINE, random.Random(f"{name}/{seed}"))
+    return painted((PLACES | HELD_PLACES)[name][1], size, f"{name}/{seed}")
+
+
+def painted(paint: Callable[[Sheet], None], size: int, seed: str) -> np.ndarray:
+    """What this painter draws from this seed: (size, size, 3) uint8."""
+    sheet = Sheet(size * FINE, random.Random(seed))
     paint(sheet)
     image = sheet.image.filter(ImageFilter.BoxBlur(1)).resize((size, size), Image.Resampling.BOX)
     return np.asarray(image)

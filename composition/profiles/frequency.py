@@ -6,6 +6,7 @@ drawn, so a LoRA that keeps it high (a line drawing) changes it less, and one th
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -19,6 +20,9 @@ EARLY = 0.6  # of the steps: over which H is compared
 @dataclass(frozen=True)
 class Profile:
     """high, base: H after each step with the LoRA and without, mean over seeds. change: see above. prompt: what was drawn."""
+
+    ENDING: ClassVar[str] = ".json"
+    AGAIN: ClassVar[str] = "`medley profile --again`"
 
     name: str
     tensor_sha256: str

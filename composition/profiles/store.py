@@ -1,13 +1,20 @@
-"""Measurements of LoRAs, kept as files by the LoRA's tensors and the model: the user's own first, then the bundled ones."""
+"""Measurements of LoRAs, kept as files by the LoRA's tensors and the model: the user's own first, then the bundled ones.
+
+Every kind of measurement has an ending of its own for its files; a LoRA has at most one of each, the last that was measured.
+"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from composition import atomic, bundled, untrusted
+from composition.profiles.behaviour import Behaviour
 from composition.profiles.frequency import Profile
 from composition.refusal import Refused
+
+Kind = TypeVar("Kind", Profile, Behaviour)
 
 
 @dataclass(frozen=True)
@@ -18,33 +25,40 @@ class ProfileStore:
 
     def frequency(self, tensor_sha256: str, model: str) -> Profile | None:
         """The frequency profile of these tensors on this model; None when it was never measured. Raises Refused for a damaged file."""
-        for folder in self._folders(model):
-            file = folder / _file_name(tensor_sha256, model)
-            if file.is_file():
-                profile = _read(file)
-                if profile.tensor_sha256 == tensor_sha256:
-                    return profile
-        return None
+        return next(self._kept(Profile, tensor_sha256, model), None)
 
-    def keep(self, profile: Profile) -> Path:
+    def behaviour(self, tensor_sha256: str, model: str, judge: str) -> Behaviour | None:
+        """The behaviour of these tensors on this model as this image encoder sees it; None and Refused as `frequency`."""
+        return next((held for held in self._kept(Behaviour, tensor_sha256, model) if held.judge == judge), None)
+
+    def keep(self, measured: Profile | Behaviour) -> Path:
         """Write it, whole or not at all, and return its file. Raises ValueError for a store without a folder."""
         if self.folder is None:
             raise ValueError("this store has no folder to write to")
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic.sweep(self.folder, shared=True)
-        return atomic.write(self.folder / _file_name(profile.tensor_sha256, profile.model), profile.json() + "\n")
+        return atomic.write(self.folder / _file_name(measured.tensor_sha256, measured.model, measured.ENDING), measured.json() + "\n")
+
+    def _kept(self, kind: type[Kind], tensor_sha256: str, model: str) -> Iterator[Kind]:
+        """The user's own first, then the bundled one."""
+        for folder in self._folders(model):
+            file = folder / _file_name(tensor_sha256, model, kind.ENDING)
+            if file.is_file():
+                measured = _read(file, kind)
+                if measured.tensor_sha256 == tensor_sha256:
+                    yield measured
 
     def _folders(self, model: str) -> Sequence[Path]:
         own = [self.folder] if self.folder is not None else []
         return [*own, bundled.path(bundled.BUNDLES[model].profiles)] if model in bundled.BUNDLES else own
 
 
-def _read(file: Path) -> Profile:
+def _read(file: Path, kind: type[Kind]) -> Kind:
     try:
-        return Profile.read(untrusted.read(file))
+        return kind.read(untrusted.read(file))
     except (Refused, untrusted.Unreadable) as error:
-        raise Refused(f"{file} cannot be used ({error}): measure it again with `medley profile --again`, or delete the file") from None
+        raise Refused(f"{file} cannot be used ({error}): measure it again with {kind.AGAIN}, or delete the file") from None
 
 
-def _file_name(tensor_sha256: str, model: str) -> str:
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(model).name)}-{tensor_sha256[:20]}.json"
+def _file_name(tensor_sha256: str, model: str, ending: str = Profile.ENDING) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(model).name)}-{tensor_sha256[:20]}{ending}"
