@@ -118,14 +118,14 @@ def read(
     return LoraFile(factors, receipt, "".join(repr(statement) for statement in stated if statement.order == scale.BESIDE))
 
 
-def inspect(path: Path) -> Receipt:
+def inspect(path: Path, raw: SafeFile | None = None) -> Receipt:
     """What a LoRA file is, without a base: nothing is applied, and every key is ignored because no base was given.
 
-    Ranks, alphas and modules without effect (by their names in the file) are of its complete pairs. Raises Refused
-    for a file that is unsafe or broken.
+    Ranks, alphas and modules without effect (by their names in the file) are of its complete pairs. raw: the file, where it was read
+    already. Raises Refused for a file that is unsafe or broken.
     """
     path = Path(path)
-    raw = load_safely(path)
+    raw = raw or load_safely(path)
     updates, _ = modules(raw.tensors)
     stated = scale.statements(path, raw.metadata)
     pairs = [module for module in updates if _pair(module, raw.tensors)]
@@ -137,6 +137,22 @@ def inspect(path: Path) -> Receipt:
     sizes = [_sizes(module, raw, rows[0].value) for module, rows in zip(pairs, sources, strict=True)]
     alphas = Counter(rows[0].value for rows in sources)
     return _alone(path, raw, updates, pairs, no_effect=tuple(no_effect), alphas=alphas, sources=sources, sizes=sizes)
+
+
+def unplaced(path: Path, raw: SafeFile) -> dict[str, Factors]:
+    """The factors of a file without a base, by "component.module" with underscores for the dots of the module, the one spelling that layouts
+    share. Of complete pairs alone that nothing blocks and whose ranks agree; alpha as `read` finds it. Raises Refused for one that cannot be read.
+    """
+    stated = scale.statements(path, raw.metadata)
+    factors: dict[str, Factors] = {}
+    for module in modules(raw.tensors)[0]:
+        if module.blocked or not _pair(module, raw.tensors):
+            continue
+        down, up = (raw.tensors[module.keys[role]] for role in ("down", "up"))
+        if down.shape[0] == up.shape[1] and down.numel() and up.numel() == up.shape[0] * up.shape[1]:
+            alpha = scale.alphas(module, raw.tensors, stated, path.name)[0].value
+            factors[f"{module.component}.{layer_map.flat(module.module)}"] = Factors(down, up, alpha)
+    return factors
 
 
 def describe(path: Path) -> Receipt:
