@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from composition import untrusted
 from composition.loras import reader
 from composition.loras.kinds.lora import Factors
+from composition.loras.safetensors import SafeFile, load_safely
 
 SIDE = 8  # k
 VERSION = 1  # of P, Q and the figures; sketches of different versions cannot be compared
@@ -72,18 +73,25 @@ class Sketch:
         return (self.matrices(other.layers) * other.matrices(other.layers)).sum().item()
 
     def cosine(self, other: "Sketch") -> float:
-        """An estimate of the cosine of all updates as two vectors, not beyond 1; 0 where either has none."""
-        norms = self.strength * other.strength
-        return max(-1.0, min(1.0, self.inner(other) / norms)) if norms else 0.0
+        """An estimate of the cosine of all updates as two vectors: 1 for equal ones, 0 where either has none."""
+        norms = math.sqrt(self.inner(self) * other.inner(other))
+        return self.inner(other) / norms if norms else 0.0
 
 
-def sketch(path: Path, components: Mapping[str, nn.Module], family: str, side: int = SIDE) -> Sketch:
+def sketch(
+    path: Path, components: Mapping[str, nn.Module] | None = None, family: str = "", *, raw: SafeFile | None = None, side: int = SIDE
+) -> Sketch:
     """That of a LoRA file for a base, its modules on any device ("meta" too). What the base has no layer for is left out.
 
-    Reads the file once. Raises Refused as `reader.read` does, of a file of which nothing fits this base too.
+    Without a base the layers have the file's own names, with underscores: sketches of files in one spelling can be compared. raw: the file,
+    where it was read already; it is read once. Raises Refused as `reader.read` does, also for a file of which nothing fits this base.
     """
-    lora = reader.read(path, components, family, allow_partial=True)
-    return sketched(named(lora.factors), lora.receipt.family, lora.receipt.tensor_sha256, side)
+    raw = raw or load_safely(path)
+    if components is None:
+        own = {name.replace(".text_model_", "."): layer for name, layer in reader.unplaced(path, raw).items()}
+        return sketched(own, reader.inspect(path, raw).family, raw.tensor_sha256, side)
+    lora = reader.read(path, components, family, allow_partial=True, raw=raw)
+    return sketched(named(lora.factors), lora.receipt.family, raw.tensor_sha256, side)
 
 
 def named(factors: Mapping[str, Mapping[str, Factors]]) -> dict[str, Factors]:
