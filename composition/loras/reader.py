@@ -55,16 +55,17 @@ def read(
     *,
     name: str = "",
     allow_partial: bool = False,
+    raw: SafeFile | None = None,
 ) -> LoraFile:
     """Read a LoRA file for a base.
 
     components: "unet" or "transformer" and the text encoders of the base, by name (on any device, "meta" too). family: "sd"
     (one text encoder: SD 1.x, 2.x and small models of that shape), "sdxl", "sd3" or "flux". name: what the receipt calls it (default: the
-    file's stem). Raises Refused for a file that is unsafe, broken, made for another kind of base, of which nothing
+    file's stem). raw: the file, where it was read already. Raises Refused for a file that is unsafe, broken, made for another kind of base, of which nothing
     fits, or, without allow_partial, of which something does not fit.
     """
     path = Path(path)
-    raw = load_safely(path)
+    raw = raw or load_safely(path)
     if controls.of_names(raw.tensors).kind == "controlnet":
         raise Refused(f"{path.name} is a ControlNet, which goes with a picture: --control {path}=PICTURE")
     updates, ignored = modules(raw.tensors)

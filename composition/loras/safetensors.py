@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -96,14 +97,17 @@ def load_safely(path: Path) -> SafeFile:
     """
     with _opened(path) as file:
         header = _header(path, file)
-        whole, data = hashlib.sha256(header.raw), hashlib.sha256()
         file.seek(len(header.raw))
-        tensors = {name: _tensor(path, file, entry, (whole, data)) for name, entry in header.entries.items()}
-    sizes = {name: largest(tensors[name]) for name in sorted(tensors)}
+        tensors = {name: _tensor(path, file, entry) for name, entry in header.entries.items()}
+    with ThreadPoolExecutor(3) as pool:  # the hashes take longest, and let other threads run
+        whole = pool.submit(_hash, header.raw, tensors)
+        data = pool.submit(_hash, b"", tensors)
+        named = pool.submit(_tensor_hash, header.entries, tensors)
+        sizes = {name: largest(tensors[name]) for name in sorted(tensors)}
     for name, size in sizes.items():
         if not math.isfinite(size):
             raise Refused(f"{path.name}: tensor {_quoted(name)} holds NaN or infinity: the file is broken, do not use it")
-    return SafeFile(tensors, header.metadata, whole.hexdigest(), _tensor_hash(header.entries, tensors), data.hexdigest(), sizes)
+    return SafeFile(tensors, header.metadata, whole.result(), named.result(), data.result(), sizes)
 
 
 def load_header(path: Path) -> SafeFile:
@@ -225,8 +229,8 @@ def _counts(value: Any) -> bool:
     return type(value) is list and not any(type(x) is not int or x < 0 for x in value)
 
 
-def _tensor(path: Path, file: FileIO, entry: _Entry, hashes: Sequence[Any]) -> Tensor:
-    """The next tensor of an open file, its bytes added to these hashes."""
+def _tensor(path: Path, file: FileIO, entry: _Entry) -> Tensor:
+    """The next tensor of an open file."""
     if entry.start == entry.stop:
         return torch.empty(entry.shape, dtype=_DTYPES[entry.kind])
     numbers = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
@@ -236,8 +240,6 @@ def _tensor(path: Path, file: FileIO, entry: _Entry, hashes: Sequence[Any]) -> T
         if not count:
             raise Refused(f"{path.name} was cut short while it was read: try again")
         room = room[count:]
-    for digest in hashes:
-        digest.update(_bytes(numbers))
     return numbers.view(_DTYPES[entry.kind]).reshape(entry.shape)
 
 
@@ -274,6 +276,15 @@ def largest(tensor: Tensor) -> float:
 def _quoted(name: object) -> str:
     """What a refusal repeats of a name: its beginning, with nothing in it that could move a cursor."""
     return f"{_text(str(name))[:MAX_QUOTED]!r}"
+
+
+def _hash(first: bytes, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over these bytes and those of the tensors, in their order."""
+    digest = hashlib.sha256(first)
+    for tensor in tensors.values():
+        if tensor.numel():
+            digest.update(_bytes(tensor.reshape(-1).view(torch.uint8)))
+    return digest.hexdigest()
 
 
 def _tensor_hash(entries: Mapping[str, _Entry], tensors: Mapping[str, Tensor]) -> str:
