@@ -78,18 +78,19 @@ class Suggestion:
 
 def suggest(
     prompt: str, candidates: Sequence[Candidate], queries: Mapping[str, Queries], null: Mapping[str, Vectors], *, most: int = MOST,
-    chance: float = CHANCE, alike: float = ALIKE,
+    chance: float = CHANCE, alike: float = ALIKE, count: int = 0,
 ) -> list[Suggestion]:
     """The LoRAs that a prompt asks for, best first.
 
     candidates: all of the library that could be used (of the right base), or those that a search found. queries: by evidence, what makes
     vectors of phrases; evidence without one is not looked at. null: by evidence, vectors (n, D) of phrases of all kinds, made in the same way. chance: that
-    one LoRA too many is taken for a phrase because the library is large. alike: cosine from which two do the same.
+    one LoRA too many is taken for a phrase because the library is large. alike: cosine from which two do the same. count: how many LoRAs the library
+    has, where the candidates are those that a search returned.
     """
     phrases = split(prompt)
     if not phrases or not candidates:
         return []
-    evidences = [_spoken(prompt, phrases, candidates), *(_near(phrases, candidates, evidence, make, null[evidence], chance)
+    evidences = [_spoken(prompt, phrases, candidates), *(_near(phrases, candidates, evidence, make, null[evidence], threshold(max(count, len(candidates)), chance))
                                                      for evidence, make in queries.items() if evidence in null)]  # fmt: skip
     reasons: dict[tuple[int, int], list[Reason]] = {}
     for some in evidences:
@@ -116,7 +117,7 @@ def _spoken(prompt: str, phrases: Sequence[Phrase], candidates: Sequence[Candida
                 break
 
 
-def _near(phrases: Sequence[Phrase], candidates: Sequence[Candidate], evidence: str, make: Queries, null: Vectors, chance: float) -> Reasons:
+def _near(phrases: Sequence[Phrase], candidates: Sequence[Candidate], evidence: str, make: Queries, null: Vectors, least: float) -> Reasons:
     """What one kind of vector says, where that is more than chance."""
     held = [index for index, candidate in enumerate(candidates) if evidence in candidate.vectors]
     if not held:
@@ -125,7 +126,7 @@ def _near(phrases: Sequence[Phrase], candidates: Sequence[Candidate], evidence: 
     usual = vectors @ null.T
     mean, spread = usual.mean(1, keepdims=True), np.maximum(usual.std(1, keepdims=True), SPREAD)
     cosines = vectors @ make([phrase.text for phrase in phrases]).T
-    scores, least = (cosines - mean) / spread, threshold(len(held), chance)
+    scores = (cosines - mean) / spread
     for row, column in zip(*np.nonzero(scores >= least), strict=True):
         yield (held[row], int(column)), Reason(evidence, phrases[column].text, float(scores[row, column]), float(cosines[row, column]))
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
 from app import engines, options, remarks, settings, workbench
-from app.cli import annotate, batch, evaluate, flags, recalled, session, tables, train, train_condition
+from app.cli import annotate, batch, evaluate, flags, recalled, session, suggest, tables, train, train_condition
 from app.errors import sentence
 from app.terminal import Terminal, closed, err, forgiving, gone, out, printable
 from composition import Cancelled, Lora, Request, __version__, record
@@ -91,6 +91,7 @@ def generate(
     option: Option = None, control: Controls = None, model: Model = None, sampler: Sampler = None, negative: Negative = None,
     seed: Seed = None, steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="Add the LoRAs that the prompt calls for, with their trigger words (see `medley suggest`).")] = False,
     out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
     allow_paths: AllowPaths = False, allow_download: AllowDownload = False,
     keep_paths: Annotated[bool, typer.Option("--keep-paths", help="Write the paths of files into the picture, not only their names.")] = False,
@@ -102,6 +103,7 @@ def generate(
     place, original = _place(device, dtype, offload, lora_dir, quantize, denoiser), recalled.start(picture, model, allow_paths, allow_download)
     request, drawn = flags.request(context.params, original.request if original else None)
     say = err if json else out
+    request = suggest.added(request, place.folders, method, say) if auto else request
     with engines.open_engine(request.model, place) as engine:
         request = recalled.located(request, original, engine, strict=not allow_paths and not lora)
         request, settled = engine.settle(request)
@@ -185,6 +187,7 @@ def _triggered(request: Request, engine: Any, say: Terminal) -> Request:
 app.command(epilog=batch.EPILOG)(batch.batch)
 app.command(epilog=annotate.EPILOG)(annotate.annotate)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command()(suggest.suggest)
 
 
 @app.command()

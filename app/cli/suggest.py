@@ -1,0 +1,95 @@
+"""`medley suggest`: the LoRAs that a prompt calls for, with the evidence; and the request that `medley generate --auto` makes of them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from app import engines
+from app.cli import tables
+from app.terminal import Terminal, out, printable
+from composition import Lora, Request
+
+if TYPE_CHECKING:
+    from app.library import Library
+    from retrieval.suggest import Suggestion
+
+EVERYWHERE = "style"  # the category of what serves the whole picture and says nothing of itself
+APART, PLAIN = "clora-fast", "merge"  # the methods for LoRAs that have places of their own, and for the rest
+
+
+def suggest(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The base that the LoRAs are for.")] = "pocket",
+    lora_dir: Annotated[list[Path] | None, typer.Option("--lora-dir", help="A folder of LoRAs; it is indexed when it was not yet.")] = None,
+    most: Annotated[int, typer.Option(min=1, max=16, help="At most this many.")] = 3,
+    judge: Annotated[str, typer.Option(help="The open-clip model whose texts are compared: the one it was indexed with.")] = "pocket",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """LoRAs for a prompt, found by what they do and what is written of them: which, why, with which trigger word and weight.
+
+    None, when none of your library fits. Run `medley index` first, so that files without any words are found, too.
+    """
+    engines.prepare(model, judge=judge)
+    library = opened(model, lora_dir or [], judge)
+    suggestions = library.suggest(prompt, most=most)
+    if json:
+        out.document(tables.as_json([row(library, each) for each in suggestions]))
+        return
+    if not suggestions:
+        out.print("none of your LoRAs fits this prompt")
+        return
+    rows = tables.table("LoRA", "for", "weight", "trigger word", "why", right=("weight",))
+    for each in suggestions:
+        rows.add_row(Text(printable(each.candidate.name)), Text(printable(each.phrase)), f"{each.weight:g}", Text(printable(each.trigger)),
+                     Text(printable("; ".join(reason.text() for reason in each.reasons))))  # fmt: skip
+    out.print(rows)
+
+
+def opened(model: str, folders: Sequence[Path], judge: str = "pocket") -> "Library":
+    """The library of these folders, the user's own and the model's, indexed when nothing of it was."""
+    from app.library import Library
+
+    library = Library(model, engines.folders(list(folders)), judge=judge)
+    library.refresh()
+    return library
+
+
+def row(library: "Library", suggestion: "Suggestion") -> dict[str, Any]:
+    return {"lora": suggestion.candidate.name, "path": str(library.path(suggestion)), "tensor_sha256": suggestion.candidate.id, "for": suggestion.phrase,
+            "score": round(suggestion.score, 3), "weight": suggestion.weight, "trigger": suggestion.trigger, "everywhere": suggestion.everywhere,
+            "why": [{"evidence": reason.evidence, "words": reason.words, "score": round(reason.score, 3), "cosine": reason.cosine}
+                    for reason in suggestion.reasons]}  # fmt: skip
+
+
+def composed(request: Request, library: "Library", method: str | None) -> tuple[Request, list["Suggestion"]]:
+    """The request with the LoRAs that its prompt calls for, besides those it has, and what was suggested.
+
+    Each is bound to the words that it serves, or everywhere. A missing trigger word is added to the prompt. method: the user's choice; None:
+    one that keeps things apart, where there are several LoRAs and one has a place.
+    """
+    present = {Path(lora.source).stem for lora in request.loras}
+    suggestions = [each for each in library.suggest(request.prompt) if each.candidate.name not in present]
+    loras, words = list(request.loras), []
+    for each in suggestions:
+        if each.trigger:
+            words.append(each.trigger)
+        binds = None if each.everywhere else each.trigger or each.phrase
+        loras.append(Lora(str(library.path(each)), weight=each.weight, binds=binds, category=EVERYWHERE if each.everywhere and not each.candidate.category else ""))
+    placed = any(lora.binds for lora in loras[len(request.loras) :])
+    chosen = method or (APART if len(loras) > 1 and placed else PLAIN)
+    return replace(request, prompt=", ".join([request.prompt, *words]), loras=loras, method=chosen), suggestions
+
+
+def added(request: Request, folders: Sequence[Path], method: str | None, say: Terminal) -> Request:
+    """`composed` of the library in these folders, and a line on `say` for each LoRA that was added."""
+    request, suggestions = composed(request, opened(request.model, folders), method)
+    for each in suggestions:
+        trigger = f", trigger word {each.trigger!r} added" if each.trigger else ""
+        say.print(Text(printable(f"{each.candidate.name} at {each.weight:g} for {each.phrase!r}{trigger}: {each.reasons[0].text()}"), style="dim"))
+    if not suggestions:
+        say.print("none of your LoRAs fits this prompt", style="dim")
+    return request

@@ -1,0 +1,290 @@
+"""The user's LoRAs as a library: read, measured and indexed (`medley index`), and asked which of them a prompt calls for.
+
+The catalogue knows files, the index knows LoRAs: what weights its encoder has read, what behaviour was measured, and the words of all files of a
+LoRA. Both lie in the user's folder and are derived data.
+"""
+
+import io
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from app import engines, settings
+from composition import Refused, atomic, bundled
+from composition.backbones.loading import open as loading
+from composition.backbones.loading import skeleton
+from composition.bundled import BUNDLES
+from composition.profiles.store import ProfileStore
+from retrieval import behaviour, null, suggest
+from retrieval.cards import Card
+from retrieval.catalogue import Catalogue, OnFile, Reading, Scan
+from retrieval.encode import Encoder
+from retrieval.index import Index
+from retrieval.judge import Judge
+from retrieval.phrases import split
+from retrieval.rows import SPACES, Filter, Row, Space
+from retrieval.sketch import Sketch, packed, sketch, unpacked
+from retrieval.suggest import Candidate, Suggestion
+
+if TYPE_CHECKING:
+    from composition.loras.kinds.lora import Factors
+    from composition.loras.safetensors import SafeFile
+
+NEAREST = 50  # rows that a search fetches for each phrase
+BATCH = 1000  # rows written at a time
+
+
+@dataclass(frozen=True)
+class Base:
+    """What LoRAs are for. name: of a bundled model, else the family's. components: its modules without weights, {} where they are not known."""
+
+    name: str
+    model: str
+    family: str
+    components: Mapping[str, nn.Module]
+
+    @staticmethod
+    def of(model: str) -> "Base":
+        """Of a model by name, folder or hub id, without its weights. Raises Refused as the engine does for one that cannot be opened."""
+        family = loading.family(loading.find(model))
+        if model in BUNDLES:
+            return Base(model, model, family, skeleton.of_folder(bundled.path(BUNDLES[model].model)))
+        return Base(family, model, family, skeleton.of_family(family) if family in skeleton.PUBLIC else {})
+
+    def sketched(self, path: Path, raw: "SafeFile | None" = None) -> Sketch | None:
+        """The sketch of a file that is for this base; None for another one's, or where the base's layers are not known."""
+        if not self.components:
+            return None
+        try:
+            read = sketch(path, self.components, self.family, raw=raw)
+        except (Refused, OSError):
+            return None
+        return read if read.layers else None
+
+
+class Update(NamedTuple):
+    """What was done. rows: LoRAs in the index; fitting: of them, those for the base; with_behaviour, with_weights: of those, with these vectors."""
+
+    scan: Scan
+    reading: Reading
+    rows: int
+    fitting: int
+    with_behaviour: int
+    with_weights: int
+
+
+class Library:
+    """The LoRAs in some folders, and those bundled with a model, as that model can use them.
+
+    judge: whose texts and pictures behaviours and prompts are compared in. encoder: of weights, None where there is none for this base.
+    """
+
+    def __init__(self, model: str, folders: Sequence[Path] = (), *, judge: str = "pocket", encoder: Path | None = None) -> None:
+        self.model, self.folders = model, tuple(folders)
+        self._judge, self._encoder = judge, encoder
+        self.place = settings.home() / "library"
+        self.catalogue: Catalogue = engines.catalogue()
+        self.profiles = ProfileStore(settings.home() / "profiles")
+
+    @cached_property
+    def base(self) -> Base:
+        return Base.of(self.model)
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge.open(self._judge)
+
+    @cached_property
+    def encoder(self) -> Encoder | None:
+        """That of this base, when it reads the judge's texts."""
+        folder = self._encoder or bundled.path("pocket128/encoder")
+        if not folder.is_dir():
+            return None
+        encoder = Encoder.open(folder)
+        return encoder if (encoder.settings.base, encoder.settings.judge) == (self.base.name, self.judge.name) else None
+
+    @cached_property
+    def index(self) -> Index:
+        """Vectors of other encoders than ours are dropped from it: they could not be compared."""
+        names: dict[Space, str] = {"behaviour": f"{self.base.model} {self.judge.name}"} | ({"weight": self.encoder.name} if self.encoder else {})
+        index = Index(self.place / f"index-{_safe(self.base.name)}", encoders=names)
+        for space, name in index.made_by().items():
+            if space in names and name not in ("", names[space]):
+                index.forget(space)
+        return index
+
+    # making it -----------------------------------------------------------------------------------------------------
+
+    def update(
+        self, *, on_header: OnFile | None = None, on_file: OnFile | None = None, measure: Callable[[Sequence[Card]], None] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Update:
+        """Bring catalogue and index up to date. measure: what measures and keeps behaviours of the LoRAs it is given, those that lack one.
+
+        Raises Cancelled, and what was done until then is kept.
+        """
+        scan = self.catalogue.scan(self.folders, self.model, on_file=on_header, cancel=cancel)
+        reading = self.catalogue.read(on_file=on_file, on_read=self._keep, cancel=cancel)
+        groups = self._groups(self.catalogue.cards())
+        fitting = {tensors for tensors, cards in groups.items() if self._fits(cards)}
+        if measure is not None and (lacking := [groups[tensors][0] for tensors in sorted(fitting) if self._behaviour(tensors) is None]):
+            measure(lacking)
+        rows = [self._row(tensors, cards, tensors in fitting) for tensors, cards in groups.items()]
+        rows = self._encoded(rows)
+        ids = {row.id for row in rows}
+        self.index.delete(set(self._indexed()) - ids)
+        for first in range(0, len(rows), BATCH):
+            self.index.upsert(rows[first : first + BATCH])
+        self.index.optimise()
+        own = [row for row in rows if row.family == self.base.name]
+        return Update(scan, reading, len(rows), len(own), sum(row.behaviour is not None for row in own), sum(row.weight is not None for row in own))
+
+    def _groups(self, cards: Iterable[Card]) -> dict[str, list[Card]]:
+        """The files of each LoRA by the hash of its tensors, those that can be used."""
+        groups: dict[str, list[Card]] = {}
+        for card in cards:
+            if card.usable and card.tensor_sha256:
+                groups.setdefault(card.tensor_sha256, []).append(card)
+        return groups
+
+    def _keep(self, card: Card, raw: "SafeFile", factors: "Mapping[str, Factors]") -> None:
+        """The sketch of a file that was just read, or that it is for another base."""
+        read = self.base.sketched(card.path, raw)
+        atomic.write(self._file(card.tensor_sha256), packed(read) if read else b"")
+
+    def _sketch(self, cards: Sequence[Card]) -> Sketch | None:
+        file = self._file(cards[0].tensor_sha256)
+        try:
+            data = file.read_bytes()
+        except OSError:
+            read = self.base.sketched(cards[0].path)  # indexed for another base before
+            with suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                atomic.write(file, packed(read) if read else b"")
+            return read
+        return unpacked(data) if data else None
+
+    def _file(self, tensors: str) -> Path:
+        folder = self.place / f"sketches-{_safe(self.base.name)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{tensors[:40]}.sketch"
+
+    def _fits(self, cards: Sequence[Card]) -> bool:
+        """Whether a LoRA is for the base: a bundled one's layers fit, another one is of its family."""
+        if self.base.name not in BUNDLES:
+            return cards[0].family == self.base.family
+        return self._sketch(cards) is not None
+
+    def _behaviour(self, tensors: str) -> Any:
+        with suppress(Refused):
+            return self.profiles.behaviour(tensors, self.model, self.judge.name)
+        return None
+
+    def _row(self, tensors: str, cards: Sequence[Card], fits: bool) -> Row:
+        """What all files of a LoRA say together."""
+        first, words = cards[0], dict.fromkeys(card.words for card in cards)
+        held = self._behaviour(tensors) if fits else None
+        vector = np.asarray(held.direction, np.float32) if held is not None else None
+        moved = vector is not None and float(np.linalg.norm(vector)) > 0.5
+        triggers = dict.fromkeys(word for card in cards for word in card.words_of("header", "sidecar", "user"))
+        return Row(
+            id=tensors, files=tuple(str(card.path) for card in cards), name=first.name, title=next((card.title for card in cards if card.title), ""),
+            family=self.base.name if fits else first.family, category=next((card.category for card in cards if card.category), ""),
+            licence=first.licence, words="\n".join(words), triggers=tuple(triggers),
+            behaviour=vector / np.linalg.norm(vector) if vector is not None and moved else None, strength=held.strength if held else None,
+            consistency=held.consistency if held else None, updated=time.time())  # fmt: skip
+
+    def _encoded(self, rows: Sequence[Row]) -> list[Row]:
+        """With the vectors of their weights, where there is an encoder for them."""
+        if self.encoder is None:
+            return list(rows)
+        sketches = {row.id: unpacked(data) for row in rows if row.family == self.base.name and (data := self._file(row.id).read_bytes())}
+        usable = [key for key, read in sketches.items() if self.encoder.coverage(read) > 0]
+        vectors = self.encoder.encode([sketches[key] for key in usable]).numpy() if usable else ()
+        by_id = dict(zip(usable, vectors, strict=True))
+        return [replace(row, weight=by_id[row.id].astype(np.float32)) if row.id in by_id else row for row in rows]
+
+    def _indexed(self) -> list[str]:
+        return list(self.index.ids())
+
+    def refresh(self) -> None:
+        """Bring it up to date when folders changed or nothing was indexed; the rest of the time that costs a look at the folders."""
+        scan = self.catalogue.scan(self.folders, self.model)
+        if scan.added or scan.changed or scan.removed or not self.index.count(Filter(family=self.base.name)):
+            self.update()
+
+    # asking it -----------------------------------------------------------------------------------------------------
+
+    def suggest(self, prompt: str, *, most: int = suggest.MOST, chance: float = suggest.CHANCE) -> list[Suggestion]:
+        """The LoRAs for the model that a prompt calls for, best first; none where none fits. Raises Refused where nothing is indexed."""
+        where = Filter(family=self.base.name)
+        count = self.index.count(where)
+        if not count:
+            raise Refused(f"no LoRA for {self.model} is indexed: run `medley index` with the folders of your LoRAs first")
+        queries = {space: make for space, make in self._queries().items() if space in self.index.made_by()}
+        phrases = [phrase.text for phrase in split(prompt)]
+        vectors = {space: make(phrases) for space, make in queries.items()} if phrases else {}
+        ids: dict[str, None] = {}
+        for number, phrase in enumerate(phrases):
+            query: dict[Space, Any] = {space: values[number] for space, values in vectors.items()}
+            ids |= dict.fromkeys(hit.id for hit in self.index.search(query, phrase, where, NEAREST, fuzzy=False))
+        candidates = [self._candidate(row) for row in self.index.get(ids).values()]
+        nulls = {space: self._null(space, make) for space, make in queries.items()}
+        return suggest.suggest(prompt, candidates, queries, nulls, most=most, chance=chance, count=count)
+
+    def path(self, suggestion: Suggestion) -> Path:
+        """A file of a suggested LoRA that is there. Raises Refused when all are gone."""
+        row = self.index.get([suggestion.candidate.id]).get(suggestion.candidate.id)
+        for file in row.files if row else ():
+            if Path(file).is_file():
+                return Path(file)
+        raise Refused(f"the files of LoRA {suggestion.candidate.name!r} are gone since the last `medley index`: run it again")
+
+    def _candidate(self, row: Row) -> Candidate:
+        cards = [card for card in self.catalogue.of(row.id) if card.usable]
+        tags = dict.fromkeys(tag for card in cards for tag in card.tags)
+        weight = next((card.weight for card in cards if card.weight is not None), None)
+        return Candidate(row.id, row.name, {space: vector for space, vector in row.vectors().items() if space in SPACES}, triggers=row.triggers,
+                         tags=tuple(tags), category=row.category, weight=weight)  # fmt: skip
+
+    def _queries(self) -> dict[Space, suggest.Queries]:
+        """What makes vectors of phrases, by kind of evidence."""
+        prompts = behaviour.POCKET if self.model in BUNDLES else behaviour.GENERAL
+
+        def read(texts: Sequence[str]) -> np.ndarray:
+            return self.judge.read(list(texts)).numpy()
+
+        queries: dict[Space, suggest.Queries] = {"behaviour": lambda texts: np.stack([behaviour.direction(read, text, prompts) for text in texts])}
+        if self.encoder is not None:
+            encoder = self.encoder
+            queries["weight"] = lambda texts: encoder.read(self.judge.read(list(texts))).numpy()
+        return queries
+
+    def _null(self, space: Space, make: suggest.Queries) -> np.ndarray:
+        """Vectors of phrases of all kinds, made once and kept."""
+        name = self.encoder.name if space == "weight" and self.encoder else f"{self.model} {self.judge.name}"
+        file = self.place / "nulls" / f"{space}-{_safe(name)}.npy"
+        with suppress(OSError, ValueError):
+            return np.load(file, allow_pickle=False)
+        vectors = make(null.phrases(list(self.judge.thresholds)))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(file, _npy(vectors))
+        return vectors
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def _safe(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)[-80:]
