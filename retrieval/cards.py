@@ -15,6 +15,7 @@ Origin = Literal["header", "training tags", "sidecar", "user"]
 IN_HEADER = "header"  # where a preview is that is no file of its own
 AUTOV2 = 10  # hexadecimal digits of a file's sha256, as Civitai shows them
 MAX_TRIGGERS = 64
+FORM = 1  # of a card as text and of what is taken from a header: another one has every header read again
 
 
 class Trigger(NamedTuple):
@@ -102,7 +103,8 @@ def read(path: Path, text: str) -> Card:
     values["triggers"] = tuple(Trigger(*each) for each in values["triggers"])
     values["ranks"] = {int(rank): count for rank, count in values["ranks"].items()}
     values["alphas"] = {float(alpha): count for alpha, count in values["alphas"].items()}
-    return Card(path, **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Card(path, **values)
 
 
 def distinct(triggers: Iterable[Trigger]) -> tuple[Trigger, ...]:

@@ -83,7 +83,7 @@ class Catalogue:
                       db.execute("SELECT path, size, mtime_ns, inode, beside, settled FROM files")}  # before the walk: what others add later stays
             known = Known(model, scanning.absolute(folders))
             files = list(scanning.look(known))
-            fresh = [seen for seen in files if before.get(os.fsencode(seen.path)) != (seen.stat, seen.beside, 1)]
+            fresh = [seen for seen in files if before.get(os.fsencode(seen.path)) != (seen.stat, seen.beside, cards.FORM)]
             self._put_all(db, self._described(db, fresh, on_file, cancel))
             present = [place for place in known.places if place.is_dir()]
             removed = self._remove(db, before, {os.fsencode(seen.path) for seen in files}, present)
@@ -284,8 +284,8 @@ def _inside(places: Sequence[Path]) -> tuple[bytes, ...]:
 
 
 def _row(card: Card, beside: str, settled: bool, whole: bool) -> tuple[object, ...]:
-    """settled: the file need not be looked at again while it stays as it is; one without a header that can be read always is. whole: it was read whole."""
-    return (os.fsencode(card.path), *_stat(card), beside, int(settled and card.tensors > 0), int(whole), card.tensors, card.alias, card.sha256,
+    """settled, kept as the form of its card: the file need not be looked at again while it stays as it is; one without a header that can be read always is. whole: it was read whole."""
+    return (os.fsencode(card.path), *_stat(card), beside, cards.FORM if settled and card.tensors else 0, int(whole), card.tensors, card.alias, card.sha256,
             card.tensor_sha256, card.data_sha256, card.family, card.trouble, card.text())
 
 
