@@ -6,11 +6,11 @@ half the cost of a pass in single precision (`python -m tests.bench.retrieval`).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import torch
 from jaxtyping import Bool, Float, Int
 
@@ -18,6 +18,7 @@ from retrieval.rows import FILTERED, Evidence, Filter, Space, Vector
 from retrieval.schema import matrix, sizes
 from retrieval.words import Query, Vocabulary
 
+pc: Any = pyarrow.compute  # whose functions are made when it is imported
 K1, B = 1.2, 0.75  # of BM25, Lucene's values
 # Rounding the query and the result to half precision moves a cosine by at most 2^-11 each; two cosines by twice that. And twice that.
 SLACK = 2.0**-8
