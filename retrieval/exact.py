@@ -139,7 +139,8 @@ class Postings:
         self._rows, self._repeats = keys % count, repeats.astype(np.float64)
         self._starts = np.searchsorted(keys, np.arange(len(words) + 1) * count)
         lengths = np.bincount(rows, minlength=len(column)).astype(np.float64)
-        self._norms = K1 * (1 - B + B * lengths / max(lengths.mean() if len(lengths) else 0.0, 1e-9))
+        self._worded = int((lengths > 0).sum())  # rows without words do not count, as in LanceDB
+        self._norms = K1 * (1 - B + B * lengths / max(lengths.sum() / max(self._worded, 1), 1e-9))
         self.vocabulary = Vocabulary([words[place] for place in order], np.diff(self._starts).tolist())
 
     def scores(self, terms: tuple[str, ...]) -> Float[np.ndarray, " N"]:
@@ -149,6 +150,6 @@ class Postings:
             if (place := self.vocabulary.places.get(term)) is not None:
                 span = slice(self._starts[place], self._starts[place + 1])
                 rows, repeats = self._rows[span], self._repeats[span]
-                idf = np.log1p((len(total) - len(rows) + 0.5) / (len(rows) + 0.5))
+                idf = np.log1p((self._worded - len(rows) + 0.5) / (len(rows) + 0.5))
                 total[rows] += idf * repeats * (K1 + 1) / (repeats + self._norms[rows])
         return total.astype(np.float32)

@@ -5,15 +5,16 @@ from fractions import Fraction
 
 
 def bm25(documents, terms, k1=1.2, b=0.75):
-    """The score of every document (a list of words) that has one of the terms, by its place."""
-    mean = sum(map(len, documents)) / len(documents)
+    """The score of every document (a list of words) that has one of the terms, by its place. Empty ones do not count."""
+    count = sum(map(bool, documents))
+    mean = sum(map(len, documents)) / max(count, 1)
     scores = {}
     for place, words in enumerate(documents):
         total = 0.0
         for term in terms:
             repeats, having = words.count(term), sum(term in other for other in documents)
             if repeats:
-                idf = math.log(1 + (len(documents) - having + 0.5) / (having + 0.5))
+                idf = math.log(1 + (count - having + 0.5) / (having + 0.5))
                 total += idf * repeats * (k1 + 1) / (repeats + k1 * (1 - b + b * len(words) / mean))
         if any(term in words for term in terms):
             scores[place] = total
