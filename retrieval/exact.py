@@ -6,11 +6,11 @@ half the cost of a pass in single precision (`python -m tests.bench.retrieval`).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import torch
 from jaxtyping import Bool, Float, Int
 
@@ -18,6 +18,7 @@ from retrieval.rows import FILTERED, Evidence, Filter, Space, Vector
 from retrieval.schema import matrix, sizes
 from retrieval.words import Query, Vocabulary
 
+pc: Any = pyarrow.compute  # whose functions are made when it is imported
 K1, B = 1.2, 0.75  # of BM25, Lucene's values
 # Rounding the query and the result to half precision moves a cosine by at most 2^-11 each; two cosines by twice that. And twice that.
 SLACK = 2.0**-8
@@ -138,7 +139,8 @@ class Postings:
         self._rows, self._repeats = keys % count, repeats.astype(np.float64)
         self._starts = np.searchsorted(keys, np.arange(len(words) + 1) * count)
         lengths = np.bincount(rows, minlength=len(column)).astype(np.float64)
-        self._norms = K1 * (1 - B + B * lengths / max(lengths.mean() if len(lengths) else 0.0, 1e-9))
+        self._worded = int((lengths > 0).sum())  # rows without words do not count, as in LanceDB
+        self._norms = K1 * (1 - B + B * lengths / max(lengths.sum() / max(self._worded, 1), 1e-9))
         self.vocabulary = Vocabulary([words[place] for place in order], np.diff(self._starts).tolist())
 
     def scores(self, terms: tuple[str, ...]) -> Float[np.ndarray, " N"]:
@@ -148,6 +150,6 @@ class Postings:
             if (place := self.vocabulary.places.get(term)) is not None:
                 span = slice(self._starts[place], self._starts[place + 1])
                 rows, repeats = self._rows[span], self._repeats[span]
-                idf = np.log1p((len(total) - len(rows) + 0.5) / (len(rows) + 0.5))
+                idf = np.log1p((self._worded - len(rows) + 0.5) / (len(rows) + 0.5))
                 total[rows] += idf * repeats * (K1 + 1) / (repeats + self._norms[rows])
         return total.astype(np.float32)

@@ -159,27 +159,28 @@ class Index:
 
     def optimise(self) -> None:
         """Merge the files of many small writes, drop versions that nobody reads any more and, for a table too large for memory, bring the
-        indices up to date. Searches are right without it, and faster with it.
+        indices up to date. Searches find every row without it, and faster with it.
         """
         with place.plainly(self.uri):
-            if (rows := self._table.count_rows()) > self.exact_rows:
-                self._build_indices(rows)
+            if self._table.count_rows() > self.exact_rows:
+                self._build_indices()
             self._table.optimize(cleanup_older_than=KEPT)
 
-    def _build_indices(self, rows: int) -> None:
-        """Those that are missing, or were made when the table was less than half as large."""
+    def _build_indices(self) -> None:
+        """Those that are missing, and those of vectors made when there were less than half as many; `optimize` adds new rows to the others."""
         from lancedb.index import FTS, IvfFlat
 
         built = {index.columns[0]: index.name for index in self._table.list_indices()}
         if "tokens" not in built:
-            plain = FTS(base_tokenizer="whitespace", lower_case=False, stem=False, remove_stop_words=False, ascii_folding=False, max_token_length=None)
-            self._table.create_index("tokens", config=plain)
+            self._table.create_index("tokens", config=FTS(
+                base_tokenizer="whitespace", lower_case=False, stem=False, remove_stop_words=False, ascii_folding=False, max_token_length=None,
+            ))  # fmt: skip
         for space in schema.sizes(self._table.schema):
             column = f"{space}_vec"
             held = self._table.count_rows(f"{column} IS NOT NULL")
             stats = self._table.index_stats(built[column]) if column in built else None
             if held and (stats is None or stats.num_indexed_rows * 2 < held):
-                self._table.create_index(column, config=IvfFlat(distance_type="dot", num_partitions=indexed.partitions(held)), replace=True)
+                self._table.create_index(column, replace=True, config=IvfFlat(distance_type="dot", num_partitions=indexed.partitions(held)))
 
     def _current(self) -> _Snapshot:
         """What searches need to hold of the table, read again when somebody has written."""

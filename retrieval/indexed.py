@@ -9,7 +9,7 @@ Vectors are compared again in double precision, so that a hit has the same score
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,9 +47,9 @@ def allowed(where: Filter, query: Query) -> str:
 
 def _nearest(table: Table, space: Space, vector: Vector, condition: str, depth: int) -> Order:
     column = f"{space}_vec"
-    search = table.search(vector.astype(np.float32), vector_column_name=column, query_type="vector").distance_type("dot")
-    search = search.where(condition, prefilter=True).nprobes(probes(table.count_rows())).limit(SPARE * depth)
-    hits = search.select(["id", column, "_distance"]).to_arrow()
+    search: Any = table.search(vector.astype(np.float32), vector_column_name=column, query_type="vector")
+    search = search.distance_type("dot").where(condition, prefilter=True).nprobes(probes(table.count_rows()))
+    hits = search.limit(SPARE * depth).select(["id", column, "_distance"]).to_arrow()
     return best(hits.column("id").to_pylist(), cosines(matrix(hits, space)[1], vector).tolist(), depth)
 
 
@@ -62,11 +62,9 @@ def partitions(rows: int) -> int:
 
 
 def _matching(table: Table, query: Query, condition: str, depth: int) -> Order:
-    from lancedb.query import MatchQuery
-
     scores: dict[str, float] = {}
     if query.terms:
-        search = table.search(MatchQuery(" ".join(query.terms), "tokens"), query_type="fts").where(condition, prefilter=True)
+        search = table.search(" ".join(query.terms), query_type="fts", fts_columns="tokens").where(condition, prefilter=True)
         hits = search.limit(TIED * depth).select(["id", "_score"]).to_arrow()
         scores = dict(zip(hits.column("id").to_pylist(), hits.column("_score").to_pylist(), strict=True))
     if query.phrases and len(scores) < depth:  # a phrase may begin or end inside a word: such rows have it, but none of its tokens

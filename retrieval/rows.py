@@ -98,6 +98,8 @@ def check_rows(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         if not row.id:
             raise Refused(f"The LoRA {row.name!r} has no hash: read its file whole before it is indexed")
+        if clean(row.id) != row.id:
+            raise Refused(f"{row.id!r} is no hash: the id of a row is the hash of its LoRA's tensors")
         if row.id in ids:
             raise Refused(f"The hash {row.id!r} is given twice: list all files of a LoRA in one row")
         ids.add(row.id)

@@ -93,7 +93,8 @@ def from_arrow(table: pa.Table) -> list[Row]:
         known: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
         known["files"] = tuple(map(os.fsdecode, known.get("files", ())))
         known["triggers"] = tuple(known.get("triggers", ()))
-        rows.append(Row(**known, **{space: vectors[place] for space, vectors in spaces.items()}))
+        known.update((space, vectors[place]) for space, vectors in spaces.items())
+        rows.append(Row(**known))
     return rows
 
 
