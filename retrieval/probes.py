@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from composition.loras.kinds.lora import Factors
-from retrieval.sketch import ORDERS, sketched
+from retrieval.sketch import sketched
 from retrieval.tokens import Layer, Tokens, tokens
 
 
