@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from app import settings
+from app.terminal import err, printable
 from composition import Refused
 from composition.backbones.loading import catalog
 
 if TYPE_CHECKING:
     from composition import Engine
+    from retrieval.catalogue import Catalogue
 
 SMALL = 30e6  # parameters under which a denoiser on a processor runs in one thread
 
@@ -30,11 +34,11 @@ class EngineOptions:
     denoiser: str | None = None
 
 
-def folders(named: Sequence[Path]) -> tuple[Path, ...]:
-    """The user's LoRA folder, when it exists, and those named. Raises Refused for one that does not exist."""
+def folders(named: Sequence[Path], flag: str = "--lora-dir ") -> tuple[Path, ...]:
+    """The user's LoRA folder, when it exists, and those named. Raises Refused for one that does not exist. flag: by which they were named."""
     for folder in named:
         if not folder.is_dir():
-            raise Refused(f"--lora-dir {folder} is not a folder")
+            raise Refused(f"{flag}{folder} is not a folder")
     own = settings.lora_folder()
     return tuple(dict.fromkeys([*([own] if own.is_dir() else []), *named]))
 
@@ -56,6 +60,13 @@ def prepare(model: str, *, judge: str = "pocket") -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def catalogue() -> "Catalogue":
+    """The user's catalogue of LoRA files; it may not have been made yet."""
+    from retrieval.catalogue import Catalogue
+
+    return Catalogue(settings.home() / "catalogue.sqlite", lambda sentence: err.print(Text(printable(f"medley: {sentence}"), style="yellow")))
+
+
 def open_engine(model: str, place: EngineOptions) -> "Engine":
     prepare(model)
     import torch
@@ -63,8 +74,10 @@ def open_engine(model: str, place: EngineOptions) -> "Engine":
     from composition import Engine
     from composition.profiles.store import ProfileStore
 
+    files = catalogue()
     engine = Engine.open(model, device=place.device, dtype=place.dtype, offload=place.offload, folders=place.folders,
-                         quantize=place.quantize, denoiser=place.denoiser, profiles=ProfileStore(settings.home() / "profiles"))
+                         quantize=place.quantize, denoiser=place.denoiser, profiles=ProfileStore(settings.home() / "profiles"),
+                         resolve=lambda source: files.find(source, model, place.folders))
     if engine.device.type == "cpu" and sum(part.numel() for part in engine.backbone.denoiser.parameters()) < SMALL:
         torch.set_num_threads(1)  # its layers are over before a second thread is awake: measured 1.6 times faster
     return engine

@@ -1,4 +1,5 @@
-"""The command line: medley demo, generate, compare, batch, annotate, evaluate, profile, train, ui, pull, loras, inspect, methods, doctor.
+"""The command line: medley demo, generate, compare, batch, annotate, evaluate, profile, train, ui, pull, loras, inspect, index, lookup,
+methods, doctor.
 
 torch and diffusers are imported inside commands only, so that `medley --help` answers at once. Errors are one line on
 stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
@@ -17,7 +18,7 @@ from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
 from app import engines, options, remarks, settings, workbench
-from app.cli import annotate, batch, evaluate, flags, recalled, session, tables, train, train_condition
+from app.cli import annotate, batch, evaluate, flags, index, recalled, session, tables, train, train_condition
 from app.errors import sentence
 from app.terminal import Terminal, closed, err, forgiving, gone, out, printable
 from composition import Cancelled, Lora, Request, __version__, record
@@ -294,6 +295,10 @@ def inspect(
         out.document(tables.as_json(asdict(receipt) | {"model": base}))
     else:
         tables.receipt(out, receipt, base)
+
+
+app.command()(index.index)
+app.command()(index.lookup)
 
 
 @app.command()

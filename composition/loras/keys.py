@@ -18,6 +18,7 @@ means (DoRA's scale, Tucker's core, a bias) block their whole module: half of an
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from composition.loras.fused import TRANSFORMER
@@ -111,6 +112,7 @@ _OURS = re.compile(r"(?:single_)?transformer_blocks\.|time_text_embed|norm_out|p
 _SIDES = {"1": "img_attn", "2": "txt_attn"}
 
 
+@lru_cache(maxsize=16_384)  # thousands of files of a library have the same few thousand keys
 def understand(key: str) -> Key:
     """One raw key, parsed. An unknown key has role "beside" and its reason."""
     if numbered := _NUMBERED.match(key):

@@ -2,22 +2,52 @@
 
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from composition import bundled
 from composition.bundled import BUNDLES
 from composition.loras import condition, metadata, reader
+from composition.loras import folders as lora_folders
 from composition.loras.condition import Settings
 from composition.loras.safetensors import ENDING, load_header
 from composition.refusal import Refused
 from composition.request import Receipt
 
-MAX_FOLDERS = 20_000  # searched below one folder: more are not a library of LoRAs but a link to a whole disk
+MOST_NAMED = 40  # files that a refusal names
+
+
+class Known:
+    """The LoRA files that can be named beside a model, as one walk saw them: what `find` chooses from.
+
+    conditions: condition LoRAs are bundled ones. alias: the trainer's name for a file, "" without.
+    """
+
+    def __init__(self, model: str, folders: Sequence[Path] = (), *, conditions: bool = False, alias: Callable[[Path], str] | None = None) -> None:
+        self.places = _places(model, folders, conditions)
+        self.walk = lora_folders.walk(self.places)
+        self._alias = alias or trainers_name
+
+    @cached_property
+    def _by_end(self) -> dict[str, list[tuple[Path, Path]]]:
+        """The rows of the walk by the last part of a path without its ending, which whatever names a file by its path has."""
+        by_end: dict[str, list[tuple[Path, Path]]] = {}
+        for row in self.walk.rows:
+            end = row[1].name[: -len(ENDING)]
+            if end in ("", "."):
+                end = "".join(_parts(_bare(row[1].as_posix()))[-1:])
+            by_end.setdefault(end, []).append(row)
+        return by_end
+
+    def ending(self, end: str) -> Sequence[tuple[Path, Path]]:
+        return self._by_end.get(end, ())
+
+    def aliased(self, alias: str) -> list[Path]:
+        return [path for _, path in self.walk.rows if self._alias(path) == alias] if alias else []
 
 
 class Listed(NamedTuple):
@@ -68,40 +98,42 @@ def condition_loras(model: str, folders: Sequence[Path] = ()) -> list[tuple[Path
     return rows
 
 
-def find(source: str, model: str, folders: Sequence[Path] = (), *, conditions: bool = False) -> Path:
+def find(source: str, model: str, folders: Sequence[Path] = (), *, conditions: bool = False, known: Known | None = None) -> Path:
     """The file of `source`; with `conditions`, of a condition LoRA. Raises Refused, with the nearest names.
 
     In this order: a path to a file; the name of one file, with or without its folders and its ending ("owl", "animals/owl",
     "animals\\owl.safetensors"); a path without its ending; the name that the trainer wrote into one file (ss_output_name).
+    known: the files, where they were looked for already.
     """
     spellings = dict.fromkeys((source, source.replace("\\", "/")))
     for path in map(Path, spellings):
         if path.suffix.lower() == ENDING and os.path.isfile(path):
             return path
-    known = _files(model, folders, conditions)
-    for several in _candidates(spellings, known, _places(model, folders, conditions)):
+    known = known or Known(model, folders, conditions=conditions)
+    for several in _candidates(spellings, known):
         if len(several) > 1:
             several = [path for path in several if _is_condition(path, stamp(path)) == conditions] or several
         if len(several) == 1:
             return several[0]
         if several:
-            raise Refused(f"{len(several)} LoRAs are named {source!r}: give the path of one of " + ", ".join(map(str, several)))
-    raise Refused(_nothing(source, model, [path.stem for _, path in known], conditions))
+            raise Refused(f"{len(several)} LoRAs are named {source!r}: give the path of one of " + _listed(list(map(str, several))))
+    raise Refused(_nothing(source, model, [path.stem for _, path in known.walk.rows], conditions))
 
 
-def _candidates(spellings: Collection[str], known: Sequence[tuple[Path, Path]], places: Sequence[Path]) -> Iterator[list[Path]]:
+def _candidates(spellings: Collection[str], known: Known) -> Iterator[list[Path]]:
     """The files of that name, by every way of naming a file in turn."""
     for spelling in spellings:
         wanted = _parts(_bare(spelling))
         if wanted and ".." not in wanted:
-            whole = [path for place, path in known if _parts(_bare(path.relative_to(place).as_posix())) == wanted]
+            rows = known.ending(wanted[-1])
+            whole = [path for place, path in rows if _parts(_bare(path.relative_to(place).as_posix())) == wanted]
             yield _distinct(whole if len(wanted) > 1 else [])
-            yield _distinct([path for _, path in known if _parts(_bare(path.as_posix()))[-len(wanted) :] == wanted])
-            yield _distinct([path for place in places if (path := _ended(place.joinpath(*wanted)))])  # a folder reached by another path
+            yield _distinct([path for _, path in rows if _parts(_bare(path.as_posix()))[-len(wanted) :] == wanted])
+            yield _distinct([path for place in known.places if (path := _ended(place.joinpath(*wanted)))])  # a folder reached by another path
     for spelling in spellings:
         yield _distinct([path] if (path := _ended(Path(_bare(spelling)))) else [])
     for spelling in spellings:
-        yield _distinct([path for _, path in known if _alias(path, stamp(path)) == _bare(spelling)])
+        yield _distinct(known.aliased(_bare(spelling)))
 
 
 def _bare(name: str) -> str:
@@ -147,6 +179,11 @@ def _alias(path: Path, stamp: tuple[int, int]) -> str:
         return ""
 
 
+def trainers_name(path: Path) -> str:
+    """The trainer's name in a file's header; "" where there is none, or no header. A header is read once per change."""
+    return _alias(path, stamp(path))
+
+
 def stamp(path: Path) -> tuple[int, int]:
     """What changes when a file does: its time of change in nanoseconds and its bytes; zeros for one that is not there."""
     try:
@@ -168,57 +205,12 @@ def _places(model: str, folders: Sequence[Path], conditions: bool = False) -> li
 
 def _files(model: str, folders: Sequence[Path], conditions: bool = False) -> list[tuple[Path, Path]]:
     """(the folder that was named, the file in it) for every LoRA file, in the order of `files`. conditions: condition LoRAs are bundled ones."""
-    places = _places(model, folders, conditions)
-    by_folder: dict[Path, list[Path]] = {place: [] for place in places}
-    links: list[tuple[Path, Path]] = []  # to folders: followed last, so that a folder is searched by its own path where it has one
-    seen: set[tuple[int, int]] = set()
-    for place in places:
-        links += [(place, link) for link in _walk(place, seen, by_folder[place])]
-    while links:
-        place, link = links.pop(0)
-        links += [(place, further) for further in _walk(link, seen, by_folder[place])]
-    return [(place, path) for place, paths in by_folder.items() for path in sorted(paths)]
+    return lora_folders.walk(_places(model, folders, conditions)).rows
 
 
-def _walk(folder: Path, seen: set[tuple[int, int]], paths: list[Path]) -> list[Path]:
-    """Add the LoRA files of a folder and of those below it to `paths`; returns the links to folders, which are not followed."""
-    waiting, links = [folder], []
-    while waiting:
-        here = waiting.pop()
-        try:
-            stat = here.stat()
-            if (stat.st_dev, stat.st_ino) in seen:
-                continue
-            seen.add((stat.st_dev, stat.st_ino))
-            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
-        except OSError:
-            continue  # not there, no folder, or not ours to read
-        if len(seen) > MAX_FOLDERS:
-            raise Refused(f"there are over {MAX_FOLDERS} folders in {folder}, links included: name a smaller folder of LoRAs")
-        for entry in entries:
-            path = here / entry.name
-            if _is_folder(entry):
-                (links if entry.is_symlink() else waiting).append(path)
-                if entry.name.lower().endswith(ENDING) and not _has_files(path):
-                    paths.append(path)
-            elif entry.name.lower().endswith(ENDING):
-                paths.append(path)
-    return links
-
-
-def _has_files(folder: Path) -> bool:
-    """Whether a folder named like a file holds one, which is then what its name is for."""
-    try:
-        return any(name.lower().endswith(ENDING) for name in os.listdir(folder))
-    except OSError:
-        return False
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False  # a link to itself
+def _listed(names: Sequence[str]) -> str:
+    """Names one after another; of thousands the first."""
+    return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else "")
 
 
 def _nothing(source: str, model: str, known: Sequence[str], conditions: bool) -> str:
@@ -230,7 +222,7 @@ def _nothing(source: str, model: str, known: Sequence[str], conditions: bool) ->
     several = [name.strip() for name in source.split(",")]
     if len(several) > 1 and all(name in known for name in several):
         return f"{source!r} is {len(several)} LoRAs: give each by itself (--lora {' --lora '.join(several)})"
-    there = f"there are {', '.join(sorted(set(known))) or 'none'}"
+    there = f"there are {_listed(sorted(set(known))) or 'none'}"
     for other in BUNDLES:
         if other != model and source in {path.stem for _, path in _files(other, (), conditions)}:
             return f"no {kind} is named {source!r} for this model, that one is made for {other}; {there}"

@@ -13,7 +13,7 @@ MAX_LETTERS = 200
 
 
 def title(metadata: Mapping[str, str]) -> str:
-    return _line(metadata.get("title") or metadata.get("modelspec.title") or "")
+    return line(metadata.get("title") or metadata.get("modelspec.title") or "")
 
 
 def category(metadata: Mapping[str, str]) -> str:
@@ -25,12 +25,14 @@ def category(metadata: Mapping[str, str]) -> str:
 def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The trigger words, in order, each once: "trigger_words" split at commas, else "modelspec.trigger_phrase"."""
     text = metadata.get("trigger_words") or metadata.get("modelspec.trigger_phrase") or ""
-    words = (_line(word) for word in text.split(","))
+    words = (line(word) for word in text.split(","))
     return tuple(dict.fromkeys(word for word in words if word))[:MAX_TRIGGERS]
 
 
-def _line(text: str) -> str:
-    return " ".join(text.split())[:MAX_LETTERS]
+def line(text: str, most: int = MAX_LETTERS) -> str:
+    """A text as one line of at most `most` letters, without what no file name and no index can hold."""
+    text = text[: 4 * most].replace("\0", "").encode("utf-8", "replace").decode()
+    return " ".join(text.split())[:most]
 
 
 def alias(metadata: Mapping[str, str]) -> str:

@@ -129,7 +129,7 @@ def inspect(path: Path, raw: SafeFile | None = None) -> Receipt:
     raw = raw or load_safely(path)
     updates, _ = modules(raw.tensors)
     stated = scale.statements(path, raw.metadata)
-    pairs = [module for module in updates if _pair(module, raw.tensors)]
+    pairs = [module for module in updates if is_pair(module, raw.tensors)]
     sources = [scale.alphas(module, raw.tensors, stated, path.name) for module in pairs]
     no_effect = []
     for module, (alpha, *_) in zip(pairs, sources, strict=True):
@@ -147,7 +147,7 @@ def unplaced(path: Path, raw: SafeFile) -> dict[str, Factors]:
     stated = scale.statements(path, raw.metadata)
     factors: dict[str, Factors] = {}
     for module in modules(raw.tensors)[0]:
-        if module.blocked or not _pair(module, raw.tensors):
+        if module.blocked or not is_pair(module, raw.tensors):
             continue
         down, up = (raw.tensors[module.keys[role]] for role in ("down", "up"))
         if down.shape[0] == up.shape[1] and down.numel() and up.numel() == up.shape[0] * up.shape[1]:
@@ -165,7 +165,7 @@ def describe(path: Path) -> Receipt:
     path = Path(path)
     raw = load_header(path)
     updates, _ = modules(raw.tensors)
-    return _alone(path, raw, updates, [module for module in updates if _pair(module, raw.tensors)])
+    return _alone(path, raw, updates, [module for module in updates if is_pair(module, raw.tensors)])
 
 
 def stamp(path: Path) -> tuple[object, ...]:
@@ -203,8 +203,8 @@ def _sizes(module: Module, raw: SafeFile, alpha: float) -> suspicious.Sizes:
     return suspicious.Sizes(module.module, raw.largest[down], raw.largest[up], alpha, raw.tensors[down].shape[0])
 
 
-def _pair(module: Module, tensors: Mapping[str, Tensor]) -> bool:
-    """True when it has a down and an up in floating point, with at least two dimensions."""
+def is_pair(module: Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it has a down and an up in floating point, with at least two dimensions."""
     pair = [tensors[module.keys[role]] for role in ("down", "up") if role in module.keys]
     return len(pair) == 2 and all(factor.dtype.is_floating_point and factor.ndim >= 2 for factor in pair)
 

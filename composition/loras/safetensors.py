@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,8 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
 }
+_BYTES = {kind: dtype.itemsize for kind, dtype in _DTYPES.items()}  # of one number
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 # What people often have instead of the file they meant, by its first bytes.
 _IMPOSTORS = (
@@ -111,8 +114,13 @@ def load_header(path: Path) -> SafeFile:
     """The names, shapes and metadata of a .safetensors file, from its header: no number is read. Raises Refused as `load_safely`."""
     with _opened(path) as file:
         header = _header(path, file)
-        tensors = {name: torch.empty(entry.shape, dtype=_DTYPES[entry.kind], device="meta") for name, entry in header.entries.items()}
+        tensors = {name: _without_numbers(entry.shape, entry.kind) for name, entry in header.entries.items()}
     return SafeFile(tensors, header.metadata)
+
+
+@lru_cache(maxsize=4096)  # thousands of tensors of a library have the same few shapes
+def _without_numbers(shape: tuple[int, ...], kind: str) -> Tensor:
+    return torch.empty(shape, dtype=_DTYPES[kind], device="meta")
 
 
 @contextmanager
@@ -204,21 +212,21 @@ def _entries(table: Mapping[str, Any], size: int) -> dict[str, _Entry]:
 def _entry(name: str, value: Any) -> _Entry:
     if len(name) > MAX_NAME:
         raise ValueError(f"a tensor's name has {len(name):,} letters; at most {MAX_NAME:,} are read")
-    if _text(name) != name or not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= set(value):
+    if not (name.isascii() or _text(name) == name) or not isinstance(value, dict) or not _FIELDS <= value.keys():
         raise ValueError(f"{_quoted(name)} is not a tensor")
     kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(kind, str) or kind not in _DTYPES:
         raise _Kind(_quoted(kind))
     if not _counts(shape) or len(shape) > MAX_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
         raise ValueError(f"the shape or the place of {_quoted(name)} cannot be read")
-    if max(shape, default=0) >= 2**63 or offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[kind].itemsize:
+    if max(shape, default=0) >= 2**63 or offsets[1] - offsets[0] != math.prod(shape) * _BYTES[kind]:
         raise ValueError(f"{_quoted(name)} does not have as many bytes as its shape says")
     return _Entry(kind, tuple(shape), *offsets)
 
 
 def _counts(value: Any) -> bool:
     """True for a list of whole numbers from 0."""
-    return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
+    return type(value) is list and not any(type(x) is not int or x < 0 for x in value)
 
 
 def _tensor(path: Path, file: FileIO, entry: _Entry) -> Tensor:

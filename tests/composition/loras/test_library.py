@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from composition.loras import library
+from composition.loras import folders, library
 from composition.refusal import Refused
 from composition.request import Lora
 
@@ -97,6 +97,6 @@ def test_a_link_to_a_whole_disk_is_refused(lib, tmp_path, monkeypatch):
         (tmp_path / "disk" / str(index)).mkdir(parents=True)
     (lib / "disk").symlink_to(tmp_path / "disk")
     assert library.files("none", [lib])
-    monkeypatch.setattr(library, "MAX_FOLDERS", 20)
+    monkeypatch.setattr(folders, "MAX_FOLDERS", 20)
     with pytest.raises(Refused, match="over 20 folders"):
         library.files("none", [lib])
