@@ -23,7 +23,8 @@ from composition.backbones.loading import open as loading
 from composition.backbones.loading import skeleton
 from composition.bundled import BUNDLES
 from composition.profiles.store import ProfileStore
-from retrieval import behaviour, null, suggest
+from retrieval import behaviour, null
+from retrieval import suggest as selection
 from retrieval.cards import Card
 from retrieval.catalogue import Catalogue, OnFile, Reading, Scan
 from retrieval.encode import Encoder
@@ -32,7 +33,7 @@ from retrieval.judge import Judge
 from retrieval.phrases import split
 from retrieval.rows import SPACES, Filter, Row, Space
 from retrieval.sketch import Sketch, packed, sketch, unpacked
-from retrieval.suggest import Candidate, Suggestion
+from retrieval.suggest import CHANCE, MOST, Candidate, Queries, Suggestion
 
 if TYPE_CHECKING:
     from composition.loras.kinds.lora import Factors
@@ -223,7 +224,7 @@ class Library:
 
     # asking it -----------------------------------------------------------------------------------------------------
 
-    def suggest(self, prompt: str, *, most: int = suggest.MOST, chance: float = suggest.CHANCE) -> list[Suggestion]:
+    def suggest(self, prompt: str, *, most: int = MOST, chance: float = CHANCE) -> list[Suggestion]:
         """The LoRAs for the model that a prompt calls for, best first; none where none fits. Raises Refused where nothing is indexed."""
         where = Filter(family=self.base.name)
         count = self.index.count(where)
@@ -238,7 +239,7 @@ class Library:
             ids |= dict.fromkeys(hit.id for hit in self.index.search(query, phrase, where, NEAREST, fuzzy=False))
         candidates = [self._candidate(row) for row in self.index.get(ids).values()]
         nulls = {space: self._null(space, make) for space, make in queries.items()}
-        return suggest.suggest(prompt, candidates, queries, nulls, most=most, chance=chance, count=count)
+        return selection.suggest(prompt, candidates, queries, nulls, most=most, chance=chance, count=count)
 
     def path(self, suggestion: Suggestion) -> Path:
         """A file of a suggested LoRA that is there. Raises Refused when all are gone."""
@@ -255,20 +256,20 @@ class Library:
         return Candidate(row.id, row.name, {space: vector for space, vector in row.vectors().items() if space in SPACES}, triggers=row.triggers,
                          tags=tuple(tags), category=row.category, weight=weight)  # fmt: skip
 
-    def _queries(self) -> dict[Space, suggest.Queries]:
+    def _queries(self) -> dict[Space, Queries]:
         """What makes vectors of phrases, by kind of evidence."""
         prompts = behaviour.POCKET if self.model in BUNDLES else behaviour.GENERAL
 
         def read(texts: Sequence[str]) -> np.ndarray:
             return self.judge.read(list(texts)).numpy()
 
-        queries: dict[Space, suggest.Queries] = {"behaviour": lambda texts: np.stack([behaviour.direction(read, text, prompts) for text in texts])}
+        queries: dict[Space, Queries] = {"behaviour": lambda texts: np.stack([behaviour.direction(read, text, prompts) for text in texts])}
         if self.encoder is not None:
             encoder = self.encoder
             queries["weight"] = lambda texts: encoder.read(self.judge.read(list(texts))).numpy()
         return queries
 
-    def _null(self, space: Space, make: suggest.Queries) -> np.ndarray:
+    def _null(self, space: Space, make: Queries) -> np.ndarray:
         """Vectors of phrases of all kinds, made once and kept."""
         name = self.encoder.name if space == "weight" and self.encoder else f"{self.model} {self.judge.name}"
         file = self.place / "nulls" / f"{space}-{_safe(name)}.npy"
