@@ -71,12 +71,10 @@ class Base:
         return read if read.layers else None
 
 
-class Update(NamedTuple):
-    """What was done. rows: LoRAs in the index; fitting: of them, those for the base; with_behaviour, with_weights: of those, with these vectors."""
+class Indexed(NamedTuple):
+    """What is in the index. loras: of whatever base; fitting: those for this base; with_behaviour, with_weights: of those, with these vectors."""
 
-    scan: Scan
-    reading: Reading
-    rows: int
+    loras: int
     fitting: int
     with_behaviour: int
     with_weights: int
@@ -124,29 +122,35 @@ class Library:
 
     # making it -----------------------------------------------------------------------------------------------------
 
-    def update(
-        self, *, on_header: OnFile | None = None, on_file: OnFile | None = None, measure: Callable[[Sequence[Card]], None] | None = None,
-        cancel: threading.Event | None = None,
-    ) -> Update:
-        """Bring catalogue and index up to date. measure: what measures and keeps behaviours of the LoRAs it is given, those that lack one.
+    def scan(self, *, on_file: OnFile | None = None, cancel: threading.Event | None = None) -> Scan:
+        """Bring the catalogue's cards up to date, from headers alone."""
+        return self.catalogue.scan(self.folders, self.model, on_file=on_file, cancel=cancel)
 
-        Raises Cancelled, and what was done until then is kept.
-        """
-        scan = self.catalogue.scan(self.folders, self.model, on_file=on_header, cancel=cancel)
-        reading = self.catalogue.read(on_file=on_file, on_read=self._keep, cancel=cancel)
+    def read(self, *, on_file: OnFile | None = None, cancel: threading.Event | None = None) -> Reading:
+        """Read whole what no pass has read: hashes, singular values, sketches. It may stop anywhere and go on later."""
+        return self.catalogue.read(on_file=on_file, on_read=self._keep, cancel=cancel)
+
+    def write(self, *, measure: Callable[[Sequence[Card]], None] | None = None) -> Indexed:
+        """Bring the index up to date with the catalogue. measure: what measures and keeps behaviours of the LoRAs it is given: one file of each that
+        is for the base and lacks one."""
         groups = self._groups(self.catalogue.cards())
         fitting = {tensors for tensors, cards in groups.items() if self._fits(cards)}
-        if measure is not None and (lacking := [groups[tensors][0] for tensors in sorted(fitting) if self._behaviour(tensors) is None]):
+        if measure is not None and (lacking := [groups[tensors][0] for tensors in groups if tensors in fitting and self._behaviour(tensors) is None]):
             measure(lacking)
-        rows = [self._row(tensors, cards, tensors in fitting) for tensors, cards in groups.items()]
-        rows = self._encoded(rows)
-        ids = {row.id for row in rows}
-        self.index.delete(set(self._indexed()) - ids)
+        rows = self._encoded([self._row(tensors, cards, tensors in fitting) for tensors, cards in groups.items()])
+        self.index.delete(set(self.index.ids()) - groups.keys())
         for first in range(0, len(rows), BATCH):
             self.index.upsert(rows[first : first + BATCH])
         self.index.optimise()
         own = [row for row in rows if row.family == self.base.name]
-        return Update(scan, reading, len(rows), len(own), sum(row.behaviour is not None for row in own), sum(row.weight is not None for row in own))
+        return Indexed(len(rows), len(own), sum(row.behaviour is not None for row in own), sum(row.weight is not None for row in own))
+
+    def refresh(self) -> None:
+        """All of that where a folder changed or nothing was indexed; else it costs a look at the folders."""
+        scan = self.scan()
+        if scan.added or scan.changed or scan.removed or not self.index.count(Filter(family=self.base.name)):
+            self.read()
+            self.write()
 
     def _groups(self, cards: Iterable[Card]) -> dict[str, list[Card]]:
         """The files of each LoRA by the hash of its tensors, those that can be used."""
@@ -212,15 +216,6 @@ class Library:
         vectors = self.encoder.encode([sketches[key] for key in usable]).numpy() if usable else ()
         by_id = dict(zip(usable, vectors, strict=True))
         return [replace(row, weight=by_id[row.id].astype(np.float32)) if row.id in by_id else row for row in rows]
-
-    def _indexed(self) -> list[str]:
-        return list(self.index.ids())
-
-    def refresh(self) -> None:
-        """Bring it up to date when folders changed or nothing was indexed; the rest of the time that costs a look at the folders."""
-        scan = self.catalogue.scan(self.folders, self.model)
-        if scan.added or scan.changed or scan.removed or not self.index.count(Filter(family=self.base.name)):
-            self.update()
 
     # asking it -----------------------------------------------------------------------------------------------------
 

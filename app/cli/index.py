@@ -1,6 +1,6 @@
 """`medley index` and `medley lookup`: the catalogue of LoRA files, what is wrong in it, and files by their hash."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,7 @@ from app.terminal import err, out, printable
 from composition import Refused
 
 if TYPE_CHECKING:
+    from app.library import Library
     from retrieval.cards import Card
     from retrieval.catalogue import OnFile
 
@@ -28,6 +29,9 @@ def index(
     model: Annotated[str, typer.Option("--model", "-m", help="The model whose bundled LoRAs are in it too.")] = "pocket",
     headers: Annotated[bool, typer.Option("--headers", help="Read headers alone; hashes and strengths another time.")] = False,
     duplicates: Annotated[bool, typer.Option("--duplicates", help="List the files that hold the same LoRA.")] = False,
+    behaviour: Annotated[bool, typer.Option("--behaviour", help="Also draw pictures with every LoRA for the model that has no behaviour yet, so that a "
+                                            "prompt finds it without any words.")] = False,
+    judge: Annotated[str, typer.Option(help="The open-clip model that looks at those pictures, and reads prompts.")] = "pocket",
     near: Annotated[bool, typer.Option("--near", help="List the LoRAs that do nearly the same, by all numbers of their updates.")] = False,
     json: Json = False,
 ) -> None:
@@ -35,28 +39,34 @@ def index(
 
     Only what is new or has changed is read. Ctrl-C stops it; the same command goes on.
     """
-    engines.prepare(model)
+    engines.prepare(model, judge=judge)
+    from app.library import Library
     from retrieval.duplicates import near as compare
 
-    catalogue, places = engines.catalogue(), engines.folders(folders or [], "")
+    library = Library(model, engines.folders(folders or [], ""), judge=judge)
+    catalogue, reading, indexed = library.catalogue, None, None
     with _bar("headers") as on_file:
-        scan = catalogue.scan(places, model, on_file=on_file)
-    reading = None
+        scan = library.scan(on_file=on_file)
     if not headers:
         with _bar("whole files") as on_file:
-            reading = catalogue.read(on_file=on_file)
+            reading = library.read(on_file=on_file)
+        indexed = library.write(measure=_measuring(library) if behaviour else None)
     equal = catalogue.duplicates() if duplicates or not json else []
     alike = compare(catalogue.cards()) if near else []
     if json:
         out.document(tables.as_json(
             {"catalogue": str(catalogue.file), **scan._asdict(), "broken": {str(card.path): card.trouble for card in scan.broken},
-             "read": reading._asdict() if reading else None, "duplicates": [[str(card.path) for card in group] for group in equal],
+             "read": reading._asdict() if reading else None, "indexed": indexed._asdict() if indexed else None, "duplicates": [[str(card.path) for card in group] for group in equal],
              "near": [{"files": [str(row.first.path), str(row.second.path)], "cosine": row.cosine} for row in alike]}))
         return
     out.print(f"{scan.files:,} LoRA files: {scan.added:,} new, {scan.changed:,} changed, {scan.removed:,} gone ({scan.seconds:.1f} s)")
     if reading:
         out.print(f"{reading.files:,} read whole, {reading.size / 1e6:,.0f} MB ({reading.seconds:.1f} s)"
                   + (f"; {reading.left:,} changed meanwhile, run it again for them" if reading.left else ""))
+    if indexed:
+        known = [f"{count:,} {what}" for count, what in ((indexed.with_weights, "by their weights"), (indexed.with_behaviour, "by their behaviour")) if count]
+        out.print(f"{indexed.fitting:,} LoRAs for {model} can be suggested" + (f", {' and '.join(known)}" if known else ", by their words alone: --behaviour draws "
+                  "pictures with each" if indexed.fitting else ""))
     _troubles(scan.broken)
     spare = sum(group[0].size * (len({card.inode or card.path for card in group}) - 1) for group in equal)
     if equal:
@@ -70,6 +80,22 @@ def index(
     if near and not alike:
         out.print("no two LoRAs do nearly the same")
     out.print(Text(printable(f"catalogue: {catalogue.file}"), style="dim"))
+
+
+def _measuring(library: "Library") -> "Callable[[Sequence[Card]], None]":
+    """What draws pictures with LoRAs, with a progress bar, and keeps their behaviours."""
+
+    def measure(cards: "Sequence[Card]") -> None:
+        from app import workbench
+        from app.cli.profile import behaviours
+        from composition.profiling.behaviour import probe_of
+
+        probe = probe_of(library.model)
+        with engines.open_engine(library.model, engines.EngineOptions(folders=library.folders)) as engine:
+            with workbench.bench(engine, probe.pictures * probe.steps * (1 + len(cards)), err) as at:
+                behaviours(at, [str(card.path) for card in cards], library.judge, probe, again=False)
+
+    return measure
 
 
 def lookup(

@@ -74,7 +74,7 @@ def composed(request: Request, library: "Library", method: str | None) -> tuple[
     present = {Path(lora.source).stem for lora in request.loras}
     suggestions = [each for each in library.suggest(request.prompt) if each.candidate.name not in present]
     loras, words = list(request.loras), []
-    for each in suggestions:
+    for each in sorted(suggestions, key=lambda each: request.prompt.lower().find(each.phrase.lower())):
         if each.trigger:
             words.append(each.trigger)
         binds = None if each.everywhere else each.trigger or each.phrase
