@@ -162,14 +162,15 @@ class Catalogue:
 
         The catalogue's file is only read; where there is none, or it cannot be used, headers are.
         """
+        if path := library.direct(source):
+            return path
         key = (model, tuple(map(os.path.abspath, folders)), tuple(map(os.fspath, folders)), conditions)
         with self._lock:
             known = self._known.get(key)
         if known is not None and known.walk.fresh():
-            with suppress(Refused):
-                path = library.find(source, model, folders, conditions=conditions, known=known)
-                if os.path.lexists(path):
-                    return path
+            several = library.matching(source, known, conditions)
+            if len(several) == 1 and os.path.lexists(several[0]):
+                return several[0]  # nothing is refused by what was true a moment ago
         known = Known(model, folders, conditions=conditions, alias=self._aliases())
         with self._lock:
             self._known = {**dict(list(self._known.items())[-7:]), key: known}

@@ -7,8 +7,8 @@ Files of one spelling of layers are compared: what diffusers and what FLUX's own
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import combinations
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ def near(
 
     pairs: which to compare, by tensor_sha256 (`likely`); None: all of a family. Raises Refused for more than MOST_PAIRS, Cancelled when cancelled.
     """
-    by_tensors = {card.tensor_sha256: card for card in reversed(cards) if card.tensor_sha256 and card.usable}
+    by_tensors = {card.tensor_sha256: card for card in reversed(cards) if card.tensor_sha256 and card.usable and card.path.is_file()}
     chosen = sorted(_alike(by_tensors) if pairs is None else {pair for pair in map(_ordered, pairs) if set(pair) <= by_tensors.keys()})
     if len(chosen) > MOST_PAIRS:
         raise Refused(f"{len(by_tensors):,} LoRA files make {len(chosen):,} pairs, and at most {MOST_PAIRS:,} are compared number by number: choose fewer files, "
@@ -54,7 +54,7 @@ def near(
     for first, second in chosen:
         if cancel is not None and cancel.is_set():
             raise Cancelled("the comparison of LoRA files was stopped")
-        cosine = singular.cosine(files.factors(by_tensors[first].path), files.factors(by_tensors[second].path))
+        cosine = singular.cosine(files.factors(by_tensors[first]), files.factors(by_tensors[second]))
         if cosine >= least:
             rows.append(Near(by_tensors[first], by_tensors[second], cosine))
     return sorted(rows, key=lambda row: -row.cosine)
@@ -90,22 +90,23 @@ def _ordered(pair: Pair) -> Pair:
 
 
 class _Files:
-    """The factors of files by path, those read last held in memory up to HELD bytes."""
+    """The factors of files by the hash of their tensors, those read last held in memory up to HELD bytes."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[Path, tuple[Mapping[str, Factors], int]] = OrderedDict()
+        self._held: OrderedDict[str, tuple[Mapping[str, Factors], int]] = OrderedDict()
         self._size = 0
 
-    def factors(self, path: Path) -> Mapping[str, Factors]:
-        if path in self._held:
-            self._held.move_to_end(path)
-            return self._held[path][0]
-        try:
-            raw = load_safely(path)
-            factors, size = reader.unplaced(path, raw), sum(tensor.nbytes for tensor in raw.tensors.values())
-        except Exception:  # it was changed since it was catalogued; nothing of it is alike
-            factors, size = {}, 0
-        self._held[path] = factors, size
+    def factors(self, card: Card) -> Mapping[str, Factors]:
+        """None of a file that has changed since it was catalogued, or cannot be read any more."""
+        if card.tensor_sha256 in self._held:
+            self._held.move_to_end(card.tensor_sha256)
+            return self._held[card.tensor_sha256][0]
+        factors, size = {}, 0
+        with suppress(Refused):
+            raw = load_safely(card.path)
+            if raw.tensor_sha256 == card.tensor_sha256:
+                factors, size = reader.unplaced(card.path, raw), sum(tensor.nbytes for tensor in raw.tensors.values())
+        self._held[card.tensor_sha256] = factors, size
         self._size += size
         while self._size > HELD and len(self._held) > 2:
             _, (_, gone) = self._held.popitem(last=False)

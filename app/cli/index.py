@@ -40,9 +40,12 @@ def index(
     Only what is new or has changed is read. Ctrl-C stops it; the same command goes on.
     """
     engines.prepare(model, judge=judge)
+    import torch
+
     from app.library import Library
     from retrieval.duplicates import near as compare
 
+    torch.set_num_threads(1)  # matrices of a rank are small: on busy cores a second thread was seen to cost fifty times what it gains
     library = Library(model, engines.folders(folders or [], ""), judge=judge)
     catalogue, reading, indexed = library.catalogue, None, None
     with _bar("headers") as on_file:
@@ -51,7 +54,7 @@ def index(
         with _bar("whole files") as on_file:
             reading = library.read(on_file=on_file)
         indexed = library.write(measure=_measuring(library) if behaviour else None)
-    equal = catalogue.duplicates() if duplicates or not json else []
+    equal = catalogue.duplicates()
     alike = compare(catalogue.cards()) if near else []
     if json:
         out.document(tables.as_json(

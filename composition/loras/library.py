@@ -110,21 +110,37 @@ def find(source: str, model: str, folders: Sequence[Path] = (), *, conditions: b
     "animals\\owl.safetensors"); a path without its ending; the name that the trainer wrote into one file (ss_output_name).
     known: the files, where they were looked for already.
     """
-    spellings = dict.fromkeys((source, source.replace("\\", "/")))
-    for path in map(Path, spellings):
-        if path.suffix.lower() == ENDING and os.path.isfile(path):
-            return path
+    if path := direct(source):
+        return path
     known = known or Known(model, folders, conditions=conditions)
-    for several in _candidates(spellings, known):
+    several = matching(source, known, conditions)
+    if len(several) > 1:
+        raise Refused(f"{len(several)} LoRAs are named {source!r}: give the path of one of " + _listed(list(map(str, several))))
+    if not several and not conditions and (reads := _reads_pictures(source, model, folders)):
+        raise Refused(reads)
+    if not several:
+        raise Refused(_nothing(source, model, [path.stem for _, path in known.walk.rows], conditions))
+    return several[0]
+
+
+def direct(source: str) -> Path | None:
+    """The file of which `source` is the path; its ending is not left out."""
+    paths = map(Path, _spellings(source))
+    return next((path for path in paths if path.suffix.lower() == ENDING and os.path.isfile(path)), None)
+
+
+def matching(source: str, known: Known, conditions: bool = False) -> list[Path]:
+    """The files that `source` names if it is not `direct`, by the first way of naming one that names any: `find` takes one alone."""
+    for several in _candidates(_spellings(source), known):
         if len(several) > 1:
             several = [path for path in several if _is_condition(path, stamp(path)) == conditions] or several
-        if len(several) == 1:
-            return several[0]
         if several:
-            raise Refused(f"{len(several)} LoRAs are named {source!r}: give the path of one of " + _listed(list(map(str, several))))
-    if not conditions and (reads := _reads_pictures(source, model, folders)):
-        raise Refused(reads)
-    raise Refused(_nothing(source, model, [path.stem for _, path in known.walk.rows], conditions))
+            return several
+    return []
+
+
+def _spellings(source: str) -> Collection[str]:
+    return dict.fromkeys((source, source.replace("\\", "/")))
 
 
 def _candidates(spellings: Collection[str], known: Known) -> Iterator[list[Path]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import time
 from pathlib import Path
 
@@ -80,3 +81,28 @@ def test_tables_of_others_are_refused_by_the_name_of_their_file(name, tmp_path):
             with pytest.raises(Refused) as refused:
                 read(path)
             assert file in str(refused.value) and len(str(refused.value)) < 900
+
+
+PIECES = [b'"', b'\\', b'\\"', b"[", b"]", b"{", b"}", b",", b":", b"1", b"9" * 300, b"9" * 301, b"a", b" ", b'"x"', b'"9"', b"\xff", b"\n", b'"[[[{"', b"-1.5e3"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_quick_look_decides_as_the_long_one(seed, monkeypatch):
+    """Texts of random pieces, and nested ones around the limits: what the quick look passes the count of tokens passes too."""
+    dice = random.Random(seed)
+    texts = [b"".join(dice.choices(PIECES, k=dice.randrange(60))) for _ in range(1500)]
+    for depth in (62, 63, 64, 65, 66, 130):
+        kinds = dice.choices(((b"[", b"]"), (b'{"a":', b"}")), k=depth)
+        texts.append(b"".join(start for start, _ in kinds) + b"1" + b"".join(end for _, end in reversed(kinds)))
+    monkeypatch.setattr(untrusted, "MAX_TOKENS", 40)
+
+    def verdict(text):
+        try:
+            return untrusted._bounded(text)
+        except Unreadable as error:
+            return str(error)
+
+    quick = [verdict(text) for text in texts]
+    monkeypatch.setattr(untrusted, "SHORT", -1)
+    assert quick == [verdict(text) for text in texts]
+    assert any(quick) and not all(quick)
