@@ -111,6 +111,12 @@ class Index:
         with place.plainly(self.uri):
             return self._table.count_rows(where.sql())
 
+    def ids(self, where: Filter = ANY) -> list[str]:
+        """The ids of all rows, sorted."""
+        with place.plainly(self.uri):
+            rows = self._table.search().select(["id"])
+            return sorted(((rows.where(sql) if (sql := where.sql()) else rows).to_arrow()).column("id").to_pylist())
+
     def search(
         self, vectors: Mapping[Space, Vector] | None = None, text: str = "", where: Filter = ANY, k: int = 50, *, fuzzy: bool = True
     ) -> list[Hit]:

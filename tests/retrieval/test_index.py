@@ -192,6 +192,8 @@ def test_all_vectors_of_a_space(both, exact_rows):
     some, index, large = both
     ids, vectors = (large if exact_rows == 0 else index).vectors("text")
     expected = {row.id: row.text for row in some if row.text is not None}
+    assert index.ids() == sorted(row.id for row in some)
+    assert index.ids(Filter(family="sd")) == sorted(row.id for row in some if row.family == "sd")
     assert set(ids) == set(expected) and all(np.array_equal(expected[name], vector) for name, vector in zip(ids, vectors, strict=True))
 
 
