@@ -152,7 +152,7 @@ class Index:
             table = self._table.search().where(f"{space}_vec IS NOT NULL").select(["id", f"{space}_vec"]).to_arrow()
             return table.column("id").to_pylist(), schema.matrix(table, space)[1].astype(np.float32)
 
-    def made_by(self) -> dict[Space, str]:
+    def held_encoders(self) -> dict[Space, str]:
         """The name of what made the vectors of each space that has any."""
         with place.plainly(self.uri):
             return schema.encoders(self._table.schema)

@@ -164,7 +164,7 @@ def test_bad_rows_are_refused_and_nothing_of_their_batch_is_written(tmp_path):
             index.upsert([Row("c"), bad])
     with pytest.raises(Refused, match="given twice"):
         index.upsert([Row("d"), Row("d")])
-    assert index.count() == 1 and index.made_by() == {"weight": ""}
+    assert index.count() == 1 and index.held_encoders() == {"weight": ""}
     for query, reason in [({"weight": vector[:4] / np.linalg.norm(vector[:4])}, "another encoder"), ({"colour": vector}, "no evidence 'colour'")]:
         with pytest.raises(Refused, match=reason):
             index.search(query)
@@ -174,7 +174,7 @@ def test_vectors_of_another_encoder_are_not_mixed(tmp_path):
     vector = unit(np.random.default_rng(0))
     first, second = Index(tmp_path, encoders={"weight": "encoder 1"}), Index(tmp_path, encoders={"weight": "encoder 2"})
     first.upsert([Row("a", weight=vector, words="owl")])
-    assert second.made_by() == {"weight": "encoder 1"}
+    assert second.held_encoders() == {"weight": "encoder 1"}
     for call in (lambda: second.search({"weight": vector}), lambda: second.upsert([Row("b", weight=vector)])):
         with pytest.raises(Refused, match="were made by encoder 1, not by encoder 2"):
             call()
