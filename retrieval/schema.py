@@ -19,10 +19,12 @@ from retrieval.words import clean, fold, tokens
 VERSION = 2
 MARK = b"medley.index"  # key of the table's metadata that holds the version; what lacks it is not ours
 ENCODER = b"medley.encoder"  # and of a vector column's: what makes its vectors
+# What says that ids are unique. Without it two writers who add the same new id at once both add it (lance 8949).
+_KEY = {b"lance-schema:unenforced-primary-key:position": b"1"}
 _STRINGS = ("name", "title", "family", "category", "licence", "words")
 _SEARCHED = {"tokens": lambda text: " ".join(tokens(text)), "folded": fold}
 _FIELDS = [
-    pa.field("id", pa.string(), nullable=False),
+    pa.field("id", pa.string(), nullable=False, metadata=_KEY),
     pa.field("files", pa.list_(pa.binary())),  # a path is bytes: not every one is text
     *(pa.field(name, pa.string()) for name in _STRINGS),
     pa.field("triggers", pa.list_(pa.string())),

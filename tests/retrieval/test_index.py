@@ -222,6 +222,23 @@ def test_threads_search_while_one_writes(tmp_path):
     assert not troubles and index.count() == 9
 
 
+def add_at_once(folder, ids):
+    """Two writers add the same new ids, each at the same time. Returns the number of rows there are then."""
+    writers = [Index(folder), Index(folder)]
+    for name in ids:
+        start = threading.Barrier(2)
+        threads = [threading.Thread(target=lambda index=index: (start.wait(), index.upsert([Row(name, words="owl")]))) for index in writers]  # noqa: B023
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return writers[0].count()
+
+
+def test_two_who_add_the_same_row_at_once_add_it_once(tmp_path):
+    assert add_at_once(tmp_path, "abcde") == 5
+
+
 def test_mutant_a_filter_lost_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr("retrieval.indexed.allowed", lambda where, query: "true")
     with pytest.raises(AssertionError):
