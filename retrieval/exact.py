@@ -5,7 +5,9 @@ be among the best; those alone are compared in double precision. The answer is t
 half the cost of a pass in single precision (`python -m tests.bench.retrieval`).
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +49,42 @@ class _Vectors(NamedTuple):
     values: Float[np.ndarray, "n D"]
 
 
+class _Values:
+    """A column of few different texts."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        coded = pc.fill_null(column, "").combine_chunks().dictionary_encode()
+        coded = coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
+        self._codes = {text: code for code, text in enumerate(coded.dictionary.to_pylist())}
+        self._rows = np.asarray(coded.indices)
+
+    def among(self, texts: Sequence[str]) -> Bool[np.ndarray, " N"]:
+        """The rows that have one of the texts."""
+        wanted = np.zeros(len(self._codes) + 1, bool)
+        wanted[[self._codes[text] for text in texts if text in self._codes]] = True
+        return wanted[self._rows]
+
+
+class _Texts:
+    """Texts to be searched for pieces of them: one run of bytes, in which `bytes.find` is many times faster than a search of each."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        """texts: folded, which leaves no line break in them."""
+        lines = [text.encode() + b"\n" for text in texts]
+        self._bytes = b"".join(lines)
+        self._starts = [0, *accumulate(map(len, lines))]
+
+    def having(self, piece: str) -> Bool[np.ndarray, " N"]:
+        """Which texts have the piece in them."""
+        which, wanted = np.zeros(len(self._starts) - 1, bool), piece.encode()
+        at = self._bytes.find(wanted)
+        while at >= 0:
+            row = bisect_right(self._starts, at) - 1
+            which[row] = True
+            at = self._bytes.find(wanted, self._starts[row + 1])
+        return which
+
+
 def columns(fields: pa.Schema) -> list[str]:
     """What a search needs of the table."""
     return ["id", *FILTERED, "folded", "tokens", *(f"{space}_vec" for space in sizes(fields))]
@@ -58,8 +96,8 @@ class Exact:
     def __init__(self, table: pa.Table) -> None:
         table = table.take(pc.sort_indices(table.column("id"))) if table.num_rows else table
         self.ids: list[str] = table.column("id").to_pylist()
-        self._columns = {name: table.column(name) for name in FILTERED}
-        self._folded = table.column("folded")
+        self._columns = {name: _Values(table.column(name)) for name in FILTERED}
+        self._texts = _Texts(table.column("folded").to_pylist())
         self._vectors = {space: _Vectors(*matrix(table, space)) for space in sizes(table.schema)}
         self._postings = Postings(table.column("tokens"))
 
@@ -84,40 +122,39 @@ class Exact:
             orders["words"] = self._matching(query, allowed, depth)
         return orders
 
-    def _allowed(self, where: Filter, query: Query) -> Bool[np.ndarray, " N"]:
-        allowed = np.ones(len(self.ids), bool)
-        for name, values in where.wanted().items():
-            allowed &= np.asarray(pc.is_in(self._columns[name], value_set=pa.array(values, pa.string())))
-        for phrase in query.phrases:
-            allowed &= np.asarray(pc.match_substring(self._folded, phrase))
-        return allowed
+    def _allowed(self, where: Filter, query: Query) -> Bool[np.ndarray, " N"] | None:
+        """The rows that the filter and every phrase allow; None where all are."""
+        parts = [column.among(where.wanted()[name]) for name, column in self._columns.items() if name in where.wanted()]
+        parts += [self._texts.having(phrase) for phrase in query.phrases]
+        return np.logical_and.reduce(parts) if parts else None
 
-    def _nearest(self, space: Space, vector: Vector, allowed: Bool[np.ndarray, " N"], depth: int) -> Order:
+    def _nearest(self, space: Space, vector: Vector, allowed: Bool[np.ndarray, " N"] | None, depth: int) -> Order:
         if space not in self._vectors:
             return []
         places, values = self._vectors[space]
-        candidates = np.flatnonzero(allowed[places])
-        if len(candidates) > depth:
-            rough = torch.mv(torch.from_numpy(values), torch.from_numpy(vector.astype(np.float16))).float().numpy()[candidates]
-            candidates = candidates[rough >= _nth_best(rough, depth) - SLACK]
+        usable = None if allowed is None else allowed[places]
+        if (len(places) if usable is None else np.count_nonzero(usable)) > depth:
+            rough = torch.mv(torch.from_numpy(values), torch.from_numpy(vector.astype(np.float16))).float()
+            if usable is not None:
+                rough[torch.from_numpy(~usable)] = -torch.inf
+            candidates = (rough >= rough.topk(depth).values[-1] - SLACK).nonzero()[:, 0].numpy()
+        else:
+            candidates = np.arange(len(places)) if usable is None else np.flatnonzero(usable)
         return self._best(places[candidates], cosines(values[candidates], vector), depth)
 
-    def _matching(self, query: Query, allowed: Bool[np.ndarray, " N"], depth: int) -> Order:
+    def _matching(self, query: Query, allowed: Bool[np.ndarray, " N"] | None, depth: int) -> Order:
         scores = self._postings.scores(query.terms)
-        places = np.flatnonzero(allowed if query.phrases else allowed & (scores > 0))
-        scores = scores[places]
-        if len(places) > depth:
-            enough = scores >= _nth_best(scores, depth)
-            places, scores = places[enough], scores[enough]
-        return self._best(places, scores, depth)
+        if allowed is not None:
+            scores[~allowed] = -1
+        enough = 0 if query.phrases else np.finfo(np.float32).tiny  # with phrases, rows that have those but none of the words are hits too
+        if len(scores) > depth:
+            enough = max(enough, torch.from_numpy(scores).topk(depth).values[-1].item())
+        places = np.flatnonzero(scores >= enough)
+        return self._best(places, scores[places], depth)
 
     def _best(self, places: Int[np.ndarray, " n"], scores: Float[np.ndarray, " n"], depth: int) -> Order:
         order = np.lexsort((places, -scores))[: TIED * depth]  # by score, then by id, which is the order of places
         return best([self.ids[place] for place in places[order]], scores[order].tolist(), depth)
-
-
-def _nth_best(scores: Float[np.ndarray, " n"], n: int) -> float:
-    return np.partition(scores, -n)[-n]
 
 
 class Postings:

@@ -117,6 +117,12 @@ class Index:
         with place.plainly(self.uri):
             return self._table.count_rows(where.sql())
 
+    def ids(self, where: Filter = ANY) -> list[str]:
+        """The ids of all rows, sorted."""
+        with place.plainly(self.uri):
+            rows = self._table.search().select(["id"])
+            return sorted(((rows.where(sql) if (sql := where.sql()) else rows).to_arrow()).column("id").to_pylist())
+
     def search(
         self, vectors: Mapping[Space, Vector] | None = None, text: str = "", where: Filter = ANY, k: int = 50, *, fuzzy: bool = True
     ) -> list[Hit]:
@@ -152,7 +158,7 @@ class Index:
             table = self._table.search().where(f"{space}_vec IS NOT NULL").select(["id", f"{space}_vec"]).to_arrow()
             return table.column("id").to_pylist(), schema.matrix(table, space)[1].astype(np.float32)
 
-    def made_by(self) -> dict[Space, str]:
+    def held_encoders(self) -> dict[Space, str]:
         """The name of what made the vectors of each space that has any."""
         with place.plainly(self.uri):
             return schema.encoders(self._table.schema)

@@ -18,11 +18,13 @@ from retrieval.words import clean, fold, tokens
 
 VERSION = 2
 MARK = b"medley.index"  # key of the table's metadata that holds the version; what lacks it is not ours
-MADE_BY = b"medley.encoder"  # and of a vector column's: what makes its vectors
+ENCODER = b"medley.encoder"  # and of a vector column's: what makes its vectors
+# What says that ids are unique. Without it two writers who add the same new id at once both add it (lance 8949).
+_KEY = {b"lance-schema:unenforced-primary-key:position": b"1"}
 _STRINGS = ("name", "title", "family", "category", "licence", "words")
 _SEARCHED = {"tokens": lambda text: " ".join(tokens(text)), "folded": fold}
 _FIELDS = [
-    pa.field("id", pa.string(), nullable=False),
+    pa.field("id", pa.string(), nullable=False, metadata=_KEY),
     pa.field("files", pa.list_(pa.binary())),  # a path is bytes: not every one is text
     *(pa.field(name, pa.string()) for name in _STRINGS),
     pa.field("triggers", pa.list_(pa.string())),
@@ -35,7 +37,7 @@ _FIELDS = [
 
 def vector_field(space: Space, size: int, encoder: str = "") -> pa.Field:
     """The column of a space's vectors. encoder: the name of what makes them."""
-    return pa.field(f"{space}_vec", pa.list_(pa.float16(), size), metadata={MADE_BY: encoder.encode()})
+    return pa.field(f"{space}_vec", pa.list_(pa.float16(), size), metadata={ENCODER: encoder.encode()})
 
 
 def schema(sizes: dict[Space, int]) -> pa.Schema:
@@ -50,7 +52,7 @@ def sizes(schema: pa.Schema) -> dict[Space, int]:
 
 def encoders(schema: pa.Schema) -> dict[Space, str]:
     """The name of what made the vectors of every vector column of a table."""
-    return {space: (schema.field(f"{space}_vec").metadata or {}).get(MADE_BY, b"").decode() for space in sizes(schema)}
+    return {space: (schema.field(f"{space}_vec").metadata or {}).get(ENCODER, b"").decode() for space in sizes(schema)}
 
 
 def version(schema: pa.Schema) -> int | None:

@@ -164,7 +164,7 @@ def test_bad_rows_are_refused_and_nothing_of_their_batch_is_written(tmp_path):
             index.upsert([Row("c"), bad])
     with pytest.raises(Refused, match="given twice"):
         index.upsert([Row("d"), Row("d")])
-    assert index.count() == 1 and index.made_by() == {"weight": ""}
+    assert index.count() == 1 and index.held_encoders() == {"weight": ""}
     for query, reason in [({"weight": vector[:4] / np.linalg.norm(vector[:4])}, "another encoder"), ({"colour": vector}, "no evidence 'colour'")]:
         with pytest.raises(Refused, match=reason):
             index.search(query)
@@ -174,7 +174,7 @@ def test_vectors_of_another_encoder_are_not_mixed(tmp_path):
     vector = unit(np.random.default_rng(0))
     first, second = Index(tmp_path, encoders={"weight": "encoder 1"}), Index(tmp_path, encoders={"weight": "encoder 2"})
     first.upsert([Row("a", weight=vector, words="owl")])
-    assert second.made_by() == {"weight": "encoder 1"}
+    assert second.held_encoders() == {"weight": "encoder 1"}
     for call in (lambda: second.search({"weight": vector}), lambda: second.upsert([Row("b", weight=vector)])):
         with pytest.raises(Refused, match="were made by encoder 1, not by encoder 2"):
             call()
@@ -192,6 +192,8 @@ def test_all_vectors_of_a_space(both, exact_rows):
     some, index, large = both
     ids, vectors = (large if exact_rows == 0 else index).vectors("text")
     expected = {row.id: row.text for row in some if row.text is not None}
+    assert index.ids() == sorted(row.id for row in some)
+    assert index.ids(Filter(family="sd")) == sorted(row.id for row in some if row.family == "sd")
     assert set(ids) == set(expected) and all(np.array_equal(expected[name], vector) for name, vector in zip(ids, vectors, strict=True))
 
 
@@ -218,6 +220,23 @@ def test_threads_search_while_one_writes(tmp_path):
     for thread in threads:
         thread.join()
     assert not troubles and index.count() == 9
+
+
+def add_at_once(folder, ids):
+    """Two writers add the same new ids, each at the same time. Returns the number of rows there are then."""
+    writers = [Index(folder), Index(folder)]
+    for name in ids:
+        start = threading.Barrier(2)
+        threads = [threading.Thread(target=lambda index=index: (start.wait(), index.upsert([Row(name, words="owl")]))) for index in writers]  # noqa: B023
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return writers[0].count()
+
+
+def test_two_who_add_the_same_row_at_once_add_it_once(tmp_path):
+    assert add_at_once(tmp_path, "abcde") == 5
 
 
 def test_mutant_a_filter_lost_is_seen(tmp_path, monkeypatch):
