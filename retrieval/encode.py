@@ -47,9 +47,9 @@ class Settings:
     dimension: int
     reads: Literal["sketches", "factors"] = "sketches"
     side: int = sketches.SIDE
-    width: int = 256
+    width: int = 192
     depth: int = 2
-    heads: int = 8
+    heads: int = 6
     sketch_version: int = sketches.VERSION
 
 

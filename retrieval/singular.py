@@ -25,10 +25,14 @@ def values(factors: Factors) -> Float64[Tensor, "r"]:
     By the Gram route: with (sB)^T (sB) = H^T H, they are the roots of the eigenvalues of H A A^T H^T. The smallest are exact to about 1e-8 of the largest.
     """
     down, up = matrices(factors)
-    squares, basis = torch.linalg.eigh(up.mT @ up)
-    half = squares.clamp_min(0).sqrt()[:, None] * basis.mT
-    energy = torch.linalg.eigvalsh(half @ (down @ down.mT) @ half.mT)
-    return energy.clamp_min(0).sqrt().flip(0)
+    return spectrum(up.mT @ up, down @ down.mT).sqrt()
+
+
+def spectrum(outer: Float64[Tensor, "*n r r"], inner: Float64[Tensor, "*n r r"]) -> Float64[Tensor, "*n r"]:
+    """The squared singular values of updates B A, falling, of B^T B and A A^T: the eigenvalues of their product."""
+    squares, basis = torch.linalg.eigh(outer)
+    half = squares.clamp_min(0).sqrt()[..., None] * basis.mT
+    return torch.linalg.eigvalsh(half @ inner @ half.mT).clamp_min(0).flip(-1)
 
 
 def inner(first: Factors, second: Factors) -> float:

@@ -25,10 +25,12 @@ from composition import untrusted
 from composition.loras import reader
 from composition.loras.kinds.lora import Factors
 from composition.loras.safetensors import SafeFile, load_safely
+from retrieval.singular import Figures, spectrum
 
 SIDE = 8  # k
 VERSION = 1  # of P, Q and the figures; sketches of different versions cannot be compared
 ORDERS = (0.5, 1.0, 2.0, math.inf)
+FAINT = 1e-6
 MAX_WORDS = 4 * 2**20  # bytes of the names in a packed sketch
 
 End = Literal["in", "out"]
@@ -57,9 +59,14 @@ class Sketch:
         return self.units.shape[1]
 
     @property
-    def strength(self) -> float:
-        """The norm of all updates together."""
-        return self.norms.norm().item()
+    def figures(self) -> Figures:
+        """As `singular.figures`."""
+        if not len(self.norms):
+            return Figures()
+        ranks, spikes = self.entropies[:, 1].double().exp(), (-self.entropies[:, 3].double()).exp()
+        energies = self.norms.square()
+        total = energies.sum()
+        return Figures(total.sqrt().item(), ((energies * ranks).sum() / total).item(), ((energies * spikes).sum() / total).item())
 
     def matrices(self, layers: Sequence[str]) -> Float64[Tensor, "L k k"]:
         """S of these layers, zero where there is no update. Linear: those of a sum of updates are the sum."""
@@ -136,18 +143,9 @@ def _half(factor: Float[Tensor, "width r"], end: End, side: int) -> tuple[Float6
     return (projection(factor.shape[0], end, side).to(factor.dtype) @ factor).double(), gram.double()
 
 
-def spectrum(outer: Float64[Tensor, "n r r"], inner: Float64[Tensor, "n r r"]) -> Float64[Tensor, "n r"]:
-    """The squared singular values of n updates B A, falling, of B^T B and A A^T: the eigenvalues of their product.
-
-    With B^T B = H^T H they are those of H A A^T H^T. Exact to about the Gram matrices' precision times the largest.
-    """
-    squares, basis = torch.linalg.eigh(outer)
-    root = squares.clamp_min(0).sqrt()[..., None] * basis.mT
-    return torch.linalg.eigvalsh(root @ inner @ root.mT).clamp_min(0).flip(-1)
-
-
 def entropies(energies: Float64[Tensor, "*n r"]) -> Float64[Tensor, "*n 4"]:
-    """The Renyi entropies of ORDERS of these as shares of their sum; 0 where all are 0."""
+    """The Renyi entropies of ORDERS of these as shares of their sum; 0 where all are 0. What is below FAINT of the largest is rounding and counts as 0."""
+    energies = torch.where(energies > FAINT * energies.amax(-1, keepdim=True), energies, 0.0)
     total = energies.sum(-1, keepdim=True)
     shares = torch.where(total > 0, energies / total, torch.eye(1, energies.shape[-1], dtype=energies.dtype))
     return torch.stack([2 * shares.sqrt().sum(-1).log(), torch.special.entr(shares).sum(-1), -shares.square().sum(-1).log(),

@@ -37,7 +37,7 @@ class Plan:
 
     seed: int = 0
     steps: int = 1000
-    batch: int = 256
+    batch: int = 128
     rate: float = 1e-3
     decay: float = 0.05
     warm: int = 50
