@@ -62,6 +62,9 @@ class Sizes(NamedTuple):
         return self.unseen + self.twice + self.once
 
 
+SIZES = Sizes()
+
+
 class Entry(NamedTuple):
     """One LoRA. phrase: what a prompt calls its concept ("a horse", "ink drawing", "on a volcano"). trigger: what its captions call
     it. number: its place in the pool, by which its file is named."""
@@ -112,7 +115,7 @@ def _root(word: str) -> str:
     return word.removesuffix("s")
 
 
-def entries(art: str | Path, sizes: Sizes = Sizes()) -> list[Entry]:
+def entries(art: str | Path, sizes: Sizes = SIZES) -> list[Entry]:
     """All LoRAs of the pool, in the order in which they are made: whatever part of it is done has every split and category."""
     names, rows, vendors = concepts(art), [], list(ART)
     if len(names) < sizes.concepts:
@@ -201,14 +204,17 @@ def pictures(world: World, entry: Entry, count: int = SCENES) -> np.ndarray:
 
 
 def make(pipe, art: Path, some: Sequence[Entry], folder: Path, work: Path, *, plan: Plan = PLAN, together: int = TOGETHER,
-         scenes: int = SCENES, over: Callable[[], bool] = lambda: False, report: Callable[[str], None] = print) -> bool:  # fmt: skip
+         scenes: int = SCENES, part: tuple[int, int] = (1, 1), over: Callable[[], bool] = lambda: False,
+         report: Callable[[str], None] = print) -> bool:  # fmt: skip
     """Train each of these that has no file yet, ``together`` at once; True when none is left.
 
+    part: (k, n) leaves all groups but every n-th from the k-th on to other processes, which may work in the same folders.
     over: asked after every step; when it says True training stops, and the next call goes on from the checkpoint in ``work``. The manifest
     lists the files that are there.
     """
     backbone, world = backbones.of(pipe, "sd"), world_of(art, some, pipe.vae.config.sample_size)
-    for group in (some[first : first + together] for first in range(0, len(some), together)):
+    groups = [some[first : first + together] for first in range(0, len(some), together)]
+    for group in groups[part[0] - 1 :: part[1]]:
         missing = [entry for entry in group if not (folder / f"{entry.stem}.safetensors").is_file()]
         if not missing:
             continue

@@ -98,7 +98,8 @@ def test_pictures_are_those_that_the_lines_name(tmp_path):
 
 def test_it_stops_goes_on_and_says_nothing_in_its_files(small, tmp_path):
     make, some = small
-    assert make("whole")
+    assert make("whole", part=(2, 2)) and [file.stem for file in (tmp_path / "whole").glob("*.safetensors")] == [some[2].stem]
+    assert make("whole", part=(1, 2))
     calls = iter(range(100))
     assert not make("parts", over=lambda: next(calls) == 2)  # in the middle of the first group
     assert not list((tmp_path / "parts").glob("*.safetensors")) and len(list((tmp_path / "parts-work").iterdir())) == 1
