@@ -250,7 +250,7 @@ def _learn(backbone: Backbone, world: World, group: Sequence[Entry], folder: Pat
                        origin=f"{RECIPE}/{entry.name}/{scenes}") for entry in group]  # fmt: skip
     checkpoint = work / f"pool-{'-'.join(entry.stem for entry in group)}.pt"
     try:
-        done = train(backbone, adapters, learned, plan, folder, checkpoint=checkpoint, save_every=plan.steps, stop=stop)
+        done = train(backbone, adapters, learned, plan, folder, checkpoint=checkpoint, save_every=max(1, plan.steps // 4), stop=stop)
     finally:
         adapters.close()
     if done:
