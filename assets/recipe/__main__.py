@@ -91,7 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--condition-steps", type=int, default=0, help="of every stage of a condition; 0: as many as its plan says")
     parser.add_argument("--pairs", type=int, default=0, help="pictures with their conditions, for every stage; 0: as many as it says")
     parser.add_argument("--base", type=Path, default=POCKET, help="of pool: the Pocket folder whose sd/ learns, and whose clip/ measures")
-    parser.add_argument("--pool", type=int, default=0, help="LoRAs of the pool, the first so many; 0: all")
+    parser.add_argument("--part", default="1/1", help="of pool: K/N makes every N-th group from the K-th on, for N processes beside one another")
     parser.add_argument("--together", type=int, default=1, help="LoRAs that train as one batch; each takes its own rows (of pool 8 at least)")
     parser.add_argument("--judge", type=Path, help="a judge's folder for flux-conditions-measure, when it is not --out's clip/")
     parser.add_argument("--measured", type=float, default=1.0, help="share of the usual renders and pictures that are measured on")
@@ -246,10 +246,10 @@ def _pool(args: argparse.Namespace, stages: Sequence[str], art: Path) -> None:
     """The pool of LoRAs of a first base, in --out's pool/, and what the judge sees of them."""
     pipe = StableDiffusionPipeline.from_pretrained(args.base / "sd").to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    some, folder = pool.entries(art)[: args.pool or None], args.out / "pool"
+    some, folder, (part, parts) = pool.entries(art), args.out / "pool", map(int, args.part.split("/"))
     if "pool" in stages:
-        pool.make(pipe, art, some, folder, args.work, plan=_plan(args, pool.PLAN), together=max(args.together, pool.TOGETHER),
-                  over=pool.spent(args.budget))
+        pool.make(pipe, art, some, folder, args.work, plan=_plan(args, pool.PLAN), together=max(args.together, pool.TOGETHER), part=(part, parts),
+                  over=pool.spent(args.budget))  # fmt: skip
     if "pool-measure" in stages:
         _keep(args.work, "pool", pool.figures(pipe, Judge.open(str(args.base / "clip"), args.device), art, some, folder, _share(args, 12)))
 

@@ -26,7 +26,6 @@ from retrieval.judge import Judge
 from . import looks, measure
 from .art import ART
 from .autoencoder import tensor
-from .base import CENTRE, WIDTH
 from .labelled import further_names
 from .objects import HELD_OBJECTS, OBJECTS, WORN, article
 from .places import HELD_PLACES, PLACES, painted
@@ -36,9 +35,9 @@ from .world import World
 RECIPE = "1"  # a new number when the same command makes other LoRAs
 MANIFEST = "manifest.json"
 PLAN = Plan(
-    rank=4, rate=5e-3, steps=120, batch=4, targets=("attention", "feed_forward", "convolution"),
-    noise=(CENTRE, WIDTH), warm=10, half=True,
-)  # fmt: skip
+    rank=4, rate=8e-3, steps=100, batch=4, targets=("attention", "feed_forward", "convolution"),
+    noise=(0.5, 1.0), warm=10, half=True,
+)  # fmt: skip  # more noise than the base trains on: what a thing is shows before its edges do
 TOGETHER = 8  # LoRAs that train as one batch, row beside row
 SCENES = 32  # of each LoRA
 VARIANTS = 24  # drawings of each place
@@ -52,14 +51,17 @@ STAND_IN = next(iter(PLACES))  # the place whose ground and phrase a new place t
 class Sizes(NamedTuple):
     """Concepts that are objects: held out unseen; of the training with two drawings and with one. seen: of these, held-out drawings."""
 
-    unseen: int = 28
-    seen: int = 22
+    unseen: int = 48
+    seen: int = 42
     twice: int = 60
-    once: int = 152
+    once: int = 300
 
     @property
     def concepts(self) -> int:
         return self.unseen + self.twice + self.once
+
+
+SIZES = Sizes()
 
 
 class Entry(NamedTuple):
@@ -112,7 +114,7 @@ def _root(word: str) -> str:
     return word.removesuffix("s")
 
 
-def entries(art: str | Path, sizes: Sizes = Sizes()) -> list[Entry]:
+def entries(art: str | Path, sizes: Sizes = SIZES) -> list[Entry]:
     """All LoRAs of the pool, in the order in which they are made: whatever part of it is done has every split and category."""
     names, rows, vendors = concepts(art), [], list(ART)
     if len(names) < sizes.concepts:
@@ -133,15 +135,24 @@ def entries(art: str | Path, sizes: Sizes = Sizes()) -> list[Entry]:
                 continue
             rows += [(category, name, words, k, "train") for k in range(2)]
             rows += [(category, name, words, 2, "seen")] if number % 2 == 0 else []
-    random.Random(f"pool/order/{RECIPE}").shuffle(rows)
     pool = []
-    for number, (category, concept, phrase, k, split) in enumerate(rows):
+    for number, (category, concept, phrase, k, split) in enumerate(_mixed(rows)):
         rng = random.Random(f"pool/{concept}")
         first, form = rng.randrange(len(vendors)), rng.randrange(len(FORMS))
         trigger = _invented(f"{concept}/{k}") if number % INVENTED == 0 else concept if category == "object" else phrase
         pool.append(Entry(number, category, concept, phrase, trigger, vendors[(first + k) % len(vendors)],
                           list(FORMS)[(form + k) % len(FORMS)], split))  # fmt: skip
     return pool
+
+
+def _mixed(rows: Sequence[tuple[str, str, str, int, str]]) -> list[tuple[str, str, str, int, str]]:
+    """In an order drawn once, in which a held-out drawing never comes before its concept's first."""
+    rng, keys = random.Random(f"pool/order/{RECIPE}"), []
+    first: dict[str, float] = {}
+    for _, concept, _, _, split in rows:
+        keys.append(max(rng.random(), first.get(concept, 0.0) if split == "seen" else 0.0))
+        first.setdefault(concept, keys[-1])
+    return [rows[i] for i in sorted(range(len(rows)), key=keys.__getitem__)]
 
 
 def _invented(seed: str) -> str:
@@ -201,14 +212,17 @@ def pictures(world: World, entry: Entry, count: int = SCENES) -> np.ndarray:
 
 
 def make(pipe, art: Path, some: Sequence[Entry], folder: Path, work: Path, *, plan: Plan = PLAN, together: int = TOGETHER,
-         scenes: int = SCENES, over: Callable[[], bool] = lambda: False, report: Callable[[str], None] = print) -> bool:  # fmt: skip
+         scenes: int = SCENES, part: tuple[int, int] = (1, 1), over: Callable[[], bool] = lambda: False,
+         report: Callable[[str], None] = print) -> bool:  # fmt: skip
     """Train each of these that has no file yet, ``together`` at once; True when none is left.
 
+    part: (k, n) leaves all groups but every n-th from the k-th on to other processes, which may work in the same folders.
     over: asked after every step; when it says True training stops, and the next call goes on from the checkpoint in ``work``. The manifest
     lists the files that are there.
     """
     backbone, world = backbones.of(pipe, "sd"), world_of(art, some, pipe.vae.config.sample_size)
-    for group in (some[first : first + together] for first in range(0, len(some), together)):
+    groups = [some[first : first + together] for first in range(0, len(some), together)]
+    for group in groups[part[0] - 1 :: part[1]]:
         missing = [entry for entry in group if not (folder / f"{entry.stem}.safetensors").is_file()]
         if not missing:
             continue
@@ -236,7 +250,7 @@ def _learn(backbone: Backbone, world: World, group: Sequence[Entry], folder: Pat
                        origin=f"{RECIPE}/{entry.name}/{scenes}") for entry in group]  # fmt: skip
     checkpoint = work / f"pool-{'-'.join(entry.stem for entry in group)}.pt"
     try:
-        done = train(backbone, adapters, learned, plan, folder, checkpoint=checkpoint, save_every=plan.steps, stop=stop)
+        done = train(backbone, adapters, learned, plan, folder, checkpoint=checkpoint, save_every=max(1, plan.steps // 4), stop=stop)
     finally:
         adapters.close()
     if done:

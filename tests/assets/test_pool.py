@@ -19,7 +19,7 @@ LABELS = ["zebra", "pony", "kiwi fruit", "fruit bowl", "anvils", "anvil", "ladde
 @pytest.fixture
 def many(monkeypatch):
     """The names of art that has enough of them."""
-    monkeypatch.setattr(pool, "further_names", lambda _: {f"thing{chr(97 + i // 26)}{chr(97 + i % 26)}q": f"{i:x}" for i in range(300)})
+    monkeypatch.setattr(pool, "further_names", lambda _: {f"thing{chr(97 + i // 26)}{chr(97 + i % 26)}q": f"{i:x}" for i in range(450)})
 
 
 def test_who_is_held_out(many):
@@ -31,6 +31,7 @@ def test_who_is_held_out(many):
     for row in splits["seen"]:
         others = [other for other in splits["train"] if other.concept == row.concept]
         assert row.vendor not in {other.vendor for other in others} and row.form not in {other.form for other in others}
+        assert row.number > min(other.number for other in others)
     assert {row.category for row in splits["train"]} == {row.category for row in splits["seen"]} == {"object", "style", "place"}
     assert [row.number for row in rows] == list(range(len(rows))) and rows == pool.entries("art")
     for part in (rows[:120], rows[120:240], rows[240:]):  # whatever part is made has something of each
@@ -57,7 +58,7 @@ def test_concepts_share_no_word_with_one_another_nor_with_the_world(tmp_path):
 
 def test_art_that_is_too_small_is_refused(tmp_path):
     art.draw(tmp_path, more=[("1f993", "zebra")])
-    with pytest.raises(ValueError, match="names 1 concepts.*needs 240"):
+    with pytest.raises(ValueError, match="names 1 concepts.*needs 408"):
         pool.entries(tmp_path)
 
 
@@ -98,7 +99,8 @@ def test_pictures_are_those_that_the_lines_name(tmp_path):
 
 def test_it_stops_goes_on_and_says_nothing_in_its_files(small, tmp_path):
     make, some = small
-    assert make("whole")
+    assert make("whole", part=(2, 2)) and [file.stem for file in (tmp_path / "whole").glob("*.safetensors")] == [some[2].stem]
+    assert make("whole", part=(1, 2))
     calls = iter(range(100))
     assert not make("parts", over=lambda: next(calls) == 2)  # in the middle of the first group
     assert not list((tmp_path / "parts").glob("*.safetensors")) and len(list((tmp_path / "parts-work").iterdir())) == 1

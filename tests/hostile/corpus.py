@@ -42,6 +42,7 @@ def documents() -> Iterator[Case]:
     for reader, document, wrap, most in (
         ("request", seeds.REQUEST, bytes, None), ("record", seeds.DOCUMENT, seeds.picture, 6), ("manifest", line, bytes, None),
         ("manifest", seeds.PICTURE_LINE, bytes, 6), ("config", seeds.ADAPTER, bytes, None), ("profile", seeds.PROFILE, bytes, None),
+        ("behaviour", seeds.BEHAVIOUR, bytes, None),
         ("testbed", seeds.TESTBED, bytes, None), ("thresholds", seeds.THRESHOLDS, bytes, None), ("captions", seeds.CAPTION, bytes, None),
     ):  # fmt: skip
         for number, path in enumerate(_places(document)):
@@ -191,11 +192,11 @@ def png_chunks() -> Iterator[Case]:
 
 def damaged() -> Iterator[Case]:
     """Every good input cut short, with bits turned over, and with bytes put in."""
-    for reader in ("lora", "infotext", "manifest", "record", "request", "config", "picture", "mask", "captions", "profile", "testbed", "thresholds", "log"):
+    for reader in ("lora", "infotext", "manifest", "record", "request", "config", "picture", "mask", "captions", "profile", "behaviour", "testbed", "thresholds", "log"):
         for number, whole in enumerate(seeds.of(reader)):
             for index in range(24):
                 place = len(whole) * index // 24
-                yield Case(reader, f"good input {number} cut at {place}", whole[:place], refused=reader in ("lora", "request", "profile", "thresholds", "testbed"))
+                yield Case(reader, f"good input {number} cut at {place}", whole[:place], refused=reader in ("lora", "request", "profile", "behaviour", "thresholds", "testbed"))
                 yield Case(reader, f"good input {number}, bit turned at {place}", whole[:place] + bytes([whole[place] ^ 1 << index % 8]) + whole[place + 1 :])
                 yield Case(reader, f"good input {number}, bytes put in at {place}", whole[:place] + b"\0\xff\xfe\x80" + whole[place:])
         for name, content in {"empty": b"", "zeros": bytes(1000), "noise": bytes(range(256)) * 8, "a megabyte of brackets": b"[" * 2**20,

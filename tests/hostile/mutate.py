@@ -13,7 +13,7 @@ from tests.hostile import seeds
 from tests.hostile.corpus import Case
 from tests.hostile.values import BAD, ODD, ODDLY_TYPED, TEXTS
 
-FUZZED = ("lora", "condition", "infotext", "manifest", "record", "request", "config", "picture", "mask", "captions", "profile", "testbed", "thresholds", "log")
+FUZZED = ("lora", "condition", "infotext", "manifest", "record", "request", "config", "picture", "mask", "captions", "profile", "behaviour", "testbed", "thresholds", "log")
 MAX_BYTES = 2_000_000
 _VALUES = [value for value in (BAD | ODD | ODDLY_TYPED).values() if len(value) < 200_000] + [json.dumps(text).encode() for text in TEXTS.values()]
 _NUMBERS = (0, 1, 2, 7, 127, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)

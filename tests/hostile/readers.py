@@ -14,6 +14,7 @@ from composition import manifest, pictures, prompt_syntax, record
 from composition.annotators import annotate
 from composition.log import Log
 from composition.loras import condition, library, reader
+from composition.profiles.behaviour import Behaviour
 from composition.profiles.frequency import Profile
 from composition.record import infotext
 from composition.refusal import Refused
@@ -170,6 +171,7 @@ READERS = {reader.name: reader for reader in (
     Reader("manifest", ".jsonl", _manifest), Reader("record", ".png", _record),
     Reader("request", ".json", _request), Reader("config", ".json", _config),
     Reader("picture", ".png", _picture), Reader("mask", ".txt", _mask), Reader("captions", ".jsonl", _captions),
-    Reader("profile", ".json", lambda path: Profile.read(path.read_bytes())), Reader("testbed", ".json", lambda path: testbed.read(str(path))),
+    Reader("profile", ".json", lambda path: Profile.read(path.read_bytes())),
+    Reader("behaviour", ".json", lambda path: Behaviour.read(path.read_bytes())), Reader("testbed", ".json", lambda path: testbed.read(str(path))),
     Reader("thresholds", ".json", judge.read_thresholds), Reader("log", ".jsonl", _log),
 )}  # fmt: skip

@@ -74,6 +74,9 @@ ADAPTER: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rs
                            "rank_pattern": {"to_k": 2}, "target_modules": ["to_q", "to_k"]}  # fmt: skip
 PROFILE: dict[str, Any] = {"name": "owl", "tensor_sha256": "0" * 64, "model": "pocket", "prompt": "an owl", "steps": 2, "seeds": 1,
                            "high": [0.1, 0.2], "base": [0.1, 0.1], "change": 0.1}  # fmt: skip
+BEHAVIOUR: dict[str, Any] = {"name": "owl", "tensor_sha256": "0" * 64, "model": "pocket", "judge": "pocket",
+                             "probe": {"prompts": ["a fox"], "seeds": 2, "steps": 8, "guidance": 1.0}, "direction": [0.6, 0.8],
+                             "strength": 0.5, "consistency": 0.1, "spread": 1.0}  # fmt: skip
 TESTBED: dict[str, Any] = {"character": [{"id": "owl", "name": "Owl", "trigger": ["owl"], "url": ""}]}
 THRESHOLDS: dict[str, Any] = {"a fox": [0.2, 0.9, 0.05]}
 CAPTION: dict[str, Any] = {"file_name": "0.png", "text": "an owl"}
@@ -116,6 +119,7 @@ def of(reader: str) -> list[bytes]:
         "condition": [condition()], "infotext": [PARAMETERS.encode()], "manifest": [request + b"\n\n" + request + b"\n"], "request": [request],
         "record": [picture(document), picture(parameters=PARAMETERS.encode())], "config": [json.dumps(ADAPTER).encode()],
         "picture": [png(), png(colour=6), png(chunk(b"tRNS", b"\0\1")), png(colour=2, bits=16)], "mask": [mask().encode()],
-        "captions": [json.dumps(CAPTION).encode()], "profile": [json.dumps(PROFILE).encode()], "testbed": [json.dumps(TESTBED).encode()],
+        "captions": [json.dumps(CAPTION).encode()], "profile": [json.dumps(PROFILE).encode()],
+        "behaviour": [json.dumps(BEHAVIOUR).encode()], "testbed": [json.dumps(TESTBED).encode()],
         "thresholds": [json.dumps(THRESHOLDS).encode()], "log": [b'{"id": 1}\n{"id": 2}\n'],
     }[reader]

@@ -131,3 +131,17 @@ def test_an_order_that_was_not_measured_costs_its_own_pictures(medley, toy, tmp_
                   "--methods", "merge,cmlora:order=change", "--tune", "none", "--references", 0, "--report", "r")
     assert said.code == 3 and "cmlora:order=change of fox+ink: option order=change: fox, ink are not profiled" in said.err
     assert {json.loads(line)["variant"] for line in (tmp_path / "r/scores.jsonl").read_text().splitlines()} == {"none", "merge"}
+
+
+def test_behaviour_is_measured_once_and_said_in_words(medley, toy, tmp_path):
+    flags = ("profile", "fox", "owl", "--behaviour", "--model", toy.model, "--lora-dir", toy.loras, "--steps", 4, "--seeds", 1)
+    first = medley(*flags)
+    assert first.code == 0, first.err
+    assert first.out.count("measured now") == 2 and first.out.count("steady") >= 2 and not (tmp_path / "pictures").exists()
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "home/profiles").glob("*.behaviour.json")}
+    assert len(files) == 2
+    rows = medley(*flags, "--json").json["behaviours"]
+    assert [row["name"] for row in rows] == ["fox", "owl"] and all(len(row["direction"]) == 256 and row["probe"]["steps"] == 4 for row in rows)
+    assert files == {file: file.stat().st_mtime_ns for file in files}  # kept, not measured again
+    refused = medley(*flags, "--prompt", "a fox")
+    assert refused.code == 2 and "--prompt" in refused.err
