@@ -115,7 +115,7 @@ class Library:
         """Vectors of other encoders than ours are dropped from it: they could not be compared."""
         names: dict[Space, str] = {"behaviour": f"{self.base.model} {self.judge.name}"} | ({"weight": self.encoder.name} if self.encoder else {})
         index = Index(self.place / f"index-{_safe(self.base.name)}", encoders=names)
-        for space, name in index.made_by().items():
+        for space, name in index.held_encoders().items():
             if space in names and name not in ("", names[space]):
                 index.forget(space)
         return index
@@ -225,7 +225,7 @@ class Library:
         count = self.index.count(where)
         if not count:
             raise Refused(f"no LoRA for {self.model} is indexed: run `medley index` with the folders of your LoRAs first")
-        queries = {space: make for space, make in self._queries().items() if space in self.index.made_by()}
+        queries = {space: make for space, make in self._queries().items() if space in self.index.held_encoders()}
         phrases = [phrase.text for phrase in split(prompt)]
         vectors = {space: make(phrases) for space, make in queries.items()} if phrases else {}
         ids: dict[str, None] = {}

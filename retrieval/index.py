@@ -107,12 +107,6 @@ class Index:
                 rows.update({row.id: row for row in schema.from_arrow(table)})
         return {name: rows[name] for name in dict.fromkeys(ids) if name in rows}
 
-    def ids(self, where: Filter = ANY) -> list[str]:
-        """Of all rows, in order."""
-        with place.plainly(self.uri):
-            rows = self._table.search().where(where.sql() or "true").select(["id"]).limit(self._table.count_rows()).to_arrow() if self._table.count_rows() else None
-        return sorted(rows.column("id").to_pylist()) if rows is not None else []
-
     def count(self, where: Filter = ANY) -> int:
         with place.plainly(self.uri):
             return self._table.count_rows(where.sql())
