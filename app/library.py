@@ -236,12 +236,15 @@ class Library:
         nulls = {space: self._null(space, make) for space, make in queries.items()}
         return selection.suggest(prompt, candidates, queries, nulls, most=most, chance=chance, count=count)
 
-    def path(self, suggestion: Suggestion) -> Path:
-        """A file of a suggested LoRA that is there. Raises Refused when all are gone."""
+    def paths(self, suggestion: Suggestion) -> list[Path]:
+        """The files of a suggested LoRA that are there."""
         row = self.index.get([suggestion.candidate.id]).get(suggestion.candidate.id)
-        for file in row.files if row else ():
-            if Path(file).is_file():
-                return Path(file)
+        return [path for path in map(Path, row.files if row else ()) if path.is_file()]
+
+    def path(self, suggestion: Suggestion) -> Path:
+        """The first of them. Raises Refused when all are gone."""
+        if paths := self.paths(suggestion):
+            return paths[0]
         raise Refused(f"the files of LoRA {suggestion.candidate.name!r} are gone since the last `medley index`: run it again")
 
     def _candidate(self, row: Row) -> Candidate:

@@ -3,6 +3,7 @@
 const grid = element.querySelector(".cards");
 const find = element.querySelector(".find");
 const count = element.querySelector(".count");
+const suggested = element.querySelector(".suggested");
 const weights = new Map();  // key to weight, kept while a card is not chosen
 const chosen = new Set();
 
@@ -19,6 +20,7 @@ function make(tag, attributes, ...children) {
 function tell() {
   props.value = [...chosen].map((key) => ({ key, weight: weights.get(key) ?? 1 }));
   filter();
+  suggest();
 }
 
 function weigh(card) {
@@ -79,6 +81,20 @@ function draw() {
   tell();
 }
 
+function suggest() {  // what the prompt calls for and is not chosen yet
+  const fresh = (props.suggested ?? []).filter((each) => !chosen.has(each.key) && (props.cards ?? []).some((card) => card.key === each.key));
+  suggested.replaceChildren(...(fresh.length ? [make("span", {}, "Suggested:")] : []), ...fresh.map((each) => make("button", {
+    type: "button", class: "chip", title: each.why, "aria-label": `Use ${each.title}: ${each.why}`,
+    onclick: () => {
+      if (!weights.has(each.key)) weights.set(each.key, each.weight);
+      chosen.add(each.key);
+      draw();
+      if (each.word) trigger("word", { word: each.word });
+    },
+  }, each.title)));
+}
+
 find.addEventListener("input", filter);
 watch("cards", draw);
+watch("suggested", suggest);
 draw();

@@ -17,6 +17,7 @@ from app.ui import controls, forms, job_view
 from app.ui.cards import Card, cards, lacking, with_words
 from app.ui.door import Presence
 from app.ui.gallery import Gallery
+from app.ui.suggestions import Suggestions
 from composition import Lora, Refused, Request, methods, samplers
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ FIELDS = ("prompt", "cards", "controls", "method", "random", "seed", "negative",
 LOOK = 0.1  # seconds between two looks at a job
 GRACE = 5.0  # seconds that a client may be away before its job is cancelled
 CARDS = """<div class="loras"><div class="bar"><h2>LoRAs</h2><span class="count"></span>
-<input class="find" type="search" placeholder="Filter" aria-label="Filter the LoRAs"></div><div class="cards"></div></div>"""
+<input class="find" type="search" placeholder="Filter" aria-label="Filter the LoRAs"></div><div class="suggested" role="status"></div><div class="cards"></div></div>"""
 
 
 class Page:
@@ -40,6 +41,7 @@ class Page:
 
     def __init__(self, engine: "Engine", jobs: Jobs, gallery: Gallery, presence: Presence) -> None:
         self._engine, self._jobs, self._gallery, self._presence = engine, jobs, gallery, presence
+        self._suggestions = Suggestions(engine)
         usual = Request(prompt="").method
         self._methods = dict(sorted(methods.all().items(), key=lambda pair: pair[0] != usual))
         with gr.Blocks(title="Medley", analytics_enabled=False, fill_width=True) as self.blocks:
@@ -61,7 +63,8 @@ class Page:
             self.add = gr.Button("Add trigger words", size="sm", min_width=150, scale=0, elem_id="add-words")
         self.cards = gr.HTML(
             [], html_template=CARDS, js_on_load=(HERE / "cards.js").read_text("utf-8"), apply_default_css=False,
-            elem_id="loras", cards=[card.shown() for card in self._shelf().values()])
+            elem_id="loras", suggested=[],
+            cards=[card.shown() for card in self._shelf().values()])
         self.controls = controls.component(self._engine)
         first = Request(prompt="").method
         self.method = gr.Radio([(method.title, name) for name, method in self._methods.items()], value=first, label="Method",
@@ -113,6 +116,7 @@ class Page:
         self.cards.word(self._word, self.prompt, self.prompt, **swift)
         gr.on([self.prompt.change, self.cards.change], self._hint, [self.prompt, self.cards], [self.lacking, self.hint],
               trigger_mode="always_last", **swift)
+        self.prompt.change(self._suggest, self.prompt, self.cards, trigger_mode="always_last", **quiet)
         self.add.click(self._add, [self.prompt, self.cards], self.prompt, **swift)
         self.controls.look(self._look, self.size, self.controls, trigger_mode="multiple", **swift)
         self.blocks.load(lambda: (gr.HTML(cards=[card.shown() for card in self._shelf().values()]), gr.HTML(sources=controls.sources(self._engine))),
@@ -220,6 +224,10 @@ class Page:
 
     def _word(self, prompt: str, event: gr.EventData) -> str:
         return with_words(prompt or "", [str(event.word)])
+
+    def _suggest(self, prompt: str) -> Any:
+        """The cards, with what the prompt calls for above them."""
+        return gr.HTML(suggested=self._suggestions.of(prompt or "", self._shelf()))
 
     def _look(self, size: str, event: gr.EventData) -> Any:
         """What an annotator makes of a picture that was dropped, for a picture of this size."""

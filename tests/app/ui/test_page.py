@@ -361,6 +361,26 @@ def test_the_filter_keeps_what_is_chosen_in_sight(tab):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+def test_what_the_prompt_calls_for_is_suggested(tab):
+    """With the reason; a click takes it, with its trigger word. (The library is read by a thread of its own: until then nothing is suggested.)"""
+    page = tab()
+    chips, prompt = page.locator(".suggested .chip"), page.locator("#prompt textarea")
+    for number in range(60):
+        prompt.fill(f"a dragon in a neon city{'.' * (number % 2)}")
+        page.wait_for_timeout(1000)
+        if chips.count() == 2:
+            break
+    assert sorted(chips.all_inner_texts()) == ["Dragon", "Neon night"]
+    dragon = page.locator(".suggested .chip", has_text="Dragon")
+    assert "the prompt says 'dragon'" in dragon.get_attribute("title")
+    dragon.click()
+    assert page.get_by_label("Use Dragon", exact=True).is_checked() and chips.all_inner_texts() == ["Neon night"]
+    chips.click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('neon lights')")
+    prompt.fill("a submarine")
+    page.wait_for_function("document.querySelector('.suggested').childElementCount === 0")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_words_can_be_read_in_light_and_dark(tab, scheme):
     """Contrast of every kind of text on the page against what lies behind it, by WCAG: 4.5 and more."""
