@@ -1,6 +1,6 @@
 """The index of LoRAs at 1,000, 10,000 and 100,000 cards: writing it, opening it, and searching it in memory and through LanceDB.
 
-    python -m tests.bench.retrieval [--cards 1000,10000,100000] [--queries 200] [--width 256] [--threads 2]
+    python -m tests.bench.retrieval [--cards 1000,10000,100000] [--queries 200] [--width 256]
 
 Every card has words and, four times out of five, a vector in each of the three spaces. A query has a vector for each, three words, and a
 family in every second one. The two engines are interleaved with one pass of numpy over a space's vectors in single precision, whose
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from retrieval import indexed
 from retrieval.exact import cosines
@@ -136,9 +135,7 @@ def main() -> None:
     parser.add_argument("--cards", default="1000,10000,100000")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     for cards in map(int, arguments.cards.split(",")):
         measure(cards, arguments.queries, arguments.width)
 

@@ -1,5 +1,9 @@
 """Exact search: all of it against plain Python, and the half-precision first pass against comparing everything."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -92,6 +96,22 @@ def test_vectors_gives_those_there_are_with_their_ids():
     expected = {row.id: row.behaviour for row in some if row.behaviour is not None}
     assert ids == sorted(expected) and np.array_equal(vectors, np.stack([expected[name] for name in ids]))
     assert Exact(to_arrow(some, {})).vectors("text")[0] == []
+
+
+def test_torch_keeps_its_threads():
+    """The search computes on one core a space; whoever draws pictures in the same process still has all of them."""
+    code = (
+        "import threading, numpy as np, torch; torch.set_num_threads(3)\n"
+        "from retrieval.exact import Exact; from retrieval.rows import Filter, SPACES; from retrieval.words import parse\n"
+        "from tests.retrieval.random_rows import rows, unit; from retrieval.schema import to_arrow\n"
+        "index = Exact(to_arrow(rows(300), dict.fromkeys(SPACES, 16)))\n"
+        "index.search({space: unit(np.random.default_rng(0)) for space in SPACES}, parse(''), Filter(), 5)\n"
+        "threads = [torch.get_num_threads()]\n"
+        "new = threading.Thread(target=lambda: threads.append((torch.ones(9).sum(), torch.get_num_threads())[1])); new.start(); new.join()\n"
+        "assert threads == [3, 3], threads"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_mutant_without_slack_loses_some(monkeypatch):

@@ -16,6 +16,7 @@ from composition import Refused
 from retrieval import schema
 from retrieval.index import Index
 from retrieval.rows import Row
+from tests.retrieval import fake_s3
 from tests.retrieval.random_rows import rows, unit
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,22 @@ def test_a_store_that_cannot_be_reached_is_refused_without_its_secrets(monkeypat
     with pytest.raises(Refused, match=f"The index at {uri} cannot be used .* Check the address, the network and the credentials") as refusal:
         Index(uri, storage={**storage, **quick} if storage else {})
     assert "SECRET" not in str(refusal.value) and len(str(refusal.value)) < 500
+
+
+def test_the_same_table_lies_on_object_storage():
+    """On as much of S3 as one process can be; a real store was not there to try."""
+    some, query = rows(40), {"weight": unit(np.random.default_rng(0))}
+    with fake_s3.serving() as (address, objects):
+        storage = {"endpoint": address, "allow_http": "true", "region": "here", "aws_access_key_id": "key", "aws_secret_access_key": "secret"}
+        index = Index("s3://bucket/some/index", storage=storage)
+        index.upsert(some)
+        large = Index("s3://bucket/some/index", storage=storage, exact_rows=0)
+        large.optimise()
+        index.delete([some[0].id])
+        hits = index.search(query, "owl dragon", k=100)
+        assert [(hit.id, hit.ranks) for hit in hits] == [(hit.id, hit.ranks) for hit in large.search(query, "owl dragon", k=100)] and len(hits) > 20
+        assert all(name.startswith("bucket/some/index/loras.lance/") for name in objects)
+        assert Index.rebuild("s3://bucket/some/index", storage=storage).count() == 0 == index.count()
 
 
 def older(folder, some):
