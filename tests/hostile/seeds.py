@@ -74,6 +74,9 @@ ADAPTER: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rs
                            "rank_pattern": {"to_k": 2}, "target_modules": ["to_q", "to_k"]}  # fmt: skip
 PROFILE: dict[str, Any] = {"name": "owl", "tensor_sha256": "0" * 64, "model": "pocket", "prompt": "an owl", "steps": 2, "seeds": 1,
                            "high": [0.1, 0.2], "base": [0.1, 0.1], "change": 0.1}  # fmt: skip
+SIDECAR: dict[str, Any] = {
+    "model_name": "Owl", "base_model": "SD 1.5", "preview_url": "/etc/passwd", "sha256": "0" * 64, "tags": ["bird"], "notes": "n", "modelDescription": "<p>a</p>",
+    "usage_tips": '{"strength": 0.7}', "civitai": {"trainedWords": ["hoot"], "model": {"name": "Owl", "allowNoCredit": True}, "files": [{"hashes": {}}]}}  # fmt: skip
 TESTBED: dict[str, Any] = {"character": [{"id": "owl", "name": "Owl", "trigger": ["owl"], "url": ""}]}
 THRESHOLDS: dict[str, Any] = {"a fox": [0.2, 0.9, 0.05]}
 CAPTION: dict[str, Any] = {"file_name": "0.png", "text": "an owl"}
@@ -117,5 +120,5 @@ def of(reader: str) -> list[bytes]:
         "record": [picture(document), picture(parameters=PARAMETERS.encode())], "config": [json.dumps(ADAPTER).encode()],
         "picture": [png(), png(colour=6), png(chunk(b"tRNS", b"\0\1")), png(colour=2, bits=16)], "mask": [mask().encode()],
         "captions": [json.dumps(CAPTION).encode()], "profile": [json.dumps(PROFILE).encode()], "testbed": [json.dumps(TESTBED).encode()],
-        "thresholds": [json.dumps(THRESHOLDS).encode()], "log": [b'{"id": 1}\n{"id": 2}\n'],
+        "thresholds": [json.dumps(THRESHOLDS).encode()], "sidecar": [json.dumps(SIDECAR).encode()], "log": [b'{"id": 1}\n{"id": 2}\n'],
     }[reader]
