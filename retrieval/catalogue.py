@@ -19,7 +19,7 @@ from composition.loras import library
 from composition.loras.folders import COARSE_NS
 from composition.loras.kinds.lora import Factors
 from composition.loras.library import Known
-from composition.loras.safetensors import SafeFile
+from composition.loras.safetensors import NotNow, SafeFile
 from composition.refusal import Cancelled, Refused
 from retrieval import cards, headers, scanning
 from retrieval.cards import Card
@@ -46,11 +46,13 @@ class Scan(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a pass over whole files did. left: files that changed meanwhile, for the next scan."""
+    """What a pass over whole files did. size: their bytes. left: files that changed meanwhile or could not be read this time, for another pass.
+    broken: those whose numbers cannot be used."""
 
     files: int
     size: int
     left: int
+    broken: tuple[Card, ...]
     seconds: float
 
 
@@ -100,10 +102,10 @@ class Catalogue:
     ) -> Reading:
         """Read whole the files that no pass has read: hashes, singular values. It may stop anywhere and go on later.
 
-        folders: those in them alone. on_read: gets each file that can be used while it is in memory. again: those that were read before, too. Raises Cancelled and Refused
-        as `scan`.
+        folders: those in them alone. on_read: gets each file that can be used while it is in memory. again: those that were read before, too.
+        Raises Cancelled and Refused as `scan`.
         """
-        begun, size, left = time.perf_counter(), 0, 0
+        begun, size, left, broken = time.perf_counter(), 0, 0, []
         with self._store.opened() as db:
             rows = db.execute(f"SELECT path FROM files WHERE tensors {'' if again else 'AND NOT whole'} ORDER BY path")
             inside = None if folders is None else _inside(scanning.absolute(folders))
@@ -113,10 +115,13 @@ class Catalogue:
                     raise Cancelled("the reading of LoRA files was stopped; what was read is kept")
                 card = self._read(db, Path(os.fsdecode(path)), on_read, again)
                 left += card is None
-                size += card.size if card else 0
-                if on_file and card:
+                if card is None:
+                    continue
+                size += card.size
+                broken += [card] if card.trouble else []
+                if on_file:
                     on_file(card, number, len(paths))
-        return Reading(len(paths) - left, size, left, time.perf_counter() - begun)
+        return Reading(len(paths) - left, size, left, tuple(broken), time.perf_counter() - begun)
 
     # asking it -----------------------------------------------------------------------------------------------------
 
@@ -220,7 +225,7 @@ class Catalogue:
         return len(gone)
 
     def _read(self, db: sqlite3.Connection, path: Path, on_read: OnRead | None, again: bool) -> Card | None:
-        """The card, completed and written; None for a file that is not as it was when it was scanned, which the next scan sees."""
+        """The card, completed and written; None for a file that is not as it was when it was scanned, or cannot be read this time."""
         card, seen = next(self._cards(db, "WHERE path = ?", os.fsencode(path)), None), scanning.at(path)
         if card is None or seen.stat != _stat(card):
             return None
@@ -228,7 +233,10 @@ class Catalogue:
         raw, factors = None, {}
         if whole is None:
             _wait(seen.stat)
-            whole, raw, factors = headers.load(path)
+            try:
+                whole, raw, factors = headers.load(path)
+            except NotNow:
+                return None
             if scanning.at(path)[1:] != seen[1:]:
                 return None
         described = headers.describe(path, seen.sidecars, seen.picture)
@@ -285,7 +293,8 @@ def _inside(places: Sequence[Path]) -> tuple[bytes, ...]:
 
 
 def _row(card: Card, beside: str, settled: bool, whole: bool) -> tuple[object, ...]:
-    """settled, kept as the form of its card: the file need not be looked at again while it stays as it is; one without a header that can be read always is. whole: it was read whole."""
+    """settled: the file need not be looked at again while it stays as it is, nor while cards have this form; one whose header cannot be read always
+    is. whole: it was read whole."""
     return (os.fsencode(card.path), *_stat(card), beside, cards.FORM if settled and card.tensors else 0, int(whole), card.tensors, card.alias, card.sha256,
             card.tensor_sha256, card.data_sha256, card.family, card.trouble, card.text())
 

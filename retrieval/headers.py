@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from composition import untrusted
-from composition.loras import condition, family, keys, library, metadata, reader
+from composition.loras import condition, controls, family, keys, library, metadata, reader
 from composition.loras.kinds.lora import Factors
 from composition.loras.metadata import line
-from composition.loras.safetensors import SafeFile, load_header, load_safely
+from composition.loras.safetensors import NotNow, SafeFile, load_header, load_safely
 from retrieval import sidecars, singular
 from retrieval.cards import IN_HEADER, Card, Trigger, distinct
 from retrieval.sidecars import MAX_DESCRIPTION, MAX_WORDS, Notes
@@ -53,22 +53,27 @@ def describe(path: Path, files: Sequence[Path] = (), picture: Path | None = None
     notes = sidecars.read(files)
     try:
         raw = load_header(path)
+        card = _built(path, raw)
     except Exception as error:  # one file, whatever is wrong with it, does not take the others down
-        raw, trouble = SafeFile({}, {}), line(library.trouble(error), 500)
-        return _worded(Card(path, trouble=trouble), raw.metadata, notes, picture)
-    return _worded(_built(path, raw), raw.metadata, notes, picture)
+        return _worded(Card(path, trouble=line(library.trouble(error), 500)), {}, notes, picture)
+    return _worded(card, raw.metadata, notes, picture)
 
 
 def load(path: Path) -> tuple[Content, SafeFile | None, Mapping[str, Factors]]:
-    """What only a file's numbers tell, the file, and its factors (`reader.unplaced`); None and none for one that cannot be used. Raises nothing."""
+    """What only a file's numbers tell, the file, and its factors (`reader.unplaced`); None and none for one that cannot be used. Raises NotNow
+    alone, for one that may be read another time."""
     try:
         raw = load_safely(path)
+    except NotNow:
+        raise
     except Exception as error:  # one file, whatever is wrong with it, does not take the others down
         return Content(trouble=line(library.trouble(error), 500)), None, {}
     whole = Content(raw.sha256, raw.tensor_sha256, raw.data_sha256)
     try:
         receipt, factors = reader.inspect(path, raw), reader.unplaced(path, raw)
         of = singular.figures(factors)
+    except MemoryError as error:
+        raise NotNow(f"{path.name} cannot be read: no memory for it") from error
     except Exception as error:  # an alpha that is no number, numbers that overflow
         return whole._replace(trouble=line(library.trouble(error), 500)), None, {}
     return whole._replace(alphas=dict(receipt.alphas), no_effect=len(receipt.no_effect), remarks=receipt.remarks, strength=of.strength,
@@ -111,14 +116,21 @@ def _built(path: Path, raw: SafeFile) -> Card:
         path, family=family.detect(updates, raw.tensors).family, layout=" + ".join(layout for layout, _ in layouts), tensors=len(raw.tensors),
         ranks=dict(Counter(raw.tensors[module.keys["down"]].shape[0] for module in usable)),
         coverage=dict(Counter(module.component or "unknown" for module in usable)),
-        trouble="" if usable else _obstacle(path, raw, blocked, ignored),
+        trouble=_obstacle(path, raw, bool(usable), blocked, ignored),
         remarks=tuple(f"{count} of its layers cannot be applied: {reason}" for reason, count in blocked.most_common()) if usable else ())
 
 
-def _obstacle(path: Path, raw: SafeFile, blocked: Mapping[str, int], ignored: Mapping[str, Sequence[str]]) -> str:
-    """Why a file without a layer that can be applied is no use as a LoRA."""
+def _obstacle(path: Path, raw: SafeFile, usable: bool, blocked: Mapping[str, int], ignored: Mapping[str, Sequence[str]]) -> str:
+    """Why a file is no use as a LoRA, "" for one that is. usable: it has a layer that can be applied."""
+    with_a_picture = f"which goes with a picture: --control {line(path.stem)}=PICTURE"
     if condition.is_one(list(raw.tensors)):
-        return f"is a condition LoRA, which goes with a picture: --control {line(path.stem)}=PICTURE"
+        return f"is a condition LoRA, {with_a_picture}"
+    if not usable or any(name.endswith(controls.WIDENED) for name in raw.tensors):
+        sort = controls.recognise(path)
+        if sort.trouble or sort.kind:
+            return sort.trouble or f"is a {'ControlNet' if sort.kind == 'controlnet' else 'control LoRA'}, {with_a_picture}"
+    if usable:
+        return ""
     if blocked:
         return f"none of its layers can be applied: {'; '.join(blocked)}"
     reasons = "; ".join(f"{reason} (as {line(names[0], 80)!r})" for reason, names in ignored.items() if names) or "no pair of factors in it is complete"

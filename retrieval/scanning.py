@@ -10,6 +10,7 @@ from composition.loras.scale import CONFIG
 from retrieval import sidecars
 
 Stat = tuple[int, int, int]  # size, mtime_ns, inode
+MOST = 2**63 - 1  # the largest number that a database takes: some file systems number files by 64 bits without a sign
 NOTHING: Stat = (0, 0, 0)  # of what is not there
 
 
@@ -76,4 +77,4 @@ def state(path: Path) -> Stat:
         status = os.stat(path)
     except (OSError, ValueError):
         return NOTHING
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ino & MOST

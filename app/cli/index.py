@@ -54,23 +54,25 @@ def index(
         with _bar("whole files") as on_file:
             reading = library.read(on_file=on_file)
         indexed = library.write(measure=_measuring(library) if behaviour else None)
+    broken = list({card.path: card for card in (*scan.broken, *(reading.broken if reading else ()))}.values())
     equal = catalogue.duplicates()
     alike = compare(catalogue.cards()) if near else []
     if json:
         out.document(tables.as_json(
-            {"catalogue": str(catalogue.file), **scan._asdict(), "broken": {str(card.path): card.trouble for card in scan.broken},
-             "read": reading._asdict() if reading else None, "indexed": indexed._asdict() if indexed else None, "duplicates": [[str(card.path) for card in group] for group in equal],
+            {"catalogue": str(catalogue.file), **scan._asdict(), "broken": {str(card.path): card.trouble for card in broken},
+             "read": reading._asdict() | {"broken": len(reading.broken)} if reading else None, "indexed": indexed._asdict() if indexed else None,
+             "duplicates": [[str(card.path) for card in group] for group in equal],
              "near": [{"files": [str(row.first.path), str(row.second.path)], "cosine": row.cosine} for row in alike]}))
         return
     out.print(f"{scan.files:,} LoRA files: {scan.added:,} new, {scan.changed:,} changed, {scan.removed:,} gone ({scan.seconds:.1f} s)")
     if reading:
         out.print(f"{reading.files:,} read whole, {reading.size / 1e6:,.0f} MB ({reading.seconds:.1f} s)"
-                  + (f"; {reading.left:,} changed meanwhile, run it again for them" if reading.left else ""))
+                  + (f"; {reading.left:,} could not be read this time: run it again for them" if reading.left else ""))
     if indexed:
         known = [f"{count:,} {what}" for count, what in ((indexed.with_weights, "by their weights"), (indexed.with_behaviour, "by their behaviour")) if count]
         out.print(f"{indexed.fitting:,} LoRAs for {model} can be suggested" + (f", {' and '.join(known)}" if known else ", by their words alone: --behaviour draws "
                   "pictures with each" if indexed.fitting else ""))
-    _troubles(scan.broken)
+    _troubles(broken)
     spare = sum(group[0].size * (len({card.inode or card.path for card in group}) - 1) for group in equal)
     if equal:
         out.print(f"{len(equal):,} {'LoRAs are' if len(equal) > 1 else 'LoRA is'} there several times, {spare / 1e6:,.0f} MB to spare" + ("" if duplicates else ": --duplicates lists them"))

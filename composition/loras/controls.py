@@ -56,7 +56,7 @@ _FILES = (
     (("controlnet_cond_embedding.",), Sort("controlnet")), (("input_hint_block.",), Sort("controlnet")),
     (("img_in.lora_A.", ".norm.query_norm.scale"), Sort("control-lora")),
 )  # fmt: skip
-_WIDENED = ("img_in.lora_A.weight", "x_embedder.lora_A.weight")  # of a control LoRA, with more inputs than a packed latent has
+WIDENED = ("img_in.lora_A.weight", "x_embedder.lora_A.weight")  # of a control LoRA, with more inputs than a packed latent has
 LATENT = 64  # numbers of a token of FLUX's latents
 
 
@@ -89,7 +89,7 @@ def _of_file(path: Path, stamp: tuple[object, ...], inputs: int) -> Sort:
     tensors = load_header(path).tensors
     sort = of_names(tensors.keys())
     if sort == Sort():
-        widths = [tensor.shape[-1] for name, tensor in tensors.items() if name.endswith(_WIDENED) and tensor.ndim == 2]
+        widths = [tensor.shape[-1] for name, tensor in tensors.items() if name.endswith(WIDENED) and tensor.ndim == 2]
         return Sort("control-lora") if widths and widths[0] > inputs else sort
     return sort
 

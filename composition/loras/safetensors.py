@@ -55,6 +55,10 @@ _IMPOSTORS = (
 )
 
 
+class NotNow(Refused):
+    """A file could not be read this time: a disk, a network or the memory failed, or it was being written. Another time it may be read."""
+
+
 @dataclass(frozen=True, eq=False)
 class SafeFile:
     """tensors: name to CPU tensor as stored, every value finite. metadata: the header's own words, untrusted. largest: name to the
@@ -141,7 +145,7 @@ def _opened(path: Path) -> Iterator[FileIO]:
     except untrusted.Unreadable as error:
         raise Refused(f"{path.name} {error}") from None
     except (OSError, ValueError, RuntimeError, MemoryError) as error:  # torch has no memory: RuntimeError
-        raise Refused(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or str(error)[:200] or 'no memory for it'}") from None
+        raise NotNow(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or str(error)[:200] or 'no memory for it'}") from None
 
 
 def _header(path: Path, file: FileIO) -> _Header:
@@ -238,7 +242,7 @@ def _tensor(path: Path, file: FileIO, entry: _Entry) -> Tensor:
     while room:
         count = file.readinto(room)
         if not count:
-            raise Refused(f"{path.name} was cut short while it was read: try again")
+            raise NotNow(f"{path.name} was cut short while it was read: try again")
         room = room[count:]
     return numbers.view(_DTYPES[entry.kind]).reshape(entry.shape)
 

@@ -41,7 +41,7 @@ def documents() -> Iterator[Case]:
     line = {"prompt": "an owl", "seed": 1, "text": "an owl"}
     for reader, document, wrap, most in (
         ("request", seeds.REQUEST, bytes, None), ("record", seeds.DOCUMENT, seeds.picture, 6), ("manifest", line, bytes, None),
-        ("manifest", seeds.PICTURE_LINE, bytes, 6), ("config", seeds.ADAPTER, bytes, None), ("profile", seeds.PROFILE, bytes, None),
+        ("manifest", seeds.PICTURE_LINE, bytes, 6), ("config", seeds.ADAPTER, bytes, None), ("sidecar", seeds.SIDECAR, bytes, 8), ("profile", seeds.PROFILE, bytes, None),
         ("behaviour", seeds.BEHAVIOUR, bytes, None),
         ("testbed", seeds.TESTBED, bytes, None), ("thresholds", seeds.THRESHOLDS, bytes, None), ("captions", seeds.CAPTION, bytes, None),
     ):  # fmt: skip
@@ -54,7 +54,7 @@ def documents() -> Iterator[Case]:
                 bad = name in BAD or name in ODD
                 if name == "empty" and path and isinstance(path[-1], int):
                     continue  # a list without it
-                yield Case(reader, f"{where}: {name}", wrap(_with(document, path, value)), refused=bad and reader != "config")
+                yield Case(reader, f"{where}: {name}", wrap(_with(document, path, value)), refused=bad and reader not in ("config", "sidecar"))
         yield Case(reader, f"extra field beside {len(document)}", wrap(_with(document, ("no such field",), b"1")))
 
 
@@ -192,7 +192,7 @@ def png_chunks() -> Iterator[Case]:
 
 def damaged() -> Iterator[Case]:
     """Every good input cut short, with bits turned over, and with bytes put in."""
-    for reader in ("lora", "infotext", "manifest", "record", "request", "config", "picture", "mask", "captions", "profile", "behaviour", "testbed", "thresholds", "log"):
+    for reader in ("lora", "infotext", "manifest", "record", "request", "config", "picture", "mask", "captions", "profile", "behaviour", "testbed", "thresholds", "log", "sidecar"):
         for number, whole in enumerate(seeds.of(reader)):
             for index in range(24):
                 place = len(whole) * index // 24
@@ -202,7 +202,7 @@ def damaged() -> Iterator[Case]:
         for name, content in {"empty": b"", "zeros": bytes(1000), "noise": bytes(range(256)) * 8, "a megabyte of brackets": b"[" * 2**20,
                               "a megabyte of quotes": b'"' * 2**20, "a megabyte of commas": b"," * 2**20, "a megabyte of lines": b"\n" * 2**20,
                               "byte order mark": b"\xef\xbb\xbf", "UTF-16": "{}".encode("utf-16")}.items():  # fmt: skip
-            yield Case(reader, name, content, refused=reader not in ("log", "captions", "config"))
+            yield Case(reader, name, content, refused=reader not in ("log", "captions", "config", "sidecar"))
 
 
 def not_files() -> Iterator[Case]:

@@ -20,7 +20,8 @@ from composition.record import infotext
 from composition.refusal import Refused
 from composition.request import Request
 from composition.training import captions
-from retrieval import judge
+from retrieval import judge, sidecars
+from retrieval.catalogue import Catalogue
 from tests.hostile import seeds
 
 
@@ -102,6 +103,22 @@ def _config(path: Path) -> None:
         _lora(model)
 
 
+def _sidecar(path: Path) -> None:
+    """Under each of the names that other managers use, beside a good file."""
+    with tempfile.TemporaryDirectory() as folder:
+        lora = Path(folder) / "owl.safetensors"
+        lora.write_bytes(seeds.lora())
+        for ending in sidecars.TEXTS:
+            (Path(folder) / f"owl{ending}").write_bytes(path.read_bytes())
+        catalogue = Catalogue(Path(folder) / "catalogue.sqlite")
+        assert catalogue.scan([Path(folder)]).files == 1 and catalogue.scan([Path(folder)]).changed == 0
+        (card,) = catalogue.cards()
+        assert card.usable and card.tensors == 5 and len(card.text()) < 200_000
+        card.words.encode()
+    if card.remarks:
+        raise Refused(card.remarks[0])
+
+
 def _manifest(path: Path) -> None:
     lines = manifest.read(path)
     assert all((line.request is None) == bool(line.error) for line in lines)
@@ -169,7 +186,7 @@ def _log(path: Path) -> None:
 READERS = {reader.name: reader for reader in (
     Reader("lora", ".safetensors", _lora), Reader("condition", ".safetensors", _condition_lora), Reader("infotext", ".txt", _infotext),
     Reader("manifest", ".jsonl", _manifest), Reader("record", ".png", _record),
-    Reader("request", ".json", _request), Reader("config", ".json", _config),
+    Reader("request", ".json", _request), Reader("config", ".json", _config), Reader("sidecar", ".json", _sidecar),
     Reader("picture", ".png", _picture), Reader("mask", ".txt", _mask), Reader("captions", ".jsonl", _captions),
     Reader("profile", ".json", lambda path: Profile.read(path.read_bytes())),
     Reader("behaviour", ".json", lambda path: Behaviour.read(path.read_bytes())), Reader("testbed", ".json", lambda path: testbed.read(str(path))),

@@ -77,6 +77,9 @@ PROFILE: dict[str, Any] = {"name": "owl", "tensor_sha256": "0" * 64, "model": "p
 BEHAVIOUR: dict[str, Any] = {"name": "owl", "tensor_sha256": "0" * 64, "model": "pocket", "judge": "pocket",
                              "probe": {"prompts": ["a fox"], "seeds": 2, "steps": 8, "guidance": 1.0}, "direction": [0.6, 0.8],
                              "strength": 0.5, "consistency": 0.1, "spread": 1.0}  # fmt: skip
+SIDECAR: dict[str, Any] = {
+    "model_name": "Owl", "base_model": "SD 1.5", "preview_url": "/etc/passwd", "sha256": "0" * 64, "tags": ["bird"], "notes": "n", "modelDescription": "<p>a</p>",
+    "usage_tips": '{"strength": 0.7}', "civitai": {"trainedWords": ["hoot"], "model": {"name": "Owl", "allowNoCredit": True}, "files": [{"hashes": {}}]}}  # fmt: skip
 TESTBED: dict[str, Any] = {"character": [{"id": "owl", "name": "Owl", "trigger": ["owl"], "url": ""}]}
 THRESHOLDS: dict[str, Any] = {"a fox": [0.2, 0.9, 0.05]}
 CAPTION: dict[str, Any] = {"file_name": "0.png", "text": "an owl"}
@@ -121,5 +124,5 @@ def of(reader: str) -> list[bytes]:
         "picture": [png(), png(colour=6), png(chunk(b"tRNS", b"\0\1")), png(colour=2, bits=16)], "mask": [mask().encode()],
         "captions": [json.dumps(CAPTION).encode()], "profile": [json.dumps(PROFILE).encode()],
         "behaviour": [json.dumps(BEHAVIOUR).encode()], "testbed": [json.dumps(TESTBED).encode()],
-        "thresholds": [json.dumps(THRESHOLDS).encode()], "log": [b'{"id": 1}\n{"id": 2}\n'],
+        "thresholds": [json.dumps(THRESHOLDS).encode()], "sidecar": [json.dumps(SIDECAR).encode()], "log": [b'{"id": 1}\n{"id": 2}\n'],
     }[reader]

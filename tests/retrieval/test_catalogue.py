@@ -62,7 +62,9 @@ def test_a_card_has_what_the_receipt_says(catalogue, lib):
     ({f"{seeds.Q}.lora_down.weight": torch.ones(2, 16), f"{seeds.Q}.lora_up.weight": torch.ones(16, 2), f"{seeds.Q}.dora_scale": torch.ones(16)}, "DoRA is not"),
     ({f"{seeds.Q}.hada_w1_a": torch.ones(2, 2)}, "LoHa is not"), ({"model.weight": torch.ones(2, 2)}, "no LoRA file that is known"),
     ({f"{seeds.Q}.lora_down.weight": torch.ones(2, 16)}, "no pair of factors"),
-    ({f"transformer_blocks.0.attn.processor.q_loras.0.{end}.weight": torch.ones(2, 2) for end in ("down", "up")}, "--control a=PICTURE"),
+    ({"controlnet_cond_embedding.conv_in.weight": torch.ones(2, 2)}, "is a ControlNet, which goes with a picture: --control a=PICTURE"),
+    ({"img_in.lora_A.weight": torch.ones(2, 128), "img_in.lora_B.weight": torch.ones(2, 2), "double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(2)},
+     "is a control LoRA"), ({f"transformer_blocks.0.attn.processor.q_loras.0.{end}.weight": torch.ones(2, 2) for end in ("down", "up")}, "--control a=PICTURE"),
 ])  # fmt: skip
 def test_files_that_are_no_use_say_why_and_have_their_hashes(tensors, trouble, catalogue, tmp_path):
     lora(tmp_path / "lib" / "a.safetensors", tensors=tensors)
@@ -75,8 +77,24 @@ def test_files_that_are_no_use_say_why_and_have_their_hashes(tensors, trouble, c
 def test_numbers_that_are_none_are_seen_when_the_file_is_read_whole(catalogue, tmp_path):
     lora(tmp_path / "lib" / "a.safetensors", tensors=seeds.pair(**{"lora_up.weight": torch.full((16, 2), float("nan"))}))
     assert not catalogue.scan([tmp_path / "lib"]).broken
-    assert catalogue.read().files == 1 and catalogue.read().files == 0, "once is enough"
+    assert [card.name for card in catalogue.read().broken] == ["a"] and catalogue.read().files == 0, "once is enough"
     assert "NaN" in catalogue.cards()[0].trouble and [card.name for card in catalogue.scan([tmp_path / "lib"]).broken] == ["a"]
+
+
+def test_a_disk_that_fails_once_is_no_verdict_on_the_file(catalogue, lib, monkeypatch):
+    catalogue.scan([lib])
+    monkeypatch.setattr("composition.loras.safetensors._tensor", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    assert catalogue.read()[:4] == (0, 0, 2, ())
+    monkeypatch.undo()
+    assert catalogue.read().files == 2 and all(card.sha256 and card.usable for card in catalogue.cards())
+
+
+def test_numbers_of_files_may_have_64_bits(catalogue, lib, monkeypatch):
+    real = os.stat
+    monkeypatch.setattr(scanning.os, "stat", lambda path, **more: type("S", (), {
+        "st_size": (of := real(path, **more)).st_size, "st_mtime_ns": of.st_mtime_ns, "st_ino": of.st_ino + 2**63, "st_mode": of.st_mode, "st_dev": of.st_dev,
+        "st_ctime_ns": of.st_ctime_ns, "st_mtime": of.st_mtime})())  # fmt: skip
+    assert catalogue.scan([lib]).added == 2 and catalogue.scan([lib]).changed == 0
 
 
 def test_the_bundled_loras_are_in_it_too(catalogue):

@@ -1,6 +1,7 @@
 """What other managers put beside a LoRA file, and what a card takes from it."""
 
 import json
+import os
 import time
 from itertools import count
 
@@ -111,8 +112,8 @@ def test_no_path_in_a_sidecar_is_opened(tmp_path, monkeypatch):
     path = lora(tmp_path / "lib" / "owl.safetensors")
     told = str(secret)
     file = beside(path, ".metadata.json", MANAGER | {"preview_url": told, "file_path": told, "civitai": {"images": [{"url": told}]}})
-    opened = []
-    monkeypatch.setattr("composition.untrusted.os.open", lambda name, *flags, real=__import__("os").open: opened.append(str(name)) or real(name, *flags))
+    opened, real = [], os.open
+    monkeypatch.setattr("composition.untrusted.os.open", lambda name, *flags: opened.append(str(name)) or real(name, *flags))
     card = headers.describe(path, [file])
     assert set(opened) == {str(path), str(file)} and card.preview == "" and told not in card.text()
 

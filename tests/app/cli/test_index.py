@@ -33,7 +33,8 @@ def medley(capfd):
     command = typer.main.get_command(program)
 
     def call(*words):
-        code = run(lambda: command.main(list(map(str, words)), prog_name="medley", standalone_mode=False), words)
+        words = list(map(str, words))
+        code = run(lambda: command.main(words, prog_name="medley", standalone_mode=False), words)
         printed = capfd.readouterr()
         return code, printed.out, printed.err
 
@@ -66,7 +67,7 @@ def test_lookup_by_hash(medley, lib):
     assert code == 0 and printed.count("owl.safetensors") == 2 and printed.count("copy of it.safetensors") == 2
     document = json.loads(medley("lookup", card.autov2, "--json")[1])
     assert {row["path"] for row in document[card.autov2]} == {str(lib / "owl.safetensors"), str(lib / "copy\nof it.safetensors")}
-    assert document[card.autov2][0]["triggers"] == [{"word": "hoot, red owl", "origin": "sidecar"}, {"word": "<s0><s1>", "origin": "sidecar"}]
+    assert document[card.autov2][1]["triggers"] == [{"word": "hoot, red owl", "origin": "sidecar"}, {"word": "<s0><s1>", "origin": "sidecar"}]
     code, printed, complaint = medley("lookup", "0123456789")
     assert code == 2 and "no LoRA file in the catalogue has the hash 0123456789" in complaint
     assert medley("lookup", "not a hash")[0] == 2
