@@ -30,13 +30,15 @@ SETTINGS, WEIGHTS = "encoder.json", "encoder.safetensors"
 PART = 256  # LoRAs encoded at a time
 FAINT = -8.0  # log of the least share of a LoRA's norm that is told from less
 
-_MOST = {"side": 64, "width": 8192, "depth": 64, "heads": 256, "dimension": 65536, "text": 65536}
+_MOST = {"side": 64, "focus": 64, "width": 8192, "depth": 64, "heads": 256, "dimension": 65536, "text": 65536}
+_LEAST = {"depth": 0, "focus": 0}  # where it is not 1
 
 
 @dataclass(frozen=True)
 class Settings:
     """layers: by name, in the order of the tokens. base: the model whose LoRAs it was trained on; family: its kind. judge: whose texts. reads: sketches, or
-    factors through learned probes. dimension: D. text: of the judge's text vectors.
+    factors through learned probes. side: of the sketches as they are read, which may be larger. focus: each kind of layer looks at a sketch through two learned
+    projections onto so many directions, which a small pool overfits less; 0 at all of it. dimension: D. text: of the judge's text vectors.
     """
 
     layers: Mapping[str, Layer]
@@ -47,6 +49,7 @@ class Settings:
     dimension: int
     reads: Literal["sketches", "factors"] = "sketches"
     side: int = sketches.SIDE
+    focus: int = 8
     width: int = 192
     depth: int = 2
     heads: int = 6
@@ -80,7 +83,9 @@ class Encoder(nn.Module):
         width, figures = settings.width, len(ORDERS) + 1
         if settings.reads == "sketches":
             self.probes = None
-            self.project = nn.Parameter(torch.randn(len(kinds), settings.side**2, width) / settings.side)
+            if focus := settings.focus:
+                self.ends = nn.Parameter(torch.randn(2, len(kinds), settings.side, focus) / settings.side**0.5)
+            self.project = nn.Parameter(torch.randn(len(kinds), (focus or settings.side) ** 2, width) / (focus or settings.side))
         else:
             self.probes = Probes(list(settings.layers.values()), width)
         self.figures = nn.Parameter(torch.randn(len(kinds), figures, width) / figures**0.5)
@@ -125,6 +130,9 @@ class Encoder(nn.Module):
         else:
             assert isinstance(batch, Tokens)
             units = batch.units.to(self.figures.dtype) * self.settings.side  # entries of variance 1
+            if self.settings.focus:
+                left, right = self.ends[:, self.kinds]
+                units = torch.einsum("nlst,lsa,ltb->nlab", units.unflatten(-1, (self.settings.side, -1)), left, right).flatten(2)
             hidden = hidden + _by_layer(units, self.project[self.kinds])
         for block in self.transformer:
             hidden = block(hidden, batch.present)
@@ -149,11 +157,11 @@ class Encoder(nn.Module):
     def batch(self, loras: Sequence[Any]) -> Tokens | Updates:
         """What `forward` reads of LoRAs."""
         known = self.settings.layers
-        return tokens(loras, known) if self.settings.reads == "sketches" else updates(loras, known)
+        return tokens(loras, known, self.settings.side) if self.settings.reads == "sketches" else updates(loras, known)
 
     def coverage(self, sketch: Sketch) -> float:
         """The share of a LoRA's energy in layers that the encoder knows, 0 to 1: 0 for a LoRA of another base, whose layers have other shapes."""
-        if sketch.side != self.settings.side:
+        if sketch.side < self.settings.side:
             return 0.0
         known = [name in self.settings.layers and self.settings.layers[name].shape == tuple(shape)
                  for name, shape in zip(sketch.layers, sketch.shapes.tolist(), strict=True)]  # fmt: skip
@@ -208,10 +216,9 @@ def _settings(file: Path) -> Settings:
         shapes = words.pop("layers")
         if not all(isinstance(shape, list) and len(shape) == 2 and all(type(x) is int and x > 0 for x in shape) for shape in shapes.values()):
             raise ValueError("has layers without shapes")
-        if not all(type(words[name]) is int and 0 < words[name] <= most for name, most in _MOST.items() if name != "depth"):
-            raise ValueError(f"has a number out of its range (1 to {_MOST})")
-        if type(words["depth"]) is not int or not 0 <= words["depth"] <= _MOST["depth"]:
-            raise ValueError("has no depth from 0 to 64")
+        for name, most in _MOST.items():
+            if type(words[name]) is not int or not _LEAST.get(name, 1) <= words[name] <= most:
+                raise ValueError(f"has no {name} from {_LEAST.get(name, 1)} to {most}")
         if not all(isinstance(words[name], str) for name in ("base", "family", "judge")) or words["reads"] not in ("sketches", "factors"):
             raise ValueError("does not say what it was trained on")
         if words["width"] % words["heads"]:

@@ -85,8 +85,7 @@ class Probes(nn.Module):
 
 def updates(loras: Sequence[Mapping[str, Factors]], known: Mapping[str, Layer]) -> Updates:
     """Those of these layers, of what `sketch.named` gives. In float64 if a layer is stored so."""
-    sketches = [sketched(lora) for lora in loras]
-    figures = tokens(sketches, known)
+    figures = tokens([sketched(lora) for lora in loras], known)
     names, dtype = list(known), figures.units.dtype
     rank = max((layer.rank for lora in loras for layer in lora.values()), default=1)
     places = of_kinds(list(known.values()))

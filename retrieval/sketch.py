@@ -9,7 +9,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from composition.loras.kinds.lora import Factors
 from composition.loras.safetensors import SafeFile, load_safely
 from retrieval.singular import Figures, spectrum
 
-SIDE = 8  # k
+SIDE = 32  # k: LoRAs of one kind have cosines of 0.01 to 0.04, and on 91 layers the deviation of an estimate is 0.024 at 8, 0.014 at 16, 0.008 at 32
 VERSION = 1  # of P, Q and the figures; sketches of different versions cannot be compared
 ORDERS = (0.5, 1.0, 2.0, math.inf)
 FAINT = 1e-6
@@ -67,6 +67,12 @@ class Sketch:
         energies = self.norms.square()
         total = energies.sum()
         return Figures(total.sqrt().item(), ((energies * ranks).sum() / total).item(), ((energies * spikes).sum() / total).item())
+
+    def shrunk(self, side: int) -> "Sketch":
+        """As if it had been made with a smaller k. Raises ValueError for a larger one."""
+        if not 0 < side <= self.side:
+            raise ValueError(f"a sketch of side {self.side} cannot become one of side {side}")
+        return replace(self, units=self.units[:, :side, :side] * (self.side / side))
 
     def matrices(self, layers: Sequence[str]) -> Float64[Tensor, "L k k"]:
         """S of these layers, zero where there is no update. Linear: those of a sum of updates are the sum."""
@@ -154,8 +160,8 @@ def entropies(energies: Float64[Tensor, "*n r"]) -> Float64[Tensor, "*n 4"]:
 
 @lru_cache(maxsize=512)
 def projection(width: int, end: End, side: int = SIDE) -> Float64[Tensor, "k width"]:
-    """P, or the transpose of Q. The same in every version of numpy, whose RandomState is frozen."""
-    stream = np.random.RandomState([VERSION, side, width, {"in": 0, "out": 1}[end]])
+    """P, or the transpose of Q: the same in every version of numpy, whose RandomState is frozen, and but for its scale the first rows of a larger one."""
+    stream = np.random.RandomState([VERSION, width, {"in": 0, "out": 1}[end]])
     return torch.from_numpy(stream.standard_normal((side, width)) / math.sqrt(side))
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from retrieval.sketch import ORDERS, Sketch
+from retrieval.sketch import ORDERS, SIDE, Sketch
 
 _BLOCK = re.compile(r"(?:blocks|layers|attentions|resnets|downsamplers|upsamplers|block|layer)[._]\d+(?=[._])")
 _NUMBER = re.compile(r"[._]\d+")
@@ -102,9 +102,11 @@ class Tokens:
         return Tokens(self.units, self.logs + torch.where(self.present, factors.to(self.logs.dtype), 0.0), self.entropies, self.present)
 
 
-def tokens(sketches: Sequence[Sketch], known: Mapping[str, Layer]) -> Tokens:
-    """Those of these layers; a layer that is not known, or of another shape, is left out. In float64 if a sketch is."""
-    side = sketches[0].side if sketches else 0
+def tokens(sketches: Sequence[Sketch], known: Mapping[str, Layer], side: int = SIDE) -> Tokens:
+    """Those of these layers; a layer that is not known, or of another shape, is left out. In float64 if a sketch is. Raises ValueError for a sketch of
+    a smaller side.
+    """
+    sketches = [sketch.shrunk(side) for sketch in sketches]
     dtype = torch.float64 if any(sketch.units.dtype == torch.float64 for sketch in sketches) else torch.float32
     place = {(name, entry.shape): index for index, (name, entry) in enumerate(known.items())}
     n, count = len(sketches), len(known)

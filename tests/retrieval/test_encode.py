@@ -22,12 +22,13 @@ def pool():
 
 def encoder(sketches, reads="sketches", **changes):
     torch.manual_seed(3)
-    settings = Settings(layers(sketches), "pocket", "sd", "a judge", TEXT, TEXT, reads=reads, width=16, depth=2, heads=4)
+    settings = Settings(layers(sketches), "pocket", "sd", "a judge", TEXT, TEXT, reads=reads.split()[-1], side=8, focus=3 * (reads == "sketches"), width=16, depth=2,
+                        heads=4)  # fmt: skip
     return Encoder(replace(settings, **changes)).eval().double()
 
 
 def items(reads, loras):
-    return [sketched(lora) for lora in loras] if reads == "sketches" else loras
+    return [sketched(lora) for lora in loras] if reads != "factors" else loras
 
 
 def vectors(model, reads, loras):
@@ -54,7 +55,7 @@ def changed(lora, change):
     return dict(reversed(again.items())) if change == "order" else again
 
 
-@pytest.mark.parametrize("reads", ["sketches", "factors"])
+@pytest.mark.parametrize("reads", ["sketches", "whole sketches", "factors"])
 @pytest.mark.parametrize("change", ["basis", "padding", "alpha", "weight", "order", "unknown layer"])
 def test_a_vector_depends_on_what_the_updates_are(pool, reads, change):
     loras = [pool.lora(pool.normal(8)) for _ in range(3)]

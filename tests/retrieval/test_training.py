@@ -28,8 +28,8 @@ class Trained:
         concepts = self.pool.normal(CONCEPTS, HIDDEN)
         self.loras = [self.pool.lora(concept) for concept in concepts for _ in range(2)]
         sketches = [sketched(lora) for lora in self.loras]
-        self.settings = Settings(layers(sketches), "toy", "sd", "toy", TEXT, TEXT, width=32, depth=1, heads=4)
-        self.tokens = tokens(sketches, self.settings.layers)
+        self.settings = Settings(layers(sketches), "toy", "sd", "toy", TEXT, TEXT, side=8, focus=0, width=32, depth=1, heads=4)
+        self.tokens = tokens(sketches, self.settings.layers, 8)
         captions = torch.stack([self.pool.caption(concept) for concept in concepts for _ in range(3)])
         directions = torch.stack([self.pool.caption(concept) for concept in concepts for _ in range(2)])
         groups = torch.arange(CONCEPTS).repeat_interleave(2)
