@@ -196,7 +196,7 @@ def profile(
     lora: Annotated[list[str], typer.Argument(metavar="LORA...", help="LoRAs by name or path.")],
     prompt: Annotated[str, typer.Option(help="What to draw (each LoRA's first trigger word); such a profile is shown, not kept.")] = "",
     steps: Annotated[int | None, typer.Option(min=4, max=1000, help="Denoising steps (50; of a behaviour 8).")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, max=64, help="Pictures with and without each LoRA (4; of a behaviour, of each of 8 prompts, 2).")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=64, help="Pictures with and without each LoRA (4; of a behaviour 2 of each of its prompts).")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure again, even where a profile is kept.")] = False,
     behaviour: Annotated[bool, typer.Option("--behaviour", help="Measure what the LoRA does to pictures of any prompt instead, as the judge sees it: "
                                             "LoRAs are searched by it.")] = False,

@@ -18,10 +18,10 @@ from composition.request import Lora, Request
 See = Callable[[Sequence[Image.Image]], Float[np.ndarray, "n D"]]
 STILL = 1e-6  # length of a difference from which it has a direction; below it is rounding
 
-# Short prompts that leave room: what they do not say the LoRA may. The empty one shows what it draws unasked.
+# Prompts that leave most open: what they do not say the LoRA says. By two pictures of "a fox in a meadow" 17 % of Pocket's LoRAs are found, by
+# two of the empty prompt 89 %, and guidance is not needed (docs/results.md). One names a face, for what is worn.
 GENERAL = Probe(("", "a photo", "a person", "an animal", "a thing on a table", "a building", "a landscape", "a drawing"), seeds=2, steps=8)
-POCKET = Probe(("", "a picture", "a picture in the snow", "a picture in the city", "a fox in a meadow", "a robot on a white background",
-                "a tree on the beach", "a cat and a car in a room"), seeds=2, steps=8)  # fmt: skip
+POCKET = Probe(("", "a picture", "in the snow", "in a room", "a cat"), seeds=2, steps=8, guidance=1.0)
 
 
 def probe_of(model: str) -> Probe:
