@@ -30,7 +30,7 @@ from retrieval.catalogue import Catalogue, OnFile, Reading, Scan
 from retrieval.encode import Encoder
 from retrieval.index import Index
 from retrieval.judge import Judge
-from retrieval.phrases import split
+from retrieval.phrases import in_words_of, split
 from retrieval.rows import SPACES, Filter, Row, Space
 from retrieval.sketch import Sketch, packed, sketch, unpacked
 from retrieval.suggest import CHANCE, MOST, Candidate, Queries, Suggestion
@@ -258,13 +258,18 @@ class Library:
         """What makes vectors of phrases, by kind of evidence."""
         prompts = behaviour.POCKET if self.model in BUNDLES else behaviour.GENERAL
 
+        names = list(self.judge.thresholds)
+
         def read(texts: Sequence[str]) -> np.ndarray:
             return self.judge.read(list(texts)).numpy()
 
-        queries: dict[Space, Queries] = {"behaviour": lambda texts: np.stack([behaviour.direction(read, text, prompts) for text in texts])}
+        def directions(texts: Sequence[str]) -> np.ndarray:
+            return np.stack([behaviour.direction(read, in_words_of(names, text), prompts) for text in texts])
+
+        queries: dict[Space, Queries] = {"behaviour": directions}
         if self.encoder is not None:
             encoder = self.encoder
-            queries["weight"] = lambda texts: encoder.read(self.judge.read(list(texts))).numpy()
+            queries["weight"] = lambda texts: encoder.read(self.judge.read([in_words_of(names, text) for text in texts])).numpy()
         return queries
 
     def _null(self, space: Space, make: Queries) -> np.ndarray:

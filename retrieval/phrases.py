@@ -1,7 +1,7 @@
 """A prompt split into the phrases that LoRAs are searched for, each by itself: what is seen, how it looks, where it is."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 MOST = 16  # phrases of a prompt that are searched for
@@ -79,6 +79,12 @@ class Words:
 def content(text: str) -> list[str]:
     """The words of a text that say something, in lower case; all of them where none does."""
     return [word.lower() for phrase in split(text) for word in phrase.words] or _words(text)
+
+
+def in_words_of(names: Sequence[str], text: str) -> str:
+    """A phrase as a judge of few words knows it: the shortest of its names that says all of the phrase ("neon" is "neon lights"); else the phrase."""
+    wanted = set(content(text))
+    return min((name for name in names if wanted and wanted <= set(content(name))), key=lambda name: (len(name), name), default=text)
 
 
 def _words(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from retrieval.phrases import Phrase, Words, content, split
 
 MOST = 3
-CHANCE = 0.05  # that some unrelated LoRA of the library is taken for a phrase
+CHANCE = 0.02  # that some unrelated LoRA of the library is taken for a phrase
 ALIKE = 0.8  # cosine of two LoRAs' vectors from which they do the same
 SPOKEN, NAMED, TAGGED = 12.0, 10.0, 4.0  # what literal evidence counts, in standard deviations of a null: more than any vector
 EVERYWHERE = ("style", "place")  # categories that are of the whole picture
@@ -123,8 +123,8 @@ def _near(phrases: Sequence[Phrase], candidates: Sequence[Candidate], evidence: 
     if not held:
         return
     vectors = np.stack([candidates[index].vectors[evidence] for index in held])
-    usual = vectors @ null.T
-    mean, spread = usual.mean(1, keepdims=True), np.maximum(usual.std(1, keepdims=True), SPREAD)
+    low, mean, high = np.percentile(vectors @ null.T, (16, 50, 84), axis=1)[..., None]  # what a null says by chance of the LoRA's own thing does not count
+    spread = np.maximum((high - low) / 2, SPREAD)
     cosines = vectors @ make([phrase.text for phrase in phrases]).T
     scores = (cosines - mean) / spread
     for row, column in zip(*np.nonzero(scores >= least), strict=True):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from retrieval.phrases import Words, split
+from retrieval.phrases import Words, in_words_of, split
 from retrieval.suggest import Candidate, suggest, threshold
 
 WIDTH = 64
@@ -47,11 +47,11 @@ def test_none_when_none_fits():
 
 
 def test_chance_is_held_in_a_large_library():
-    """Of 40 prompts of four unknown words each on 2,000 unrelated LoRAs, few find anything: 5 % a phrase and kind of vector."""
+    """Of 40 prompts of four unknown words each on 2,000 unrelated LoRAs, few find anything: 2 % a phrase and kind of vector."""
     library = [lora(f"unrelated{number}") for number in range(2000)]
     found = sum(len(names(f"thing{a}, thing{a + 1000}, thing{a + 2000}, thing{a + 3000}", library)) > 0 for a in range(40))
-    assert found <= 20
-    assert threshold(1) == 2.0 and 3.2 < threshold(100) < 3.4 and 4.2 < threshold(5000) < 4.5
+    assert found <= 12
+    assert 2.0 < threshold(1) < 2.1 and 3.5 < threshold(100) < 3.6 and 4.4 < threshold(5000) < 4.5
 
 
 def test_a_lora_that_is_near_everything_is_near_nothing():
@@ -118,3 +118,9 @@ def test_a_long_prompt_has_few_phrases_and_takes_no_time():
 def test_words_of_a_prompt():
     assert Words("An OWL, flying").say("owl") and Words("a top hat").say("top hat") and not Words("a bowl").say("owl")
     assert not Words("hat top").say("top hat") and not Words("a").say("") and Words("<lora> 猫").say("猫")
+
+
+def test_a_phrase_in_the_words_of_a_judge():
+    names = ["neon lights", "a robot", "in the city", "a city of neon lights"]
+    assert [in_words_of(names, text) for text in ("neon", "the robot", "city", "neon city", "a fox", "")] == [
+        "neon lights", "a robot", "in the city", "a city of neon lights", "a fox", ""]
