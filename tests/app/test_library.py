@@ -68,7 +68,7 @@ def test_words_and_numbers(library):
 
 def test_what_is_indexed(library, nameless):
     indexed = library.write()
-    assert indexed.loras == indexed.fitting + 1 and indexed.with_behaviour == 3 and indexed.with_weights in (0, indexed.fitting)
+    assert indexed.loras == indexed.fitting + 1 and indexed.with_behaviour == indexed.fitting and indexed.with_weights in (0, indexed.fitting)
     (suggestion,) = library.suggest("a castle")
     row = library.index.get([suggestion.candidate.id])[suggestion.candidate.id]
     assert sorted(Path(file).stem for file in row.files) == ["copy of x0", "x0"] and library.path(suggestion).is_file()
