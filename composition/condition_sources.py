@@ -2,6 +2,7 @@
 opened, kept."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from composition.backbones.base import Backbone, ReadsConditions
 from composition.conditions import Acting, Conditions, Shelf
 from composition.controlnets import Net
 from composition.loras import condition, control_lora, controls, library
-from composition.loras.condition import ConditionLora
+from composition.loras.condition import ConditionLora, Settings
 from composition.loras.control_lora import ControlLora
 from composition.refusal import Refused
 from composition.request import Condition, Receipt, Request
@@ -26,7 +27,7 @@ class Control(NamedTuple):
     name: str
     kind: str
     annotator: str
-    sort: Literal["lora", "controlnet"]
+    sort: Literal["condition LoRA", "control LoRA", "ControlNet"]
     bundled: bool
 
 
@@ -36,24 +37,39 @@ def named(model: str, folders: Sequence[Path]) -> list[Control]:
 
 
 def described(source: str, model: str, folders: Sequence[Path]) -> tuple[Control, Receipt] | None:
-    """What the condition LoRA of this name or path says of itself; None where there is none."""
-    try:
-        path = library.find(source, model, folders, conditions=True)
-        settings, receipt = condition.describe(path)
-    except Refused:
-        return None
-    return Control(path, path.stem, settings.kind, settings.annotator, "lora", path.parent in library.condition_places(model)), receipt
+    """What the condition LoRA, control LoRA or ControlNet of this name or path says of itself; None where there is none."""
+    own = library.condition_places(model)
+    for find in (lambda: library.find(source, model, folders, conditions=True), lambda: controls.find(source, [*own, *folders])):
+        with suppress(Refused):
+            path = find()
+            kind, bundled = controls.recognise(path).kind, any(path.is_relative_to(place) for place in own)
+            if kind == "controlnet":
+                return _net(path, own), controls.receipt(path)
+            if kind == "control-lora":
+                return _lora(path, None, bundled), controls.receipt(path, "flux", "control-lora")
+            settings, receipt = condition.describe(path)
+            return _lora(path, settings, bundled), receipt
+    return None
 
 
 def _loras(model: str, folders: Sequence[Path]) -> list[Control]:
-    return [Control(path, path.stem, settings.kind, settings.annotator, "lora", owned)
-            for path, settings, owned in library.condition_loras(model, folders)]
+    return [_lora(path, settings, owned) for path, settings, owned in library.condition_loras(model, folders)]
+
+
+def _lora(path: Path, settings: Settings | None, bundled: bool) -> Control:
+    """A condition LoRA with its settings, or a control LoRA, which has none."""
+    if settings is None:
+        return Control(path, path.stem, "spatial", controls.annotator(path), "control LoRA", bundled)
+    return Control(path, path.stem, settings.kind, settings.annotator, "condition LoRA", bundled)
 
 
 def _nets(model: str, folders: Sequence[Path]) -> list[Control]:
     own = library.condition_places(model)
-    return [Control(path, controls.name_of(path), "spatial", controls.annotator(path), "controlnet",
-                    any(path.is_relative_to(place) for place in own)) for path in controls.nets([*own, *folders])]  # fmt: skip
+    return [_net(path, own) for path in controls.nets([*own, *folders])]
+
+
+def _net(path: Path, own: Sequence[Path]) -> Control:
+    return Control(path, controls.name_of(path), "spatial", controls.annotator(path), "ControlNet", any(path.is_relative_to(place) for place in own))
 
 
 class ConditionSources:

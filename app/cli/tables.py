@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from composition.methods import Method
     from composition.profiles.frequency import Profile
 
-SORTS = {"lora": "condition LoRA", "controlnet": "ControlNet"}  # what reads a picture that controls
-
 
 def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2, default=str)
@@ -59,15 +57,15 @@ def controls(console: Console, named: Sequence["Control"]) -> None:
         return
     rows = table("--control", "is", "picture", "annotator")
     for each in named:
-        rows.add_row(Text(printable(each.name)), SORTS[each.sort], each.kind, Text(printable(each.annotator)))
+        rows.add_row(Text(printable(each.name)), each.sort, each.kind, Text(printable(each.annotator)))
     console.print(rows)
 
 
 def control_receipt(console: Console, of: "Control", read: Receipt) -> None:
-    """A condition LoRA's receipt, and what it wants of its picture."""
+    """The receipt of what reads a picture that controls, and what it wants of that picture."""
     receipt(console, read, "")
     drawn = f"drawn by annotator {of.annotator}" if of.annotator else "as it is"
-    console.print(Text(printable(f"a condition LoRA: --control {of.name}=PICTURE; its picture is {of.kind}, {drawn}")))
+    console.print(Text(printable(f"a {of.sort}: --control {of.name}=PICTURE; its picture is {of.kind}, {drawn}")))
 
 
 def loras_json(listed: Sequence["library.Listed"], named: Sequence["Control"] = ()) -> str:
@@ -84,7 +82,7 @@ def loras_json(listed: Sequence["library.Listed"], named: Sequence["Control"] = 
 
 
 def control_row(of: "Control") -> dict[str, Any]:
-    return {"name": of.name, "path": str(of.path), "control": SORTS[of.sort], "kind": of.kind, "annotator": of.annotator}
+    return {"name": of.name, "path": str(of.path), "control": of.sort, "kind": of.kind, "annotator": of.annotator}
 
 
 def receipt(console: Console, of: Receipt, base: str) -> None:

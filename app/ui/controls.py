@@ -37,9 +37,8 @@ def component(engine: "Engine") -> gr.HTML:
 
 def sources(engine: "Engine") -> list[dict[str, str]]:
     """What the page offers to read a picture: the model's bundled ones first, by name, never by path."""
-    kinds = {"lora": "condition LoRA", "controlnet": "ControlNet"}
     listed = sorted(engine.conditions(), key=lambda each: not each.bundled)
-    return [{"key": each.name, "title": printable(f"{each.name} ({kinds[each.sort]})"), "annotator": each.annotator} for each in listed]
+    return [{"key": each.name, "title": printable(f"{each.name} ({each.sort})"), "annotator": each.annotator} for each in listed]
 
 
 def look(image: Any, annotator: Any, turn: Any, size: tuple[int, int]) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def stamp(path: Path) -> tuple[object, ...]:
     return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
 
 
-def receipt(path: Path, family: str) -> Receipt:
+def receipt(path: Path, family: str = "unknown", kind: Kind = "controlnet") -> Receipt:
     """What was read: all of its tensors. sha256: of its one file, or of several's, one after the other."""
     whole, data, count = hashlib.sha256(), hashlib.sha256(), 0
     for file in weights(path):
@@ -176,8 +176,8 @@ def receipt(path: Path, family: str) -> Receipt:
                 whole.update(part)
                 data.update(part)
     return Receipt(
-        name=name_of(path), path=str(path), sha256=whole.hexdigest(), tensor_sha256=data.hexdigest(), family=family, layout="controlnet",
-        tensors=count, applied=count, components={"controlnet": {"tensors": count, "modules": 0}}, data_sha256=data.hexdigest())
+        name=name_of(path), path=str(path), sha256=whole.hexdigest(), tensor_sha256=data.hexdigest(), family=family, layout=kind,
+        tensors=count, applied=count, components={kind: {"tensors": count, "modules": 0}}, data_sha256=data.hexdigest())
 
 
 def _stem(path: Path) -> str:

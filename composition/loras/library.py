@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from composition import bundled
 from composition.bundled import BUNDLES
-from composition.loras import condition, metadata, reader
+from composition.loras import condition, controls, metadata, reader
 from composition.loras import folders as lora_folders
 from composition.loras.condition import Settings
 from composition.loras.safetensors import ENDING, load_header
@@ -88,13 +88,18 @@ def trouble(error: Exception) -> str:
     return f"cannot be read: {' '.join(str(reason).split())[:200]}"
 
 
-def condition_loras(model: str, folders: Sequence[Path] = ()) -> list[tuple[Path, Settings, bool]]:
-    """Every condition LoRA that can be named, with what its header tells and whether it came with the model; others are passed over."""
+def condition_loras(model: str, folders: Sequence[Path] = ()) -> list[tuple[Path, Settings | None, bool]]:
+    """Every condition LoRA and control LoRA that can be named; others are passed over.
+
+    With what a condition LoRA's header tells, None of a control LoRA, and whether it came with the model.
+    """
     rows, own = [], _places(model, (), conditions=True)
     for place, path in _files(model, folders, conditions=True):
         with suppress(Exception):  # one file, whatever is wrong with it, does not take the others down
             if _is_condition(path, stamp(path)):
                 rows.append((path, condition.describe(path)[0], place in own))
+            elif controls.recognise(path).kind == "control-lora":
+                rows.append((path, None, place in own))
     return rows
 
 
@@ -112,6 +117,8 @@ def find(source: str, model: str, folders: Sequence[Path] = (), *, conditions: b
     if len(several) > 1:
         raise Refused(f"{len(several)} LoRAs are named {source!r}: give the path of one of " + _listed(list(map(str, several))))
     if not several:
+        if not conditions and (reads := _reads_pictures(source, model, folders)):
+            raise Refused(reads)
         raise Refused(_nothing(source, model, [path.stem for _, path in known.walk.rows], conditions))
     return several[0]
 
@@ -227,6 +234,16 @@ def _files(model: str, folders: Sequence[Path], conditions: bool = False) -> lis
 def _listed(names: Sequence[str]) -> str:
     """Names one after another; of thousands the first."""
     return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else "")
+
+
+def _reads_pictures(source: str, model: str, folders: Sequence[Path]) -> str:
+    """What to do with the name or the folder of a ControlNet or a condition LoRA that was given for a LoRA; "" for another."""
+    named = [path for path in controls.nets([*condition_places(model), *folders]) if source in (path.name, controls.name_of(path))]
+    if named or os.path.isdir(source) and controls.recognise(Path(source)).kind:
+        return f"{source!r} is a ControlNet, which goes with a picture: --control {source}=PICTURE"
+    if any(path.stem == _bare(source) for _, path in _files(model, folders, conditions=True)):
+        return f"{source!r} is a condition LoRA, which goes with a picture: --control {source}=PICTURE"
+    return ""
 
 
 def _nothing(source: str, model: str, known: Sequence[str], conditions: bool) -> str:

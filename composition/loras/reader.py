@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from composition.loras import controls, metadata, scale, suspicious
 from composition.loras import family as lora_family
 from composition.loras import layers as layer_map
-from composition.loras import metadata, scale, suspicious
 from composition.loras.fused import Part
 from composition.loras.keys import TWICE, Module, modules
 from composition.loras.kinds.lora import Factors, fitted
@@ -65,6 +65,8 @@ def read(
     """
     path = Path(path)
     raw = load_safely(path)
+    if controls.of_names(raw.tensors).kind == "controlnet":
+        raise Refused(f"{path.name} is a ControlNet, which goes with a picture: --control {path}=PICTURE")
     updates, ignored = modules(raw.tensors)
     updates = [_settled(module, components) for module in updates]
     stated = scale.statements(path, raw.metadata)

@@ -6,8 +6,8 @@ follows from (plan, concept, step): a run that was stopped and resumed is the ru
 operations for sixteen concepts as for two, and on a device with a queue of its own nothing in it waits for an answer.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -66,7 +66,7 @@ def train(
             state.load(checkpoint)
         batches = Batches(backbone, adapters, concepts, plan)
         step = Learning(backbone, adapters, plan, compiled)
-        with state.rescued(checkpoint), step.restored(), closing(batches.stream(state.step)) as stream:
+        with state.rescued(checkpoint), step.lent.restored(), closing(batches.stream(state.step)) as stream:
             if not advanced(state, stream, step, on_step=lambda losses: on_step and on_step(state.step, Losses(names, losses)),
                             checkpoint=checkpoint, save_every=save_every, stop=stop):
                 return {}
@@ -110,14 +110,6 @@ class Learning:
         self.backbone, self.adapters, self.plan = backbone, adapters, plan
         self.lent = HalfBase(backbone.denoiser, backbone.device, plan.half)
         self.compiled = Compiled(backbone.denoiser, compiled)
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """The base has its own weights afterwards, wherever a step was interrupted."""
-        try:
-            yield
-        finally:
-            self.lent.restore()
 
     def __call__(self, batch: Batch) -> Float[Tensor, "K"]:
         """Adds to the gradients; returns the loss of each adapter."""

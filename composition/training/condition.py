@@ -8,7 +8,6 @@ Every random number follows from (plan, name, step): a run that was stopped and 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +96,7 @@ def train(
             if on_step:
                 on_step(state.step, Losses([pairs.name], losses), learning.updates())
 
-        with state.rescued(checkpoint), learning.restored():
+        with state.rescued(checkpoint), learning.lent.restored():
             if not advanced(state, rows.stream(state.step), learning, on_step=report, checkpoint=checkpoint, save_every=save_every, stop=stop):
                 return None
             words = {**pairs.words, **(describe(learning.updates()) if describe else {})}
@@ -161,14 +160,6 @@ class Learning:
         self.backbone, self.banks, self.trained, self.plan, self.strength = backbone, banks, trained, plan, strength
         self.paths = list(next(iter(trained.layers.values())))
         self.lent = HalfBase(backbone.denoiser, backbone.device, plan.half)
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """The base has its own weights afterwards, wherever a step was interrupted."""
-        try:
-            yield
-        finally:
-            self.lent.restore()
 
     def factors(self) -> dict[str, Factors]:
         """The LoRA as it stands, by path of layer: views of what is trained, in single precision."""

@@ -30,6 +30,14 @@ class HalfBase:
         finally:
             self.restore()
 
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The layers have their own weights afterwards, wherever a step was interrupted."""
+        try:
+            yield
+        finally:
+            self.restore()
+
     def restore(self) -> None:
         """The layers have their own weights."""
         for weight, whole, _ in self.lent:

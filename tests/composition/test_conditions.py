@@ -342,6 +342,17 @@ def test_no_tensor_of_a_run_is_alive_after_it(engines, folder):
     laws.leaves_nothing(engines["flux"], request("composite", folder, [edges(folder)]))
 
 
+@pytest.mark.slow
+def test_on_a_denoiser_that_was_compiled_before(engines, folder, shapes_unchecked):
+    """Banks are read and left in the same compiled denoiser."""
+    torch.compiler.reset()
+    compiled = Engine(backbones.of(toys.flux(dtype=torch.float64), "flux"), "toy", folders=[folder], fold=False)
+    compiled.backbone.denoiser.compile(backend="eager")
+    for controls in ([], [edges(folder)], []):
+        asked = request("merge", folder, controls, loras=[], steps=1)
+        laws.same(laws.latents(compiled, asked), laws.latents(engines["flux"], asked), 1e-9)
+
+
 def test_cached_passes_beside_banks(engine, folder, opened):
     """From slots that were just filled, the whole passes; from slots of other conditions, a whole pass again."""
     there = opened(engine, request("cmlora", folder, [edges(folder, end=0.5)], steps=4))

@@ -96,7 +96,7 @@ def test_a_region_that_is_everywhere(family, engine, method, edges, lora_files):
 
 def test_an_annotator_by_the_file_and_by_the_request(engine, folder, depth, edges):
     assert [(control.name, control.annotator, control.sort, control.bundled) for control in engine.conditions()] == [
-        ("edges", "", "controlnet", False), ("depth", "grey", "controlnet", False)]
+        ("edges", "", "ControlNet", False), ("depth", "grey", "ControlNet", False)]
     grey = replace(depth, annotator="grey", image=str(folder / "edges.png"))
     asked = laws.request("merge", steps=2)
     by_file, by_request, drawn = (laws.latents(engine, replace(asked, conditions=[replace(grey, annotator=annotator)])) for annotator in (None, "grey", ""))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
 from app import remarks
 from app.cli import flags
@@ -275,3 +276,27 @@ def test_what_reads_pictures_is_listed_and_inspected(medley, nets):
 def test_a_condition_lora_given_as_a_lora_says_how_it_is_given(make):
     said = make("--lora", "edges")
     assert said.code == 2 and "of a condition LoRA, which goes with a picture: --control NAME=PICTURE" in said.err
+
+
+@pytest.mark.parametrize("source", ["canny", "controlnet-canny", "FOLDER", "FILE"])
+def test_a_controlnet_given_as_a_lora_says_how_it_is_given(medley, source):
+    folder = bundled.path("pocket128/controlnet-canny")
+    source = {"FOLDER": folder, "FILE": folder / "diffusion_pytorch_model.safetensors"}.get(source, source)
+    said = medley("generate", "a fox", "--lora", source)
+    assert said.code == 2 and f"is a ControlNet, which goes with a picture: --control {source}=PICTURE" in said.err
+
+
+def test_a_bundled_name_of_a_condition_lora_given_as_a_lora(medley):
+    said = medley("generate", "a fox", "--model", "pocket-flux", "--lora", "canny")
+    assert said.code == 2 and "'canny' is a condition LoRA, which goes with a picture: --control canny=PICTURE" in said.err
+
+
+def test_controlnets_and_control_loras_are_inspected(medley, tmp_path):
+    assert "a ControlNet: --control canny=PICTURE; its picture is spatial, drawn by annotator canny" in medley("inspect", "canny").out
+    weights = {f"transformer.x_embedder.lora_{side}.weight": torch.zeros(size) for side, size in (("A", (4, 128)), ("B", (64, 4)))}
+    save_file(weights, tmp_path / "depth.safetensors")
+    for words in (("depth", "--lora-dir", tmp_path), (tmp_path / "depth.safetensors",)):
+        read = medley("inspect", *words, "--model", "pocket-flux", "--json").json
+        assert (read["control"], read["tensors"], read["family"]) == ("control LoRA", 2, "flux")
+    listed = {row["name"]: row for row in medley("loras", "--model", "pocket-flux", "--lora-dir", tmp_path, "--json").json}
+    assert listed["depth"]["control"] == "control LoRA" and listed["canny"]["control"] == "condition LoRA"
