@@ -119,6 +119,8 @@ def find(source: str, model: str, folders: Sequence[Path] = (), *, conditions: b
     if not several and not conditions and (reads := _reads_pictures(source, model, folders)):
         raise Refused(reads)
     if not several:
+        if not conditions and (reads := _reads_pictures(source, model, folders)):
+            raise Refused(reads)
         raise Refused(_nothing(source, model, [path.stem for _, path in known.walk.rows], conditions))
     return several[0]
 

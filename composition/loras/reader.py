@@ -207,8 +207,10 @@ def _sizes(module: Module, raw: SafeFile, alpha: float) -> suspicious.Sizes:
 
 def is_pair(module: Module, tensors: Mapping[str, Tensor]) -> bool:
     """Whether it has a down and an up in floating point, with at least two dimensions."""
-    pair = [tensors[module.keys[role]] for role in ("down", "up") if role in module.keys]
-    return len(pair) == 2 and all(factor.dtype.is_floating_point and factor.ndim >= 2 for factor in pair)
+    if "down" not in module.keys or "up" not in module.keys:
+        return False
+    down, up = tensors[module.keys["down"]], tensors[module.keys["up"]]
+    return down.dtype.is_floating_point and up.dtype.is_floating_point and down.ndim >= 2 and up.ndim >= 2
 
 
 def _obstacle(

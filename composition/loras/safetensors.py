@@ -230,7 +230,12 @@ def _entry(name: str, value: Any) -> _Entry:
 
 def _counts(value: Any) -> bool:
     """True for a list of whole numbers from 0."""
-    return type(value) is list and not any(type(x) is not int or x < 0 for x in value)
+    if type(value) is not list:
+        return False
+    for number in value:  # a loop: this is asked of every tensor of thousands of headers
+        if type(number) is not int or number < 0:
+            return False
+    return True
 
 
 def _tensor(path: Path, file: FileIO, entry: _Entry) -> Tensor:
