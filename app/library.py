@@ -113,7 +113,9 @@ class Library:
     @cached_property
     def index(self) -> Index:
         """Vectors of other encoders than ours are dropped from it: they could not be compared."""
-        names: dict[Space, str] = {"behaviour": f"{self.base.model} {self.judge.name}"} | ({"weight": self.encoder.name} if self.encoder else {})
+        names: dict[Space, str] = {"behaviour": f"{self.base.model} {self.judge.name}"}
+        if self.encoder:
+            names["weight"] = self.encoder.name
         index = Index(self.place / f"index-{_safe(self.base.name)}", encoders=names)
         for space, name in index.held_encoders().items():
             if space in names and name not in ("", names[space]):
@@ -225,12 +227,12 @@ class Library:
         count = self.index.count(where)
         if not count:
             raise Refused(f"no LoRA for {self.model} is indexed: run `medley index` with the folders of your LoRAs first")
-        queries = {space: make for space, make in self._queries().items() if space in self.index.held_encoders()}
+        queries: dict[Space, Queries] = {space: make for space, make in self._queries().items() if space in self.index.held_encoders()}
         phrases = [phrase.text for phrase in split(prompt)]
         vectors = {space: make(phrases) for space, make in queries.items()} if phrases else {}
         ids: dict[str, None] = {}
         for number, phrase in enumerate(phrases):
-            query: dict[Space, Any] = {space: values[number] for space, values in vectors.items()}
+            query = {space: values[number] for space, values in vectors.items()}
             ids |= dict.fromkeys(hit.id for hit in self.index.search(query, phrase, where, NEAREST, fuzzy=False))
         candidates = [self._candidate(row) for row in self.index.get(ids).values()]
         nulls = {space: self._null(space, make) for space, make in queries.items()}

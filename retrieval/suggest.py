@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from retrieval.phrases import Phrase, Words, content, split
+from retrieval.rows import Space
 
 MOST = 3
 CHANCE = 0.02  # that some unrelated LoRA of the library is taken for a phrase
@@ -33,7 +34,7 @@ class Candidate:
 
     id: str
     name: str
-    vectors: Mapping[str, Float[np.ndarray, " D"]]
+    vectors: Mapping[Space, Float[np.ndarray, " D"]]
     triggers: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     category: str = ""
@@ -77,7 +78,7 @@ class Suggestion:
 
 
 def suggest(
-    prompt: str, candidates: Sequence[Candidate], queries: Mapping[str, Queries], null: Mapping[str, Vectors], *, most: int = MOST,
+    prompt: str, candidates: Sequence[Candidate], queries: Mapping[Space, Queries], null: Mapping[Space, Vectors], *, most: int = MOST,
     chance: float = CHANCE, alike: float = ALIKE, count: int = 0,
 ) -> list[Suggestion]:
     """The LoRAs that a prompt asks for, best first.
@@ -117,7 +118,7 @@ def _spoken(prompt: str, phrases: Sequence[Phrase], candidates: Sequence[Candida
                 break
 
 
-def _near(phrases: Sequence[Phrase], candidates: Sequence[Candidate], evidence: str, make: Queries, null: Vectors, least: float) -> Reasons:
+def _near(phrases: Sequence[Phrase], candidates: Sequence[Candidate], evidence: Space, make: Queries, null: Vectors, least: float) -> Reasons:
     """What one kind of vector says, where that is more than chance."""
     held = [index for index, candidate in enumerate(candidates) if evidence in candidate.vectors]
     if not held:
