@@ -229,13 +229,13 @@ class Library:
             raise Refused(f"no LoRA for {self.model} is indexed: run `medley index` with the folders of your LoRAs first")
         queries: dict[Space, Queries] = {space: make for space, make in self._queries().items() if space in self.index.held_encoders()}
         phrases = [phrase.text for phrase in split(prompt)]
-        vectors = {space: make(phrases) for space, make in queries.items()} if phrases else {}
+        vectors: dict[Space, Any] = {space: make(phrases) for space, make in queries.items()} if phrases else {}
         ids: dict[str, None] = {}
         for number, phrase in enumerate(phrases):
-            query = {space: values[number] for space, values in vectors.items()}
+            query: dict[Space, Any] = {space: values[number] for space, values in vectors.items()}
             ids |= dict.fromkeys(hit.id for hit in self.index.search(query, phrase, where, NEAREST, fuzzy=False))
         candidates = [self._candidate(row) for row in self.index.get(ids).values()]
-        nulls = {space: self._null(space, make) for space, make in queries.items()}
+        nulls: dict[Space, Any] = {space: self._null(space, make) for space, make in queries.items()}
         return selection.suggest(prompt, candidates, queries, nulls, most=most, chance=chance, count=count)
 
     def paths(self, suggestion: Suggestion) -> list[Path]:
