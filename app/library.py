@@ -28,12 +28,13 @@ from retrieval import suggest as selection
 from retrieval.cards import Card
 from retrieval.catalogue import Catalogue, OnFile, Reading, Scan
 from retrieval.encode import Encoder
-from retrieval.index import Index
+from retrieval.index import ANY, Index
 from retrieval.judge import Judge
 from retrieval.phrases import in_words_of, split
-from retrieval.rows import SPACES, Filter, Row, Space
+from retrieval.rows import SPACES, Filter, Hit, Row, Space
 from retrieval.sketch import Sketch, packed, sketch, unpacked
 from retrieval.suggest import CHANCE, MOST, Candidate, Queries, Suggestion
+from retrieval.words import parse
 
 if TYPE_CHECKING:
     from composition.loras.kinds.lora import Factors
@@ -237,6 +238,15 @@ class Library:
         candidates = [self._candidate(row) for row in self.index.get(ids).values()]
         nulls: dict[Space, Any] = {space: self._null(space, make) for space, make in queries.items()}
         return selection.suggest(prompt, candidates, queries, nulls, most=most, chance=chance, count=count)
+
+    def search(self, text: str, where: Filter = ANY, most: int = 10) -> list[tuple[Row, Hit]]:
+        """Rows of the index by words and, for LoRAs of the model, by what they do; phrases in quotes must occur. Best first, whatever their base."""
+        words = parse(text)
+        free = " ".join(words.terms) if not words.phrases else ""
+        vectors: dict[Space, Any] = {space: make([free])[0] for space, make in self._queries().items() if free and space in self.index.held_encoders()}
+        hits = self.index.search(vectors, text, where, most)
+        rows = self.index.get(hit.id for hit in hits)
+        return [(rows[hit.id], hit) for hit in hits if hit.id in rows]
 
     def paths(self, suggestion: Suggestion) -> list[Path]:
         """The files of a suggested LoRA that are there."""

@@ -189,6 +189,7 @@ app.command(epilog=batch.EPILOG)(batch.batch)
 app.command(epilog=annotate.EPILOG)(annotate.annotate)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command()(suggest.suggest)
+app.command()(suggest.search)
 
 
 @app.command()

@@ -49,6 +49,36 @@ def suggest(
     out.print(rows)
 
 
+def search(
+    query: Annotated[str, typer.Argument(help='Words, any of which may occur; phrases in "double quotes" must.')],
+    model: Annotated[str, typer.Option("--model", "-m", help="The base whose bundled LoRAs are in it too.")] = "pocket",
+    lora_dir: Annotated[list[Path] | None, typer.Option("--lora-dir", help="A folder of LoRAs; it is indexed when it was not yet.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only LoRAs for this base: sd, sdxl, sd3, flux, pocket.")] = None,
+    category: Annotated[str | None, typer.Option(help="Only of this category, as character.")] = None,
+    most: Annotated[int, typer.Option(min=1, max=1000, help="At most this many.")] = 10,
+    judge: Annotated[str, typer.Option(help="The open-clip model that LoRAs were indexed with.")] = "pocket",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Search your LoRAs by their words, and by what they do; typos and beginnings of words are understood."""
+    engines.prepare(model, judge=judge)
+    from retrieval.rows import Filter
+
+    results = opened(model, lora_dir or [], judge).search(query, Filter(family=family, category=category), most)
+    if json:
+        out.document(tables.as_json([
+            {"name": of.name, "title": of.title, "files": list(of.files), "tensor_sha256": of.id, "family": of.family, "category": of.category,
+             "triggers": list(of.triggers), "licence": of.licence, "ranks": dict(hit.ranks), "scores": dict(hit.scores)} for of, hit in results]))  # fmt: skip
+        return
+    if not results:
+        out.print("no LoRA of your library has these words")
+        return
+    rows = tables.table("LoRA", "for", "category", "trigger words", "found by")
+    for of, hit in results:
+        evidence = ", ".join(f"{name} {rank}" for name, rank in sorted(hit.ranks.items(), key=lambda pair: pair[1]))
+        rows.add_row(*(Text(printable(text)) for text in (of.title or of.name, of.family, of.category, ", ".join(of.triggers[:4]), evidence)))
+    out.print(rows)
+
+
 def opened(model: str, folders: Sequence[Path], judge: str = "pocket") -> "Library":
     """The library of these folders, the user's own and the model's, indexed when nothing of it was."""
     from app.library import Library

@@ -118,3 +118,14 @@ def test_auto_adds_trigger_words_and_keeps_what_was_chosen(medley, home):
     drawn = medley("generate", "a wolf in neon", "--auto", "--lora", "wolf:0.5", "--method", "merge", "--steps", 2, "--seed", 1, "--json").json["request"]
     assert [(Path(lora["source"]).stem, lora["weight"]) for lora in drawn["loras"]] == [("wolf", 0.5), ("neon", 1.0)] and drawn["method"] == "merge"
     assert drawn["prompt"] == "a wolf in neon, neon lights"
+
+
+def test_search_by_words_quotes_typos_and_behaviour(medley, nameless, home):
+    def names(*words):
+        return [row["name"] for row in medley("search", *words, "--lora-dir", nameless[0], "--json").json]
+
+    assert names('"neon lights"') == ["neon"] and names('"lights neon"') == []
+    assert names("racoon")[0] == "raccoon" and names("guitar")[0] == "x2"
+    assert names("castle", "--family", "sd") == ["castle"] and "castle" not in names("castle", "--family", "pocket")
+    assert "no LoRA of your library has these words" in medley("search", '"nothing of that kind"').out
+    assert "x2" in medley("search", "guitar", "--lora-dir", nameless[0]).out
