@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 TABLE = "loras"
 STORES = ("file", "memory", "s3", "gs", "az")  # what LanceDB reaches without a service of its own
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-_SOURCE_LINE = re.compile(r",? ?/\S+\.rs:\d+:\d+")  # where in LanceDB's own code
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]{1,30})://", re.IGNORECASE)
+_SOURCE_LINE = re.compile(r",? ?/\S{1,200}\.rs:\d{1,7}:\d{1,7}")  # where in LanceDB's own code
 
 
 def address(uri: str | Path) -> str:

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from retrieval.cards import Card
     from retrieval.catalogue import OnFile
 
+NO_MODEL = "none"
 MOST_SHOWN = 20  # of a list, without --json
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def index(
     folders: Annotated[list[Path] | None, typer.Argument(metavar="DIR...", help="Folders of LoRA files, besides your own.")] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="The model whose bundled LoRAs are in it too.")] = "pocket",
+    model: Annotated[str, typer.Option("--model", "-m", help="The base for which LoRAs can be suggested afterwards, whose bundled ones are in it too; none for the catalogue "
+                                     "alone.")] = "pocket",
     headers: Annotated[bool, typer.Option("--headers", help="Read headers alone; hashes and strengths another time.")] = False,
     duplicates: Annotated[bool, typer.Option("--duplicates", help="List the files that hold the same LoRA.")] = False,
     behaviour: Annotated[bool, typer.Option("--behaviour", help="Also draw pictures with every LoRA for the model that has no behaviour yet, so that a "
@@ -46,14 +48,15 @@ def index(
     from retrieval.duplicates import near as compare
 
     torch.set_num_threads(1)  # matrices of a rank are small: on busy cores a second thread was seen to cost fifty times what it gains
-    library = Library(model, engines.folders(folders or [], ""), judge=judge)
-    catalogue, reading, indexed = library.catalogue, None, None
+    places = engines.folders(folders or [], "")
+    catalogue, library = engines.catalogue(), None if model == NO_MODEL else Library(model, places, judge=judge)
     with _bar("headers") as on_file:
-        scan = library.scan(on_file=on_file)
+        scan = catalogue.scan(places, model, on_file=on_file)
+    reading = indexed = None
     if not headers:
         with _bar("whole files") as on_file:
-            reading = library.read(on_file=on_file)
-        indexed = library.write(measure=_measuring(library) if behaviour else None)
+            reading = library.read(on_file=on_file) if library else catalogue.read(on_file=on_file)
+        indexed = library.write(measure=_measuring(library) if behaviour else None) if library else None
     broken = list({card.path: card for card in (*scan.broken, *(reading.broken if reading else ()))}.values())
     equal = catalogue.duplicates()
     alike = compare(catalogue.cards()) if near else []
