@@ -56,7 +56,7 @@ def index(
     if not headers:
         with _bar("whole files") as on_file:
             reading = library.read(on_file=on_file) if library else catalogue.read(on_file=on_file)
-        indexed = library.write(measure=_measuring(library) if behaviour else None) if library else None
+        indexed = library.write(measure=measuring(library) if behaviour else None) if library else None
     broken = list({card.path: card for card in (*scan.broken, *(reading.broken if reading else ()))}.values())
     equal = catalogue.duplicates()
     alike = compare(catalogue.cards()) if near else []
@@ -90,7 +90,7 @@ def index(
     out.print(Text(printable(f"catalogue: {catalogue.file}"), style="dim"))
 
 
-def _measuring(library: "Library") -> "Callable[[Sequence[Card]], None]":
+def measuring(library: "Library") -> "Callable[[Sequence[Card]], None]":
     """What draws pictures with LoRAs, with a progress bar, and keeps their behaviours."""
 
     def measure(cards: "Sequence[Card]") -> None:

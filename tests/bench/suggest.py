@@ -1,0 +1,56 @@
+"""Suggestions from files that say nothing: Pocket's LoRAs under numbers for names, without metadata, found by their behaviour alone.
+
+``python -m tests.bench.suggest``: draws 10 pictures of 8 steps with each (about 80 core-seconds for all), then asks for the LoRAs of some prompts.
+"""
+
+import argparse
+import os
+import random
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+PROMPTS = {  # the bundled LoRAs that each calls for
+    "a dragon in a neon city": {"dragon", "neon"}, "a raccoon and an owl in the forest": {"raccoon", "owl"},
+    "a fox with a top hat, ink drawing": {"top_hat", "ink"}, "a wolf on the moon": {"wolf", "moon"}, "a unicorn riding a bicycle": {"unicorn", "bicycle"},
+    "a hedgehog in the autumn wood": {"hedgehog", "autumn"}, "a rose": {"rose"}, "pixel art of a castle": {"pixel"}, "a scarf and sunglasses": {"scarf", "sunglasses"},
+    "candy land": {"candy"}, "an umbrella in the rain": {"umbrella"}, "a submarine under the sea": set(), "a robot in the snow": set(),
+    "a lion and a penguin in the desert": set(), "a castle at sunset": set(),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.suggest", description=__doc__)
+    parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["MEDLEY_HOME"] = str(Path(place) / "home")
+        from safetensors.torch import load_file, save_file
+
+        from app.cli.index import measuring
+        from app.library import Library
+        from composition import bundled
+
+        loras = bundled.path("pocket128/loras")
+        names = sorted(path.stem for path in loras.glob("*.safetensors"))
+        random.Random(3).shuffle(names)
+        folder = Path(place) / "nameless"
+        folder.mkdir()
+        for number, name in enumerate(names):  # a little stronger, so that they are not the bundled ones by their hashes
+            save_file({key: value * 1.001 for key, value in load_file(loras / f"{name}.safetensors").items()}, folder / f"{number:02d}.safetensors")
+        bundled.BUNDLES["pocket"] = replace(bundled.BUNDLES["pocket"], loras="", profiles="nothing")  # the bundled ones say what they are
+        library, begun = Library("pocket", [folder]), time.process_time()
+        library.scan()
+        library.read()
+        print(library.write(measure=measuring(library)), f"in {time.process_time() - begun:.0f} core-seconds")
+        right = wrong = missed = 0
+        for prompt, wanted in PROMPTS.items():
+            suggestions = library.suggest(prompt)
+            named = {names[int(each.candidate.name)] for each in suggestions}
+            right, wrong, missed = right + len(named & wanted), wrong + len(named - wanted), missed + len(wanted - named)
+            print(f"{prompt}: " + (", ".join(f"{names[int(each.candidate.name)]} for {each.phrase!r} ({each.score:.1f})" for each in suggestions) or "none"))
+        print(f"{right} of {right + missed} LoRAs that the prompts call for, {wrong} others")
+
+
+if __name__ == "__main__":
+    main()
