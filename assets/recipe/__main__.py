@@ -3,7 +3,7 @@
 Stages: art (rendered from the packages), autoencoder, base, polish (of the decoder), export, judge, loras, previews (in the LoRAs'
 headers, and their profiles), measure, controlnet and controlnet-measure, and then flux, flux-loras, flux-previews and flux-measure for the
 second base, which has the first one's autoencoder and is taught by it, and flux-conditions and flux-conditions-measure for its condition
-LoRAs; or all of them in order. By itself stands pool, hundreds of small LoRAs for the search. ``--budget`` is minutes of training for autoencoder, base, polish, judge, controlnet and flux together (their
+LoRAs; or all of them in order. By themselves stand pool, hundreds of small LoRAs for the search, pool-looks, pictures made with each, and encoder, the weight encoder of the pool. ``--budget`` is minutes of training for autoencoder, base, polish, judge, controlnet and flux together (their
 shares are below), compiling not counted, and a larger budget on a later call takes them further; the LoRAs' number of steps is not part of
 it, and pool has all of it, in minutes of processor time. The same code trains on a processor and on a GPU.
 """
@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionPipeline
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from composition import Engine, backbones
+from retrieval import training
 from retrieval.judge import Judge
 
 from . import (
@@ -33,6 +34,7 @@ from . import (
     confusion,
     controlled,
     controlnet,
+    encoder,
     export,
     flux,
     judge,
@@ -58,7 +60,7 @@ FIRST = ("art", "autoencoder", "base", "polish", "export", "judge", "loras", "pr
 SECOND = ("flux", "flux-loras", "flux-previews", "flux-measure")
 THIRD = ("flux-conditions", "flux-conditions-measure")
 STAGES = (*FIRST, *SECOND, *THIRD)
-POOL = ("pool", "pool-measure")
+POOL = ("pool", "pool-measure", "pool-looks", "encoder")
 POCKET = Path(__file__).parents[1] / "pocket128"
 POLISHED = 10**8  # scene numbers from here on are what the decoder is polished on
 
@@ -91,6 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--condition-steps", type=int, default=0, help="of every stage of a condition; 0: as many as its plan says")
     parser.add_argument("--pairs", type=int, default=0, help="pictures with their conditions, for every stage; 0: as many as it says")
     parser.add_argument("--base", type=Path, default=POCKET, help="of pool: the Pocket folder whose sd/ learns, and whose clip/ measures")
+    parser.add_argument("--encoder-steps", type=int, default=1000, help="of the weight encoder")
     parser.add_argument("--part", default="1/1", help="of pool: K/N makes every N-th group from the K-th on, for N processes beside one another")
     parser.add_argument("--together", type=int, default=1, help="LoRAs that train as one batch; each takes its own rows (of pool 8 at least)")
     parser.add_argument("--judge", type=Path, help="a judge's folder for flux-conditions-measure, when it is not --out's clip/")
@@ -252,6 +255,23 @@ def _pool(args: argparse.Namespace, stages: Sequence[str], art: Path) -> None:
                   over=pool.spent(args.budget))  # fmt: skip
     if "pool-measure" in stages:
         _keep(args.work, "pool", pool.figures(pipe, Judge.open(str(args.base / "clip"), args.device), art, some, folder, _share(args, 12)))
+    if {"pool-looks", "encoder"} & set(stages):
+        _encoder(args, stages, pipe, folder)
+
+
+def _encoder(args: argparse.Namespace, stages: Sequence[str], pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """What the judge sees of the pool's LoRAs, and the weight encoder that is trained on them, in --out's encoder/."""
+    rows, looks, clip_judge, seen = encoder.rows_of(folder), args.work / "looks", Judge.open(str(args.base / "clip"), args.device), None
+    clip_judge.name = f"pocket {clip_judge.name.rpartition(' ')[2]}"  # as it is called where it is bundled
+    if "pool-looks" in stages or (looks / "base.json").is_file():
+        with Engine(backbones.of(pipe, "sd"), "pocket") as engine:
+            seen = encoder.looks(engine, clip_judge, folder, rows, looks)
+    if "encoder" in stages:
+        read = encoder.sketches(folder, rows, args.base / "sd")
+        plan = training.Plan(steps=args.encoder_steps)
+        model = encoder.learn(rows, read, clip_judge, seen, args.work / "encoder.pt", plan)
+        model.save(args.out / "encoder")
+        _keep(args.work, "encoder", encoder.figures(rows, read, clip_judge, seen, model))
 
 
 def _flux(args: argparse.Namespace, art: Path, world: World, folder: Path) -> None:
