@@ -196,6 +196,6 @@ def test_a_path_in_place_of_a_picture_is_refused_on_the_wire(server, tmp_path):
 
 def test_bundled_ones_come_first_and_no_path_is_shown():
     control = namedtuple("control", "path name kind annotator sort bundled")
-    listed = [control(Path("/home/me/b"), "b", "spatial", "canny", "controlnet", False), control(Path("/x/a"), "a", "subject", "", "lora", True)]
+    listed = [control(Path("/home/me/b"), "b", "spatial", "canny", "ControlNet", False), control(Path("/x/a"), "a", "subject", "", "condition LoRA", True)]
     engine = namedtuple("engine", "conditions")(lambda: listed)
     assert controls.sources(engine) == [{"key": "a", "title": "a (condition LoRA)", "annotator": ""}, {"key": "b", "title": "b (ControlNet)", "annotator": "canny"}]
