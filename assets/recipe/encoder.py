@@ -107,10 +107,10 @@ def figures(rows: Sequence[Row], read: Sequence[Sketch], judge: Judge, seen: Loo
         held = [index for index, row in enumerate(rows) if row["split"] == split]
         concepts = {rows[index]["concept"] for index in held}
         others = [index for index, row in enumerate(rows) if row["split"] == "train" and row["concept"] not in concepts][:DISTRACTORS]
-        asked = [(owner, query) for owner, index in enumerate(held) for query in rows[index]["queries"]]
+        pairs = [(owner, query) for owner, index in enumerate(held) for query in rows[index]["queries"]]
         if not held:
             continue
-        owners, prompts, candidates = np.array([owner for owner, _ in asked]), [query for _, query in asked], held + others
+        owners, prompts, candidates = np.array([owner for owner, _ in pairs]), [query for _, query in pairs], held + others
         right = owners[:, None] == np.arange(len(candidates))[None, :]
         scores = {"chance": metrics.chance(len(prompts), len(candidates)),
                   "file names": metrics.bm25(prompts, [rows[index]["file"] for index in candidates]),
