@@ -240,11 +240,13 @@ class Library:
         return selection.suggest(prompt, candidates, queries, nulls, most=most, chance=chance, count=count)
 
     def search(self, text: str, where: Filter = ANY, most: int = 10) -> list[tuple[Row, Hit]]:
-        """Rows of the index by words and, for LoRAs of the model, by what they do; phrases in quotes must occur. Best first, whatever their base."""
+        """Rows of the index by their words or, where none has any of these, by what LoRAs do; phrases in quotes must occur. Best first, whatever their
+        base."""
         words = parse(text)
         free = " ".join(words.terms) if not words.phrases else ""
         vectors: dict[Space, Any] = {space: make([free])[0] for space, make in self._queries().items() if free and space in self.index.held_encoders()}
         hits = self.index.search(vectors, text, where, most)
+        hits = [hit for hit in hits if "words" in hit.ranks] or hits  # numbers alone are for what has no words
         rows = self.index.get(hit.id for hit in hits)
         return [(rows[hit.id], hit) for hit in hits if hit.id in rows]
 

@@ -22,6 +22,7 @@ CHANCE = 0.02  # that some unrelated LoRA of the library is taken for a phrase
 ALIKE = 0.8  # cosine of two LoRAs' vectors from which they do the same
 SPOKEN, NAMED, TAGGED = 12.0, 10.0, 4.0  # what literal evidence counts, in standard deviations of a null: more than any vector
 EVERYWHERE = ("style", "place")  # categories that are of the whole picture
+LEAST = 3  # letters of a word that a name is known by
 SPREAD = 0.02  # of cosines: a null narrower than that is taken for so wide
 
 Vectors = Float[np.ndarray, "n D"]
@@ -109,7 +110,7 @@ def _spoken(prompt: str, phrases: Sequence[Phrase], candidates: Sequence[Candida
     """What the prompt says literally."""
     spoken, parts = Words(prompt), [Words(phrase.text) for phrase in phrases]
     for who, candidate in enumerate(candidates):
-        kinds = [("trigger", SPOKEN, candidate.triggers), ("name", NAMED, (_spaced(candidate.name),)), ("tag", TAGGED, candidate.tags)]
+        kinds = [("trigger", SPOKEN, candidate.triggers), ("name", NAMED, _telling(candidate.name)), ("tag", TAGGED, candidate.tags)]
         for evidence, score, words in kinds:
             literal = next((text for text in words if spoken.say(text)), "")
             if literal:
@@ -169,10 +170,10 @@ def likeness(first: Candidate, other: Candidate) -> float:
     return max((float(first.vectors[name] @ other.vectors[name]) for name in shared), default=-1.0)
 
 
-def _spaced(name: str) -> str:
-    """A file's name as words: "top_hat-v2" is "top hat"."""
-    words = [word for word in name.replace("_", " ").replace("-", " ").split() if not _version(word)]
-    return " ".join(words)
+def _telling(name: str) -> tuple[str, ...]:
+    """A file's name as words, "top_hat-v2" as "top hat"; none where it tells nothing: letters, numbers, and words like "the" or "style"."""
+    text = " ".join(word for word in name.replace("_", " ").replace("-", " ").split() if not _version(word))
+    return (text,) if any(len(word) >= LEAST or not word.isascii() for phrase in split(text) for word in phrase.words) else ()
 
 
 def _version(word: str) -> bool:

@@ -70,12 +70,12 @@ def search(
              "triggers": list(of.triggers), "licence": of.licence, "ranks": dict(hit.ranks), "scores": dict(hit.scores)} for of, hit in results]))  # fmt: skip
         return
     if not results:
-        out.print("no LoRA of your library has these words")
+        out.print("no LoRA of your library has the words in quotes" if '"' in query else "no LoRA of your library has these words")
         return
-    rows = tables.table("LoRA", "for", "category", "trigger words", "found by")
+    rows = tables.table("LoRA", "file", "base", "category", "trigger words", "found by")
     for of, hit in results:
         evidence = ", ".join(f"{name} {rank}" for name, rank in sorted(hit.ranks.items(), key=lambda pair: pair[1]))
-        rows.add_row(*(Text(printable(text)) for text in (of.title or of.name, of.family, of.category, ", ".join(of.triggers[:4]), evidence)))
+        rows.add_row(*(Text(printable(text)) for text in (of.title or of.name, of.name, of.family, of.category, ", ".join(of.triggers[:4]), evidence)))
     out.print(rows)
 
 
@@ -103,14 +103,14 @@ def composed(request: Request, library: "Library", method: str | None) -> tuple[
     """
     present = {Path(lora.source).stem for lora in request.loras}
     suggestions = [each for each in library.suggest(request.prompt) if each.candidate.name not in present]
+    placed = [each for each in suggestions if not each.everywhere]
+    chosen = method or (APART if len(request.loras) + len(suggestions) > 1 and placed else PLAIN)
     loras, words = list(request.loras), []
     for each in sorted(suggestions, key=lambda each: request.prompt.lower().find(each.phrase.lower())):
         if each.trigger:
             words.append(each.trigger)
-        binds = None if each.everywhere else each.trigger or each.phrase
+        binds = None if each.everywhere or chosen == PLAIN else each.trigger or each.phrase
         loras.append(Lora(str(library.path(each)), weight=each.weight, binds=binds, category=EVERYWHERE if each.everywhere and not each.candidate.category else ""))
-    placed = any(lora.binds for lora in loras[len(request.loras) :])
-    chosen = method or (APART if len(loras) > 1 and placed else PLAIN)
     return replace(request, prompt=", ".join([request.prompt, *words]), loras=loras, method=chosen), suggestions
 
 
@@ -120,6 +120,8 @@ def added(request: Request, folders: Sequence[Path], method: str | None, say: Te
     for each in suggestions:
         trigger = f", trigger word {each.trigger!r} added" if each.trigger else ""
         say.print(Text(printable(f"{each.candidate.name} at {each.weight:g} for {each.phrase!r}{trigger}: {each.reasons[0].text()}"), style="dim"))
-    if not suggestions:
+    if suggestions:
+        say.print(Text(printable(f"method {request.method}, prompt: {request.prompt}"), style="dim"))
+    else:
         say.print("none of your LoRAs fits this prompt", style="dim")
     return request

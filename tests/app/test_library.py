@@ -127,5 +127,5 @@ def test_search_by_words_quotes_typos_and_behaviour(medley, nameless, home):
     assert names('"neon lights"') == ["neon"] and names('"lights neon"') == []
     assert names("racoon")[0] == "raccoon" and names("guitar")[0] == "x2"
     assert names("castle", "--family", "sd") == ["castle"] and "castle" not in names("castle", "--family", "pocket")
-    assert "no LoRA of your library has these words" in medley("search", '"nothing of that kind"').out
+    assert "no LoRA of your library has the words in quotes" in medley("search", '"nothing of that kind"').out
     assert "x2" in medley("search", "guitar", "--lora-dir", nameless[0]).out

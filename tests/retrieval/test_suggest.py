@@ -92,6 +92,11 @@ def test_words_that_the_prompt_says(prompt, evidence, words):
     assert found[0].trigger == ("" if evidence == "trigger" else "sks cat")
 
 
+@pytest.mark.parametrize("name", ["a", "in", "the-style", "b2", "00", "v1.5", "xy"])
+def test_a_name_that_tells_nothing_is_not_said(name):
+    assert suggest("a submarine in the style of b2 xy, v1.5 00", [Candidate("x", name, {})], QUERIES, NULL) == []
+
+
 def test_evidence_without_queries_or_null_is_not_looked_at():
     assert suggest("a dragon", LIBRARY, {}, NULL) == [] and suggest("a dragon", LIBRARY, QUERIES, {}) == []
 
