@@ -16,7 +16,7 @@ from app.terminal import err, out, printable
 from composition import Refused
 
 if TYPE_CHECKING:
-    from app.library import Library
+    from app.lora_library import Library
     from retrieval.cards import Card
     from retrieval.catalogue import OnFile
 
@@ -44,7 +44,7 @@ def index(
     engines.prepare(model, judge=judge)
     import torch
 
-    from app.library import Library
+    from app.lora_library import Library
     from retrieval.duplicates import near as compare
 
     torch.set_num_threads(1)  # matrices of a rank are small: on busy cores a second thread was seen to cost fifty times what it gains

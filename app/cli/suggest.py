@@ -14,7 +14,7 @@ from app.terminal import Terminal, out, printable
 from composition import Lora, Request
 
 if TYPE_CHECKING:
-    from app.library import Library
+    from app.lora_library import Library
     from retrieval.suggest import Suggestion
 
 EVERYWHERE = "style"  # the category of what serves the whole picture and says nothing of itself
@@ -81,7 +81,7 @@ def search(
 
 def opened(model: str, folders: Sequence[Path], judge: str = "pocket") -> "Library":
     """The library of these folders, the user's own and the model's, indexed when nothing of it was."""
-    from app.library import Library
+    from app.lora_library import Library
 
     library = Library(model, engines.folders(list(folders)), judge=judge)
     library.refresh()

@@ -10,7 +10,7 @@ from app.ui.cards import Card
 from composition import Refused
 
 if TYPE_CHECKING:
-    from app.library import Library
+    from app.lora_library import Library
     from composition import Engine
     from retrieval.suggest import Suggestion
 
@@ -27,7 +27,7 @@ class Suggestions:
         threading.Thread(target=self._prepare, name="library", daemon=True).start()
 
     def _prepare(self) -> None:
-        from app.library import Library
+        from app.lora_library import Library
 
         try:
             library = Library(self._engine.name, self._engine.folders)

@@ -28,7 +28,7 @@ def main() -> None:
         from safetensors.torch import load_file, save_file
 
         from app.cli.index import measuring
-        from app.library import Library
+        from app.lora_library import Library
         from composition import bundled
 
         loras = bundled.path("pocket128/loras")

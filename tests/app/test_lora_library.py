@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.library import Library
+from app.lora_library import Library
 from composition import Refused, bundled
 from composition.loras.safetensors import load_safely
 from composition.profiles.behaviour import Behaviour, Probe
