@@ -4,7 +4,7 @@ Every phrase of the prompt is searched for by itself. What a vector says of a ph
 judged against what the same LoRA's vector says of phrases that have nothing to do with the prompt (its null): a LoRA that is near everything
 is near nothing. A LoRA is taken when chance would lift an unrelated one of the whole library so high too rarely (`CHANCE`), or when the prompt says its
 trigger words, its name, or a word of its tags; each phrase is served once, and two LoRAs that do the same are not both taken (Carbonell and
-Goldstein 1998). Autolora.md's published form takes the three nearest whatever they are (arXiv 2508.02107).
+Goldstein 1998). AutoLoRA takes the three nearest whatever they are (arXiv 2508.02107).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -33,7 +33,7 @@ def test_public_models_have_their_layers(family, layers, width):
 
 
 def test_flux_has_19_double_and_38_single_blocks():
-    """3,035,136 outputs in the original's 304 linears of blocks (methods/autolora.md, 1.1)."""
+    """3,035,136 outputs in the original's 304 linears of blocks (AutoLoRA, arXiv 2508.02107)."""
     blocks = {path: layer for path, layer in layer_map.layers(skeleton.of_family("flux")["transformer"]).items() if "transformer_blocks." in path}
     assert sum(layer.weight.shape[0] for layer in blocks.values()) == 3_035_136
     assert "single_transformer_blocks.37.proj_out" in blocks and "transformer_blocks.18.attn.to_q" in blocks
