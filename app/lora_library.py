@@ -9,21 +9,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from torch import nn
+from jaxtyping import Float
 
 from app import engines, settings
+from app.lora_base import Base
 from composition import Refused, atomic, bundled
-from composition.backbones.loading import open as loading
-from composition.backbones.loading import skeleton
 from composition.bundled import BUNDLES
 from composition.profiles.store import ProfileStore
-from retrieval import behaviour, null
+from retrieval import behaviour, null, written
 from retrieval import suggest as selection
 from retrieval.cards import Card
 from retrieval.catalogue import Catalogue, OnFile, Reading, Scan
@@ -32,7 +31,7 @@ from retrieval.index import ANY, Index
 from retrieval.judge import Judge
 from retrieval.phrases import in_words_of, split
 from retrieval.rows import SPACES, Filter, Hit, Row, Space
-from retrieval.sketch import Sketch, packed, sketch, unpacked
+from retrieval.sketch import Sketch, packed, unpacked
 from retrieval.suggest import CHANCE, MOST, Candidate, Queries, Suggestion
 from retrieval.words import parse
 
@@ -44,34 +43,6 @@ NEAREST = 50  # rows that a search fetches for each phrase
 BATCH = 1000  # rows written at a time
 
 
-@dataclass(frozen=True)
-class Base:
-    """What LoRAs are for. name: of a bundled model, else the family's. components: its modules without weights, {} where they are not known."""
-
-    name: str
-    model: str
-    family: str
-    components: Mapping[str, nn.Module]
-
-    @staticmethod
-    def of(model: str) -> "Base":
-        """Of a model by name, folder or hub id, without its weights. Raises Refused as the engine does for one that cannot be opened."""
-        family = loading.family(loading.find(model))
-        if model in BUNDLES:
-            return Base(model, model, family, skeleton.of_folder(bundled.path(BUNDLES[model].model)))
-        return Base(family, model, family, skeleton.of_family(family) if family in skeleton.PUBLIC else {})
-
-    def sketched(self, path: Path, raw: "SafeFile | None" = None) -> Sketch | None:
-        """The sketch of a file that is for this base; None for another one's, or where the base's layers are not known."""
-        if not self.components:
-            return None
-        try:
-            read = sketch(path, self.components, self.family, raw=raw)
-        except (Refused, OSError):
-            return None
-        return read if read.layers else None
-
-
 class Indexed(NamedTuple):
     """What is in the index. loras: of whatever base; fitting: those for this base; with_behaviour, with_weights: of those, with these vectors."""
 
@@ -79,6 +50,15 @@ class Indexed(NamedTuple):
     fitting: int
     with_behaviour: int
     with_weights: int
+
+
+class Example(NamedTuple):
+    """One LoRA to learn from. texts: what is written of it. direction: that of its behaviour, None where it was not measured."""
+
+    id: str
+    sketch: Sketch
+    texts: tuple[str, ...]
+    direction: Float[np.ndarray, " D"] | None
 
 
 class Library:
@@ -104,17 +84,23 @@ class Library:
 
     @cached_property
     def encoder(self) -> Encoder | None:
-        """That of this base, when it reads the judge's texts."""
-        folder = self._encoder or bundled.path("pocket128/encoder")
-        if not folder.is_dir():
-            return None
-        encoder = Encoder.open(folder)
-        return encoder if (encoder.settings.base, encoder.settings.judge) == (self.base.name, self.judge.name) else None
+        """That of this base, when it reads the judge's texts: the user's own (`medley train retriever`) before the bundled one."""
+        for folder in (self._encoder,) if self._encoder else (self.trained, bundled.path("pocket128/encoder")):
+            if folder.is_dir():
+                encoder = Encoder.open(folder)
+                if (encoder.settings.base, encoder.settings.judge) == (self.base.name, self.judge.name):
+                    return encoder
+        return None
+
+    @property
+    def trained(self) -> Path:
+        """The folder of the user's own encoder for this base. It may not exist."""
+        return self.place / f"encoder-{_safe(self.base.name)}"
 
     @cached_property
     def index(self) -> Index:
         """Vectors of other encoders than ours are dropped from it: they could not be compared."""
-        names: dict[Space, str] = {"behaviour": f"{self.base.model} {self.judge.name}"}
+        names: dict[Space, str] = {"behaviour": f"{self.base.model} {self.judge.name}", "text": self.judge.name}
         if self.encoder:
             names["weight"] = self.encoder.name
         index = Index(self.place / f"index-{_safe(self.base.name)}", encoders=names)
@@ -140,7 +126,7 @@ class Library:
         fitting = {tensors for tensors, cards in groups.items() if self._fits(cards)}
         if measure is not None and (lacking := [groups[tensors][0] for tensors in groups if tensors in fitting and self._behaviour(tensors) is None]):
             measure(lacking)
-        rows = self._encoded([self._row(tensors, cards, tensors in fitting) for tensors, cards in groups.items()])
+        rows = self._described(self._encoded([self._row(tensors, cards, tensors in fitting) for tensors, cards in groups.items()]), groups)
         self.index.delete(set(self.index.ids()) - groups.keys())
         for first in range(0, len(rows), BATCH):
             self.index.upsert(rows[first : first + BATCH])
@@ -220,6 +206,28 @@ class Library:
         by_id = dict(zip(usable, vectors, strict=True))
         return [replace(row, weight=by_id[row.id].astype(np.float32)) if row.id in by_id else row for row in rows]
 
+    def _described(self, rows: Sequence[Row], groups: Mapping[str, Sequence[Card]]) -> list[Row]:
+        """With the vectors of what is written of LoRAs for the base, as the judge reads it; what the index has of unchanged words is kept. Judges of
+        few words, as Pocket's, take words that they never read for others, so theirs are not used."""
+        if self.judge.thresholds:
+            return list(rows)
+        captions = {row.id: text for row in rows if row.family == self.base.name and (text := written.caption(groups[row.id]))}
+        words = {row.id: row.words for row in rows}
+        vectors = {key: row.text for key, row in self.index.get(captions).items() if row.text is not None and row.words == words[key]}
+        if fresh := [key for key in captions if key not in vectors]:
+            vectors |= dict(zip(fresh, self.judge.read([captions[key] for key in fresh]).numpy(), strict=True))
+        return [replace(row, text=vectors[row.id]) if row.id in vectors else row for row in rows]
+
+    def examples(self, side: int) -> list[Example]:
+        """What an encoder can learn from: the LoRAs for the base, in the order of their hashes, with sketches of this side."""
+        examples = []
+        for tensors, cards in sorted(self._groups(self.catalogue.cards()).items()):
+            if self._fits(cards) and (read := self._sketch(cards)) is not None:
+                held = self._behaviour(tensors)
+                direction = np.asarray(held.direction, np.float32) if held is not None else None
+                examples.append(Example(tensors, read.shrunk(side), written.texts(cards), direction))
+        return examples
+
     # asking it -----------------------------------------------------------------------------------------------------
 
     def suggest(self, prompt: str, *, most: int = MOST, chance: float = CHANCE) -> list[Suggestion]:
@@ -280,15 +288,18 @@ class Library:
         def directions(texts: Sequence[str]) -> np.ndarray:
             return np.stack([behaviour.direction(read, in_words_of(names, text), prompts) for text in texts])
 
-        queries: dict[Space, Queries] = {"behaviour": directions}
+        def known(texts: Sequence[str]) -> Any:
+            return self.judge.read([in_words_of(names, text) for text in texts])
+
+        queries: dict[Space, Queries] = {"behaviour": directions, "text": lambda texts: known(texts).numpy()}
         if self.encoder is not None:
             encoder = self.encoder
-            queries["weight"] = lambda texts: encoder.read(self.judge.read([in_words_of(names, text) for text in texts])).numpy()
+            queries["weight"] = lambda texts: encoder.read(known(texts)).numpy()
         return queries
 
     def _null(self, space: Space, make: Queries) -> np.ndarray:
         """Vectors of phrases of all kinds, made once and kept."""
-        name = self.encoder.name if space == "weight" and self.encoder else f"{self.model} {self.judge.name}"
+        name = self.encoder.name if space == "weight" and self.encoder else self.judge.name if space == "text" else f"{self.model} {self.judge.name}"
         file = self.place / "nulls" / f"{space}-{_safe(name)}.npy"
         with suppress(OSError, ValueError):
             return np.load(file, allow_pickle=False)

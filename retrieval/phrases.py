@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 MOST = 16  # phrases of a prompt that are searched for
+LEAST = 3  # letters of a word that a file's name is known by
 LONGEST = 8  # words of a phrase; more are no name of anything
 
 _BREAK = re.compile(
@@ -20,6 +21,8 @@ _GENERIC = frozenset(
     "masterpiece quality best high highly detailed intricate beautiful amazing stunning professional trending award winning 4k 8k hd uhd resolution".split())
 
 
+# Words of files' names that say what a file is, and nothing of what it does.
+_OF_FILES = frozenset("lora loras locon loha lokr lycoris dora safetensors checkpoint epoch epochs step steps rank dim final last".split())
 _AROUND = frozenset("in at on under near inside outside through by".split())  # what a place is named with
 _LOOK = re.compile(r"\b(?:style|styled|aesthetic|look|lighting|light|colours?|colors?|palette|background)\b", re.IGNORECASE)
 
@@ -85,6 +88,17 @@ def in_words_of(names: Sequence[str], text: str) -> str:
     """A phrase as a judge of few words knows it: the shortest of its names that says all of the phrase ("neon" is "neon lights"); else the phrase."""
     wanted = set(content(text))
     return min((name for name in names if wanted and wanted <= set(content(name))), key=lambda name: (len(name), name), default=text)
+
+
+def telling(name: str) -> tuple[str, ...]:
+    """A file's name as words, "top_hat-v2" as "top hat"; none where it tells nothing: "p001", "lora-000008", and words like "the" or "style"."""
+    text = " ".join(word for word in name.replace("_", " ").replace("-", " ").split() if not _version(word) and word.lower() not in _OF_FILES)
+    return (text,) if any(sum(map(str.isalpha, word)) >= LEAST or not word.isascii() for phrase in split(text) for word in phrase.words) else ()
+
+
+def _version(word: str) -> bool:
+    bare = word.lower().lstrip("v").replace(".", "")
+    return not bare or bare.isdigit()
 
 
 def _words(text: str) -> list[str]:

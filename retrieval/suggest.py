@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Float
 
-from retrieval.phrases import Phrase, Words, content, split
+from retrieval.phrases import Phrase, Words, content, split, telling
 from retrieval.rows import Space
 
 MOST = 3
@@ -22,7 +22,6 @@ CHANCE = 0.02  # that some unrelated LoRA of the library is taken for a phrase
 ALIKE = 0.8  # cosine of two LoRAs' vectors from which they do the same
 SPOKEN, NAMED, TAGGED = 12.0, 10.0, 4.0  # what literal evidence counts, in standard deviations of a null: more than any vector
 EVERYWHERE = ("style", "place")  # categories that are of the whole picture
-LEAST = 3  # letters of a word that a name is known by
 SPREAD = 0.02  # of cosines: a null narrower than that is taken for so wide
 
 Vectors = Float[np.ndarray, "n D"]
@@ -110,7 +109,7 @@ def _spoken(prompt: str, phrases: Sequence[Phrase], candidates: Sequence[Candida
     """What the prompt says literally."""
     spoken, parts = Words(prompt), [Words(phrase.text) for phrase in phrases]
     for who, candidate in enumerate(candidates):
-        kinds = [("trigger", SPOKEN, candidate.triggers), ("name", NAMED, _telling(candidate.name)), ("tag", TAGGED, candidate.tags)]
+        kinds = [("trigger", SPOKEN, candidate.triggers), ("name", NAMED, telling(candidate.name)), ("tag", TAGGED, candidate.tags)]
         for evidence, score, words in kinds:
             literal = next((text for text in words if spoken.say(text)), "")
             if literal:
@@ -168,14 +167,3 @@ def likeness(first: Candidate, other: Candidate) -> float:
     """The largest cosine that any kind of vector has for two LoRAs; -1 where they share none."""
     shared = first.vectors.keys() & other.vectors.keys()
     return max((float(first.vectors[name] @ other.vectors[name]) for name in shared), default=-1.0)
-
-
-def _telling(name: str) -> tuple[str, ...]:
-    """A file's name as words, "top_hat-v2" as "top hat"; none where it tells nothing: letters, numbers, and words like "the" or "style"."""
-    text = " ".join(word for word in name.replace("_", " ").replace("-", " ").split() if not _version(word))
-    return (text,) if any(len(word) >= LEAST or not word.isascii() for phrase in split(text) for word in phrase.words) else ()
-
-
-def _version(word: str) -> bool:
-    bare = word.lower().lstrip("v").replace(".", "")
-    return not bare or bare.isdigit()

@@ -18,7 +18,7 @@ from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
 from app import engines, options, remarks, settings, workbench
-from app.cli import annotate, batch, evaluate, flags, index, recalled, session, suggest, tables, train, train_condition
+from app.cli import annotate, batch, evaluate, flags, index, recalled, session, suggest, tables, trainings
 from app.errors import sentence
 from app.terminal import Terminal, closed, err, forgiving, gone, out, printable
 from composition import Cancelled, Lora, Request, __version__, record
@@ -26,8 +26,7 @@ from composition.backbones.loading import catalog
 from composition.refusal import MAX_QUOTED, shortened
 
 app = typer.Typer(help="Medley composes several LoRAs into one picture.", no_args_is_help=True, add_completion=False)
-train.sub.command(epilog=train_condition.EPILOG)(train_condition.condition)
-app.add_typer(train.sub, name="train")
+app.add_typer(trainings.sub, name="train")
 
 DEMO = Request(prompt="a raccoon and a fox on the moon, neon lights",
                loras=[Lora("raccoon", weight=0.8), Lora("moon", weight=0.7), Lora("neon", weight=0.5)], seed=2)

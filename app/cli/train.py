@@ -14,7 +14,7 @@ from composition import Refused, record
 from composition.request import Category
 from composition.training import captions
 
-sub = typer.Typer(help="Make LoRAs of your own.", no_args_is_help=True)
+sub = typer.Typer(help="Make LoRAs of your own, and what finds them.", no_args_is_help=True)
 CATEGORIES = tuple(name for name in get_args(Category) if name)
 
 EPILOG = ("Captions: NAME.txt beside NAME.png, or metadata.jsonl with file_name and text. Ctrl-C keeps what was learned; "
@@ -23,7 +23,7 @@ EPILOG = ("Captions: NAME.txt beside NAME.png, or metadata.jsonl with file_name 
 
 @sub.callback()
 def _train() -> None:
-    """Make LoRAs of your own."""
+    """Make LoRAs of your own, and what finds them."""
 
 
 @sub.command(epilog=EPILOG)

@@ -14,7 +14,7 @@ from composition import Refused, bundled
 from composition.loras.safetensors import load_safely
 from composition.profiles.behaviour import Behaviour, Probe
 from composition.profiles.store import ProfileStore
-from retrieval import behaviour
+from retrieval import behaviour, written
 from retrieval.judge import Judge
 
 WORDS = ("a castle", "a robot", "a guitar")  # no bundled LoRA is of one
@@ -129,3 +129,20 @@ def test_search_by_words_quotes_typos_and_behaviour(medley, nameless, home):
     assert names("castle", "--family", "sd") == ["castle"] and "castle" not in names("castle", "--family", "pocket")
     assert "no LoRA of your library has the words in quotes" in medley("search", '"nothing of that kind"').out
     assert "x2" in medley("search", "guitar", "--lora-dir", nameless[0]).out
+
+
+def test_a_judge_of_all_words_also_compares_what_is_written(library, monkeypatch):
+    """Pocket's judge stands for one: what it reads of a LoRA's title, trigger words and tags is evidence, read again only when that changed."""
+    assert all(row.text is None for row in library.index.get(library.index.ids()).values())
+    library.judge.thresholds.clear()
+    library.write()
+    rows = {row.name: row for row in library.index.get(library.index.ids()).values()}
+    captions = {card.name: written.caption([card]) for card in library.catalogue.cards()}
+    assert rows["x1"].text is None and rows["castle"].text is None, "nothing is written of the one, and the other is for another base"
+    assert np.allclose(rows["raccoon"].text, library.judge.read([captions["raccoon"]])[0].numpy(), atol=1e-3)
+    (raccoon,) = (each for each in library.suggest("a raccoon") if each.candidate.name == "raccoon")
+    assert "text" in {reason.evidence for reason in raccoon.reasons} and any("its description answers to 'raccoon'" in reason.text() for reason in raccoon.reasons)
+    read, seen = library.judge.read, []
+    monkeypatch.setattr(library.judge, "read", lambda texts: seen.extend(texts) or read(texts))
+    library.write()
+    assert not set(seen) & set(captions.values())
