@@ -11,9 +11,11 @@ from composition import Refused, bundled
 from composition.backbones.loading import open as loading
 from composition.backbones.loading import skeleton
 from composition.bundled import BUNDLES
-from retrieval.sketch import Sketch, sketch
+from composition.loras import reader
+from retrieval.sketch import Sketch, named, sketch
 
 if TYPE_CHECKING:
+    from composition.loras.kinds.lora import Factors
     from composition.loras.safetensors import SafeFile
 
 
@@ -38,6 +40,15 @@ class Base:
     def layers(self) -> int:
         """How many layers a LoRA may change."""
         return sum(isinstance(module, nn.Linear | nn.Conv2d) for component in self.components.values() for module in component.modules())
+
+    def factors(self, path: Path) -> "Mapping[str, Factors] | None":
+        """What a file changes, layer by layer under the names of sketches; None as `sketched`."""
+        if not self.components:
+            return None
+        try:
+            return named(reader.read(path, self.components, self.family, allow_partial=True).factors) or None
+        except (Refused, OSError):
+            return None
 
     def sketched(self, path: Path, raw: "SafeFile | None" = None) -> Sketch | None:
         """The sketch of a file that is for this base; None for another one's, or where the base's layers are not known."""

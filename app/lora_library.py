@@ -26,9 +26,9 @@ from retrieval import behaviour, null, written
 from retrieval import suggest as selection
 from retrieval.cards import Card
 from retrieval.catalogue import Catalogue, OnFile, Reading, Scan
-from retrieval.encode import Encoder
 from retrieval.index import ANY, Index
 from retrieval.judge import Judge
+from retrieval.linear import LinearEncoder
 from retrieval.phrases import in_words_of, split
 from retrieval.rows import SPACES, Filter, Hit, Row, Space
 from retrieval.sketch import Sketch, packed, unpacked
@@ -83,11 +83,11 @@ class Library:
         return Judge.open(self._judge)
 
     @cached_property
-    def encoder(self) -> Encoder | None:
+    def encoder(self) -> LinearEncoder | None:
         """That of this base, when it reads the judge's texts: the user's own (`medley train retriever`) before the bundled one."""
         for folder in (self._encoder,) if self._encoder else (self.trained, bundled.path("pocket128/encoder")):
             if folder.is_dir():
-                encoder = Encoder.open(folder)
+                encoder = LinearEncoder.open(folder)
                 if (encoder.settings.base, encoder.settings.judge) == (self.base.name, self.judge.name):
                     return encoder
         return None
@@ -197,14 +197,22 @@ class Library:
             consistency=held.consistency if held else None, updated=time.time())  # fmt: skip
 
     def _encoded(self, rows: Sequence[Row]) -> list[Row]:
-        """With the vectors of their weights, where there is an encoder for them."""
+        """With the vectors of their weights, where there is an encoder for them; those that the index has are kept."""
         if self.encoder is None:
             return list(rows)
-        sketches = {row.id: unpacked(data) for row in rows if row.family == self.base.name and (data := self._file(row.id).read_bytes())}
-        usable = [key for key, read in sketches.items() if self.encoder.coverage(read) > 0]
-        vectors = self.encoder.encode([sketches[key] for key in usable]).numpy() if usable else ()
-        by_id = dict(zip(usable, vectors, strict=True))
-        return [replace(row, weight=by_id[row.id].astype(np.float32)) if row.id in by_id else row for row in rows]
+        own = {row.id: row for row in rows if row.family == self.base.name}
+        vectors = {key: row.weight for key, row in self.index.get(own).items() if row.weight is not None}
+        for key, row in own.items():
+            if key not in vectors and (lora := self._weights(row)) is not None and self.encoder.knows(lora):
+                vectors[key] = self.encoder.encode([lora])[0].numpy()
+        return [replace(row, weight=vectors[row.id]) if row.id in vectors else row for row in rows]
+
+    def _weights(self, row: Row) -> Any:
+        """A LoRA as the encoder reads it; None where it is for another base, or gone."""
+        data = self._file(row.id).read_bytes()
+        if not data or self.encoder is None or self.encoder.settings.reads == "sketches":
+            return unpacked(data) if data else None
+        return next((factors for path in row.files if (factors := self.base.factors(Path(path))) is not None), None)
 
     def _described(self, rows: Sequence[Row], groups: Mapping[str, Sequence[Card]]) -> list[Row]:
         """With the vectors of what is written of LoRAs for the base, as the judge reads it; what the index has of unchanged words is kept. Judges of

@@ -1,6 +1,5 @@
-"""The training of a weight encoder on the user's own library: what it learns from, how well it finds what it never saw, a stop that can be resumed."""
+"""A weight encoder of the user's own library: what it learns from, and how well it finds what it never saw."""
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +9,19 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from app import workbench
 from app.cli import tables
-from app.cli.progress import Bar
 from app.terminal import printable
 from composition import Refused, atomic, lock
 
 if TYPE_CHECKING:
     from app.lora_library import Example, Library
-    from retrieval.encode import Encoder
     from retrieval.judge import Judge
+    from retrieval.linear import LinearEncoder
     from retrieval.metrics import Estimate
 
 LEAST = 40  # LoRAs that something can be learned from
-HELD_OUT = 10  # every so many-th LoRA, when it is measured what training did not see
-MEMORY = 2**32  # bytes of the sketches of all LoRAs
+HELD_OUT = 5  # every so many-th LoRA, when it is measured what was not learned from
+MEMORY = 2**31  # bytes of the sketches of all LoRAs in double precision
 SIDES = (32, 16, 8)
 
 
@@ -35,13 +32,11 @@ class RetrieverConfig:
     model: str
     folders: tuple[Path, ...]
     judge: str
-    steps: int
     check: bool = True
-    seed: int = 0
 
 
-def learn(config: RetrieverConfig, out: Console, err: Console) -> bool:
-    """Train, measure and keep the encoder, and put its vectors into the index; False when Ctrl-C stopped it.
+def learn(config: RetrieverConfig, out: Console) -> None:
+    """Fit, measure and keep the encoder, and put its vectors into the index.
 
     Raises Refused for a library that nothing can be learned from, and when held-out LoRAs are found no better than by chance.
     """
@@ -53,31 +48,19 @@ def learn(config: RetrieverConfig, out: Console, err: Console) -> bool:
                       "`medley index` works with every model")  # fmt: skip
     library.refresh()
     examples = _usable(library, config, out)
-    place = library.place
-    place.mkdir(parents=True, exist_ok=True)
-    with lock.alone(place / ".retriever.lock", f"another training of an encoder is at work in {place}"), workbench.stoppable() as stop:
-        atomic.sweep(place, shared=True)
-        checkpoints = [place / f"retriever-{name}.training" for name in ("check", "all")]
+    library.place.mkdir(parents=True, exist_ok=True)
+    with lock.alone(library.place / ".retriever.lock", f"another training of an encoder is at work in {library.place}"):
+        atomic.sweep(library.trained)
         if config.check:
-            own = [number for number in range(len(examples)) if number % HELD_OUT]
-            encoder = _train([examples[number] for number in own], library, config, checkpoints[0], stop, "held-out check", err)
-            if encoder is None:
-                return False
-            _measure(encoder, examples, library.judge, out)
-        encoder = _train(examples, library, config, checkpoints[1], stop, "all LoRAs", err)
-        if encoder is None:
-            return False
-        encoder.save(library.trained)
-        for file in checkpoints:
-            file.unlink(missing_ok=True)
+            _measure(_fit([example for number, example in enumerate(examples) if number % HELD_OUT], library), examples, library.judge, out)
+        _fit(examples, library).save(library.trained)
     indexed = Library(config.model, config.folders, judge=config.judge).write()
     out.print(Text(printable(f"{library.trained}\n{indexed.with_weights:,} of {indexed.fitting:,} LoRAs for {config.model} are found by their weights from now on")))
-    return True
 
 
 def _usable(library: "Library", config: RetrieverConfig, out: Console) -> "list[Example]":
     """Those of the library that say anything, in the order of their hashes."""
-    side = next((side for side in SIDES if library.index.count() * library.base.layers * 4 * side**2 <= MEMORY), SIDES[-1])
+    side = next((side for side in SIDES if library.index.count() * library.base.layers * 8 * side**2 <= MEMORY), SIDES[-1])
     examples = [example for example in library.examples(side) if example.texts or example.direction is not None]
     worded, measured = sum(bool(example.texts) for example in examples), sum(example.direction is not None for example in examples)
     out.print(Text(f"{len(examples):,} LoRAs for {config.model}: {worded:,} with words, {measured:,} with a behaviour"))
@@ -87,36 +70,24 @@ def _usable(library: "Library", config: RetrieverConfig, out: Console) -> "list[
     return examples
 
 
-def _train(examples: "Sequence[Example]", library: "Library", config: RetrieverConfig, checkpoint: Path, stop: threading.Event, title: str,
-           err: Console) -> "Encoder | None":  # fmt: skip
-    """None when it was stopped; what was learned is in the checkpoint then."""
-    from retrieval import training, written
-    from retrieval.encode import Settings
-    from retrieval.tokens import layers, tokens
+def _fit(examples: "Sequence[Example]", library: "Library") -> "LinearEncoder":
+    from retrieval import null, ridge, written
+    from retrieval.linear import LinearEncoder, LinearSettings
+    from retrieval.tokens import layers
 
     judge, sketches = library.judge, [example.sketch for example in examples]
-    width = judge.read(["a picture"]).shape[1]
-    known = layers(sketches)
+    centre = judge.read(null.phrases(list(judge.thresholds))).mean(0)
+    known = {name: layer.shape for name, layer in layers(sketches).items()}
     directions = None
     if any(example.direction is not None for example in examples):
-        directions = np.stack([np.zeros(width, np.float32) if example.direction is None else example.direction for example in examples])
+        directions = np.stack([np.zeros(len(centre), np.float32) if example.direction is None else example.direction for example in examples])
     lessons = written.lessons([example.texts for example in examples], lambda texts: judge.read(list(texts)).numpy(), directions)
-    settings = Settings(layers=known, base=library.base.name, family=library.base.family, judge=judge.name, text=width, dimension=width,
-                        side=sketches[0].side)  # fmt: skip
-    plan = training.Plan(seed=config.seed, steps=config.steps, batch=min(training.Plan.batch, len(examples)), warm=min(training.Plan.warm, config.steps))
-    with Bar(config.steps, 0, err) as bar:
-        if not err.is_terminal:
-            err.print(Text(title))
-        encoder = training.train(tokens(sketches, known, settings.side), lessons, settings, plan, checkpoint=checkpoint, on_step=bar.show,
-                                 stop=stop.is_set)  # fmt: skip
-    if stop.is_set():
-        err.print(Text(printable(f"medley: stopped at step {bar.step} of {config.steps} ({title}); the same command goes on from there "
-                                 f"(to begin again, delete {checkpoint})")))  # fmt: skip
-        return None
-    return encoder
+    fit = ridge.fit(sketches, lessons, list(known), centre)
+    settings = LinearSettings(known, library.base.name, library.base.family, judge.name, len(examples), "sketches", sketches[0].side)
+    return LinearEncoder.of(fit, settings, centre)
 
 
-def _measure(encoder: "Encoder", examples: "Sequence[Example]", judge: "Judge", out: Console) -> None:
+def _measure(encoder: "LinearEncoder", examples: "Sequence[Example]", judge: "Judge", out: Console) -> None:
     """Print how often a held-out LoRA's own words find it among all LoRAs. Raises Refused when that is no more than chance."""
     from retrieval import metrics
 
@@ -124,16 +95,18 @@ def _measure(encoder: "Encoder", examples: "Sequence[Example]", judge: "Judge", 
     if not pairs:
         out.print("no held-out LoRA has words, so nothing was measured")
         return
+    usable = [number for number, example in enumerate(examples) if encoder.knows(example.sketch)]
     owners = np.array([number for number, _ in pairs])
-    right = owners[:, None] == np.arange(len(examples))[None, :]
-    scores = encoder.read(judge.read([text for _, text in pairs])) @ encoder.encode([example.sketch for example in examples]).T
-    found, chance = (metrics.evaluate(values, right, owners) for values in (scores.numpy(), metrics.chance(len(pairs), len(examples))))
-    rows = tables.table(f"{len(set(owners.tolist()))} held-out LoRAs among {len(examples):,}", "first", "among five", right=("first", "among five"))
-    for name, table in (("weights", found), ("chance", chance)):
+    right = owners[:, None] == np.array(usable)[None, :]
+    there = right.any(1)
+    scores = (encoder.read(judge.read([text for _, text in pairs])) @ encoder.encode([examples[number].sketch for number in usable]).T).numpy()
+    chance = metrics.chance(len(pairs), len(usable))
+    found, random = (metrics.evaluate(values[there], right[there], owners[there]) for values in (scores, chance))
+    rows = tables.table(f"{len(set(owners.tolist()))} held-out LoRAs among {len(usable):,}", "first", "among five", right=("first", "among five"))
+    for name, table in (("weights", found), ("chance", random)):
         rows.add_row(name, *(_percent(table[measure]) for measure in ("R@1", "R@5")))
     out.print(rows)
-    least = 5 / len(examples)
-    if found["R@5"].low <= least:
+    if found["R@5"].low <= 5 / len(usable):
         raise Refused("held-out LoRAs are not found more often than by chance, so no encoder was kept: more LoRAs, better words or `medley index "
                       "--behaviour` would help; --no-check keeps it all the same")  # fmt: skip
 

@@ -7,25 +7,18 @@ import typer
 
 from app import engines
 from app.cli.retriever_trainer import RetrieverConfig, learn
-from app.terminal import err, out
-from composition import Refused
+from app.terminal import out
 
-EPILOG = ("It learns from titles, trigger words, tags and descriptions, and from behaviours (`medley index --behaviour`). Ctrl-C keeps what was "
-          "learned; the same command goes on from there.")  # fmt: skip
+EPILOG = "It learns from titles, trigger words, tags and descriptions, and from behaviours (`medley index --behaviour`)."
 
 
 def retriever(
     folders: Annotated[list[Path] | None, typer.Argument(metavar="DIR...", help="Folders of LoRA files, besides your own.")] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="The base that the LoRAs are for.")] = "pocket",
     judge: Annotated[str, typer.Option(help="The open-clip model whose texts are compared: the one your library was indexed with.")] = "pocket",
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="First train without a tenth of the LoRAs, and measure how well prompts find "
+    check: Annotated[bool, typer.Option("--check/--no-check", help="First learn without a fifth of the LoRAs, and measure how well prompts find "
                                         "those; what finds no more than chance is not kept.")] = True,
-    seed: Annotated[int, typer.Option(help="The same seed and library give the same encoder.")] = 0,
 ) -> None:
     """Learn from your library what LoRAs do by their weights, so that a prompt finds files without any words, and no picture is drawn for it."""
-    if steps < 1 or seed < 0:
-        raise Refused("--steps must be at least 1, and --seed not negative")
     engines.prepare(model, judge=judge)
-    if not learn(RetrieverConfig(model, tuple(engines.folders(folders or [], "")), judge, steps, check, seed), out, err):
-        raise typer.Exit(130)
+    learn(RetrieverConfig(model, tuple(engines.folders(folders or [], "")), judge, check), out)

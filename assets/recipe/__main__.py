@@ -25,6 +25,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from composition import Engine, backbones
 from retrieval import training
 from retrieval.judge import Judge
+from retrieval.linear import LinearEncoder
 
 from . import (
     art,
@@ -93,7 +94,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--condition-steps", type=int, default=0, help="of every stage of a condition; 0: as many as its plan says")
     parser.add_argument("--pairs", type=int, default=0, help="pictures with their conditions, for every stage; 0: as many as it says")
     parser.add_argument("--base", type=Path, default=POCKET, help="of pool: the Pocket folder whose sd/ learns, and whose clip/ measures")
-    parser.add_argument("--encoder-steps", type=int, default=1000, help="of the weight encoder")
+    parser.add_argument("--encoder-steps", type=int, default=1000, help="of the transformer that the weight encoder is compared with; 0 leaves it out")
     parser.add_argument("--part", default="1/1", help="of pool: K/N makes every N-th group from the K-th on, for N processes beside one another")
     parser.add_argument("--together", type=int, default=1, help="LoRAs that train as one batch; each takes its own rows (of pool 8 at least)")
     parser.add_argument("--judge", type=Path, help="a judge's folder for flux-conditions-measure, when it is not --out's clip/")
@@ -267,11 +268,15 @@ def _encoder(args: argparse.Namespace, stages: Sequence[str], pipe: StableDiffus
         with Engine(backbones.of(pipe, "sd"), "pocket") as engine:
             seen = encoder.looks(engine, clip_judge, folder, rows, looks)
     if "encoder" in stages:
-        read = encoder.sketches(folder, rows, args.base / "sd")
-        plan = training.Plan(steps=args.encoder_steps)
-        model = encoder.learn(rows, read, clip_judge, seen, args.work / "encoder.pt", plan)
-        model.save(args.out / "encoder")
-        _keep(args.work, "encoder", encoder.figures(rows, read, clip_judge, seen, model))
+        loras = encoder.updates(folder, rows, args.base / "sd")
+        encoder.fitted(rows, loras, clip_judge, seen).save(args.out / "encoder")
+        model = LinearEncoder.open(args.out / "encoder")  # as it ships, in half precision
+        by_weights = {"weights": encoder.Weights(model.encode(loras), model.read)}
+        if args.encoder_steps:
+            read = encoder.sketches(folder, rows, args.base / "sd")
+            other = encoder.transformed(rows, read, clip_judge, seen, args.work / "encoder.pt", training.Plan(steps=args.encoder_steps))
+            by_weights["weights, by a transformer on sketches"] = encoder.Weights(other.encode(read), other.read)
+        _keep(args.work, "encoder", encoder.figures(rows, clip_judge, seen, by_weights))
 
 
 def _flux(args: argparse.Namespace, art: Path, world: World, folder: Path) -> None:

@@ -1,8 +1,9 @@
 """The encoder stage: a weight encoder trained on the pool (`pool`), and how well prompts find LoRAs of it that training never saw.
 
-Every LoRA of the pool is sketched, and drawn with as `medley index --behaviour` does: the directions in which pictures move are the encoder's
-teacher beside the captions, and what it is compared with. Training sees the split ``train`` alone. Held-out LoRAs are looked for by prompts among
-distractors that training did see, none of them of a concept that is looked for; file names and headers say nothing.
+Every LoRA of the pool is read, and drawn with as `medley index --behaviour` does: the directions in which pictures move are the encoder's
+teacher beside the captions, and what it is compared with, as is a transformer on sketches of the same LoRAs. Training sees the split ``train``
+alone. Held-out LoRAs are looked for by prompts among distractors that training did see, none of them of a concept that is looked for; file names
+and headers say nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from jaxtyping import Float
 
 from composition import Engine, Lora, atomic
 from composition.backbones.loading import skeleton
+from composition.loras import reader
+from composition.loras.kinds.lora import Factors
 from composition.profiling import behaviour as measuring
 from composition.profiling.behaviour import POCKET
-from retrieval import behaviour, metrics, training
+from retrieval import behaviour, metrics, null, ridge, training
 from retrieval.encode import Encoder, Settings
 from retrieval.judge import Judge
-from retrieval.sketch import Sketch, sketch
+from retrieval.linear import LinearEncoder, LinearSettings
+from retrieval.sketch import Sketch, named, sketch
 from retrieval.tokens import layers, tokens
 from retrieval.training import Lessons, Plan
 
@@ -32,6 +36,13 @@ from .pool import MANIFEST
 DISTRACTORS = 300
 SPLITS = ("seen", "unseen")
 Row = Mapping[str, Any]  # of the manifest
+
+
+class Weights(NamedTuple):
+    """What an encoder makes of LoRAs (n, D), and of the judge's text vectors."""
+
+    vectors: Float[torch.Tensor, "n D"]
+    read: Callable[[Float[torch.Tensor, "t T"]], Float[torch.Tensor, "t D"]]
 
 
 class Looks(NamedTuple):
@@ -45,6 +56,23 @@ def rows_of(folder: Path) -> list[Row]:
     """The pool's LoRAs that are there, in order."""
     rows = json.loads((folder / MANIFEST).read_text("utf-8"))["loras"]
     return [row for row in rows if (folder / row["file"]).is_file()]
+
+
+def updates(folder: Path, rows: Sequence[Row], base: Path) -> list[Mapping[str, Factors]]:
+    """What each changes, by layer. base: the diffusers folder that they are for."""
+    components = skeleton.of_folder(base)
+    return [named(reader.read(folder / row["file"], components, "sd").factors) for row in rows]
+
+
+def fitted(rows: Sequence[Row], loras: Sequence[Mapping[str, Factors]], judge: Judge, seen: Looks | None) -> LinearEncoder:
+    """The encoder that ships: of the LoRAs to learn from, and of every layer that one of them changes."""
+    own = [index for index, row in enumerate(rows) if row["split"] == "train"]
+    shapes = {name: (part.stored_up.shape[0], part.stored_down[0].numel()) for index in own for name, part in loras[index].items()}
+    centre = judge.read(null.phrases(list(judge.thresholds))).mean(0)
+    taught = lessons([rows[index] for index in own], judge, None if seen is None else seen.directions[own])
+    fit = ridge.fit([loras[index] for index in own], taught, sorted(shapes), centre)
+    settings = LinearSettings({name: shapes[name] for name in sorted(shapes)}, "pocket", "sd", judge.name, len(own))
+    return LinearEncoder.of(fit, settings, centre)
 
 
 def sketches(folder: Path, rows: Sequence[Row], base: Path) -> list[Sketch]:
@@ -83,9 +111,9 @@ def lessons(rows: Sequence[Row], judge: Judge, directions: Float[np.ndarray, "n 
                    torch.tensor([group for group, _ in texts]), None if directions is None else torch.from_numpy(directions).float())  # fmt: skip
 
 
-def learn(rows: Sequence[Row], read: Sequence[Sketch], judge: Judge, seen: Looks | None, checkpoint: Path | None, plan: Plan,
+def transformed(rows: Sequence[Row], read: Sequence[Sketch], judge: Judge, seen: Looks | None, checkpoint: Path | None, plan: Plan,
           report: Callable[[str], None] = print, **shape: Any) -> Encoder:  # fmt: skip
-    """The encoder of those to learn from. shape: of `Settings`."""
+    """A transformer on sketches of those to learn from. shape: of `Settings`."""
     own = [index for index, row in enumerate(rows) if row["split"] == "train"]
     known = layers([read[index] for index in own])
     width = judge.read(["a picture"]).shape[1]
@@ -100,8 +128,11 @@ def learn(rows: Sequence[Row], read: Sequence[Sketch], judge: Judge, seen: Looks
     return training.train(loras, taught, settings, plan, checkpoint=checkpoint, on_step=on_step)
 
 
-def figures(rows: Sequence[Row], read: Sequence[Sketch], judge: Judge, seen: Looks | None, encoder: Encoder | None) -> dict[str, dict[str, dict[str, str]]]:
-    """By split, by what ranks, the measures with their intervals. Queries are the held-out LoRAs' own prompts; one thing is right: that LoRA."""
+def figures(rows: Sequence[Row], judge: Judge, seen: Looks | None, by_weights: Mapping[str, Weights]) -> dict[str, dict[str, dict[str, str]]]:
+    """By split, by what ranks, the measures with their intervals. Queries are the held-out LoRAs' own prompts; one thing is right: that LoRA.
+
+    by_weights: name to the vectors of all LoRAs and what makes vectors of the judge's text vectors.
+    """
     table: dict[str, dict[str, dict[str, str]]] = {}
     for split in SPLITS:
         held = [index for index, row in enumerate(rows) if row["split"] == split]
@@ -112,15 +143,18 @@ def figures(rows: Sequence[Row], read: Sequence[Sketch], judge: Judge, seen: Loo
             continue
         owners, prompts, candidates = np.array([owner for owner, _ in pairs]), [query for _, query in pairs], held + others
         right = owners[:, None] == np.arange(len(candidates))[None, :]
+        texts = judge.read(prompts)
+        names = [rows[index]["name"] for index in candidates]
         scores = {"chance": metrics.chance(len(prompts), len(candidates)),
                   "file names": metrics.bm25(prompts, [rows[index]["file"] for index in candidates]),
-                  "names, if the files had theirs": metrics.bm25(prompts, [rows[index]["name"] for index in candidates])}  # fmt: skip
-        if encoder is not None:
-            scores["weights"] = (encoder.read(judge.read(prompts)) @ encoder.encode([read[index] for index in candidates]).T).numpy()
+                  "names, if the files had theirs": metrics.bm25(prompts, names),
+                  "names read by the judge, if the files had theirs": (texts @ judge.read(names).T).numpy()}  # fmt: skip
+        for name, (vectors, read) in by_weights.items():
+            scores[name] = (read(texts) @ vectors[candidates].T).numpy()
         if seen is not None:
             words = np.stack([behaviour.direction(lambda texts: judge.read(list(texts)).numpy(), prompt, behaviour.POCKET) for prompt in prompts])
             scores["behaviour"] = words @ seen.directions[candidates].T
-            scores["the judge on the LoRAs' pictures"] = judge.read(prompts).numpy() @ seen.pictures[candidates].T
+            scores["the judge on the LoRAs' pictures"] = texts.numpy() @ seen.pictures[candidates].T
         table[f"{split}: {len(held)} LoRAs, {len(others)} distractors, {len(prompts)} prompts"] = {
             name: {measure: str(value) for measure, value in metrics.evaluate(values, right, owners).items()} for name, values in scores.items()}
     return table

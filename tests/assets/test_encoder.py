@@ -9,8 +9,8 @@ import torch
 
 from assets.recipe import encoder
 from composition import bundled
-from retrieval.encode import Encoder
 from retrieval.judge import Judge
+from retrieval.linear import LinearEncoder
 from retrieval.training import Plan
 
 SPLITS = {"dragon": "train", "owl": "train", "ink": "train", "wolf": "train", "moon": "unseen", "raccoon": "seen"}
@@ -37,15 +37,17 @@ def test_who_is_learned_from_and_what_is_looked_for(folder, tmp_path):
     taught = encoder.lessons([row for row in rows if row["split"] == "train"], judge, None)
     assert taught.groups.tolist() == [0, 1, 2, 3]
     assert torch.bincount(taught.of).tolist() == [2, 4, 2, 4]  # captions of an invented trigger do not name the concept
-    read = encoder.sketches(folder, rows, bundled.path("pocket128/sd"))
-    model = encoder.learn(rows, read, judge, None, None, Plan(steps=2, batch=4), lambda line: None, **SMALL)
-    model.save(tmp_path / "encoder")
-    again = Encoder.open(tmp_path / "encoder")
-    assert (again.settings.base, again.settings.judge) == ("pocket", judge.name)
-    table = encoder.figures(rows, read, judge, None, again)
+    base = bundled.path("pocket128/sd")
+    loras, read = encoder.updates(folder, rows, base), encoder.sketches(folder, rows, base)
+    encoder.fitted(rows, loras, judge, None).save(tmp_path / "encoder")
+    model = LinearEncoder.open(tmp_path / "encoder")
+    assert (model.settings.base, model.settings.judge, model.settings.loras) == ("pocket", judge.name, 4)
+    other = encoder.transformed(rows, read, judge, None, None, Plan(steps=2, batch=4), lambda line: None, **SMALL)
+    by_weights = {"weights": encoder.Weights(model.encode(loras), model.read), "transformer": encoder.Weights(other.encode(read), other.read)}
+    table = encoder.figures(rows, judge, None, by_weights)
     assert list(table) == ["seen: 1 LoRAs, 3 distractors, 2 prompts", "unseen: 1 LoRAs, 4 distractors, 2 prompts"]  # no other owl beside the raccoon
     for split in table.values():
-        assert {"chance", "file names", "weights"} <= split.keys() and set(split["weights"]) == {"R@1", "R@5", "MRR", "nDCG@10"}
+        assert {"chance", "file names", "weights", "transformer"} <= split.keys() and set(split["weights"]) == {"R@1", "R@5", "MRR", "nDCG@10"}
 
 
 def test_looks_are_drawn_once(folder, tmp_path, monkeypatch):

@@ -81,12 +81,12 @@ def medley(capfd):
 
 
 def test_a_library_is_learned_from_and_its_files_are_found_by_weights(medley, lib, names, home):
-    code, printed, progress = medley("train", "retriever", lib, "--steps", 120)
+    code, printed, progress = medley("train", "retriever", lib)
     assert code == 0, progress
     first, five = map(int, re.search(r"weights\D+(\d+) % \(.*?\)\D+(\d+) %", printed).groups())
     assert five > 40 and first <= five and "chance" in printed and f"{LORAS + 18} LoRAs for pocket are found by their weights" in printed
     library = Library("pocket", [lib])
-    assert library.encoder is not None and library.encoder.settings.base == "pocket" and not list(home.glob("library/*.training"))
+    assert library.encoder is not None and library.encoder.settings.base == "pocket"
     own = {row.id: row for row in library.index.get(library.index.ids()).values() if row.name == "007"}
     assert all(row.weight is not None for row in own.values()) and len(own) == 1
     hits = library.index.search({"weight": library.encoder.read(library.judge.read([names[7]])).numpy()[0]}, "", k=5)
@@ -96,7 +96,7 @@ def test_a_library_is_learned_from_and_its_files_are_found_by_weights(medley, li
 def test_words_that_say_nothing_of_the_weights_leave_nothing(medley, names, judge, tmp_path, home):
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(1)).tolist()
     lib = write(tmp_path / "lib", names, [names[number] for number in order], judge)
-    code, printed, error = medley("train", "retriever", lib, "--steps", 40)
+    code, printed, error = medley("train", "retriever", lib)
     assert code == 2 and "chance" in printed and "no encoder was kept" in error and "--no-check" in error
     assert not Library("pocket", [lib]).trained.exists()
 
@@ -104,51 +104,8 @@ def test_words_that_say_nothing_of_the_weights_leave_nothing(medley, names, judg
 def test_what_cannot_be_learned_from_is_refused(medley, lib, tmp_path):
     code, _, error = medley("train", "retriever")
     assert code == 2 and f"needs {retriever_trainer.LEAST} at least" in error and "--behaviour" in error
-    code, _, error = medley("train", "retriever", lib, "--steps", 0)
-    assert code == 2 and "--steps must be at least 1" in error
     code, _, error = medley("train", "retriever", tmp_path / "no")
     assert code == 2 and "is not a folder" in error
-
-
-def test_a_stop_keeps_what_was_learned(lib, monkeypatch, home):
-    """Stopped at step 3, and then gone on with: the encoder is that of a training that was never stopped."""
-    import io
-    import threading
-    from contextlib import contextmanager
-
-    from rich.console import Console
-
-    from retrieval import training
-
-    def encoder(steps_until_stop):
-        event, train = threading.Event(), training.train
-
-        @contextmanager
-        def stoppable():
-            yield event
-
-        def stopping(*given, on_step, **named):
-            def count(step, losses):
-                on_step(step, losses)
-                if step == steps_until_stop:
-                    event.set()
-
-            return train(*given, on_step=count, **named)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(retriever_trainer.workbench, "stoppable", stoppable)
-            patch.setattr(training, "train", stopping)
-            console = Console(file=io.StringIO())
-            config = retriever_trainer.RetrieverConfig("pocket", (lib,), "pocket", 6, check=False)
-            return retriever_trainer.learn(config, console, console), console.file.getvalue()
-
-    ended, printed = encoder(3)
-    assert not ended and "stopped at step 3 of 6" in printed and "goes on from there" in printed and not Library("pocket", [lib]).trained.exists()
-    assert encoder(0)[0]
-    resumed = Library("pocket", [lib]).encoder
-    (home / "library").rename(home / "other")
-    assert encoder(0)[0]
-    assert resumed is not None and resumed.name == Library("pocket", [lib]).encoder.name
 
 
 def test_a_model_without_known_layers_is_refused(monkeypatch):
@@ -158,4 +115,4 @@ def test_a_model_without_known_layers_is_refused(monkeypatch):
 
     monkeypatch.setattr(Library, "base", replace(Base.of("pocket"), components={}))
     with pytest.raises(Refused, match="its LoRAs' weights cannot be read"):
-        retriever_trainer.learn(retriever_trainer.RetrieverConfig("pocket", (), "pocket", 6), None, None)
+        retriever_trainer.learn(retriever_trainer.RetrieverConfig("pocket", (), "pocket"), None)
