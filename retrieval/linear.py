@@ -16,7 +16,7 @@ from composition import atomic, untrusted
 from composition.loras.safetensors import load_safely
 from composition.refusal import Refused
 from retrieval import sketch as sketches
-from retrieval.ridge import Fit, Lora, Reading, read
+from retrieval.ridge import Fit, Lora, Reading, opened, read
 from retrieval.sketch import Sketch
 
 SETTINGS, WEIGHTS = "linear.json", "linear.safetensors"
@@ -99,11 +99,14 @@ class LinearEncoder:
         """LoRAs as vectors of length 1: what `sketch.named` gives, or sketches, as `reads` says. Raises Refused for one without a known layer."""
         rows = []
         for lora in loras:
+            parts = opened(lora.shrunk(self.settings.side)) if isinstance(lora, Sketch) else lora
+            if isinstance(lora, Sketch):
+                shapes = dict(zip(lora.layers, map(tuple, lora.shapes.tolist()), strict=True))
+                parts = {layer: part for layer, part in parts.items() if shapes[layer] == self.settings.layers.get(layer)}
             coordinates = torch.zeros(len(self.axes), dtype=torch.float64)
             for layer, reading in self.readings.items():
-                lora_read = read(lora.shrunk(self.settings.side) if isinstance(lora, Sketch) else lora, layer, reading)
-                if lora_read is not None:
-                    coordinates += lora_read @ self.maps[layer].double()
+                if (entries := read(parts.get(layer), reading)) is not None:
+                    coordinates += entries @ self.maps[layer].double()
             if not coordinates.any():
                 raise Refused(f"a LoRA changes no layer that this encoder knows: it is for {self.settings.base}")
             rows.append(F.normalize(coordinates @ self.axes.double(), dim=-1).float())

@@ -32,6 +32,7 @@ TEXTS = 6  # of each group, that weights are learned from
 SOME = 400  # LoRAs that they are learned from
 
 Lora = Mapping[str, Factors] | Sketch
+Layers = Mapping[str, Factors | Float[Tensor, " kk"]]  # factors, or the entries of a sketch
 
 
 class Reading(NamedTuple):
@@ -54,33 +55,40 @@ class Fit:
     loss: float
 
 
-def products(loras: Sequence[Lora], layer: str) -> Float[Tensor, "n n"]:
+def opened(lora: Lora) -> Layers:
+    """By layer what is read of it."""
+    if not isinstance(lora, Sketch):
+        return lora
+    return dict(zip(lora.layers, lora.matrices(lora.layers).flatten(1), strict=True))
+
+
+def products(loras: Sequence[Layers], layer: str) -> Float[Tensor, "n n"]:
     """<dW, dW'> of a layer for all pairs, 0 where one lacks it: exact of factors, estimates of sketches."""
-    n = len(loras)
-    if loras and isinstance(loras[0], Sketch):
-        own = torch.stack([lora.matrices([layer])[0].flatten() for lora in loras if isinstance(lora, Sketch)])
-        return own @ own.T
-    having = [(index, lora[layer]) for index, lora in enumerate(loras) if not isinstance(lora, Sketch) and layer in lora]
-    result = torch.zeros(n, n, dtype=torch.float64)
-    if not having:
+    result = torch.zeros(len(loras), len(loras), dtype=torch.float64)
+    having = [(index, lora[layer]) for index, lora in enumerate(loras) if layer in lora]
+    factors = [(index, part) for index, part in having if isinstance(part, Factors)]
+    if not factors:
+        rows = [part for _, part in having if isinstance(part, Tensor)]
+        if rows:
+            places, own = torch.tensor([index for index, _ in having]), torch.stack(rows)
+            result[places[:, None], places] = own @ own.T
         return result
-    downs = torch.cat([factors.down.flatten(1).double() for _, factors in having])  # factors may be large where their product is small
-    ups = torch.cat([factors.up.flatten(1).double() for _, factors in having], 1)
-    owner = torch.repeat_interleave(torch.tensor([index for index, _ in having]), torch.tensor([factors.rank for _, factors in having]))
-    for index, rows in ((index, owner == index) for index, _ in having):
+    downs = torch.cat([part.down.flatten(1).double() for _, part in factors])  # factors may be large where their product is small
+    ups = torch.cat([part.up.flatten(1).double() for _, part in factors], 1)
+    owner = torch.repeat_interleave(torch.tensor([index for index, _ in factors]), torch.tensor([part.rank for _, part in factors]))
+    for index, _ in factors:
+        rows = owner == index
         both = (downs[rows] @ downs.T) * (ups[:, rows].T @ ups)
         result[index].index_add_(0, owner, both.sum(0))
     return result
 
 
-def read(lora: Lora, layer: str, reading: Reading) -> Float[Tensor, " ab"] | None:
+def read(part: Factors | Float[Tensor, " ab"] | None, reading: Reading) -> Float[Tensor, " ab"] | None:
     """A layer's update in the coordinates of a reading; None where it has none, or one of another shape."""
-    if isinstance(lora, Sketch):
-        return lora.matrices([layer])[0].flatten() if layer in lora.layers else None
-    if (factors := lora.get(layer)) is None or reading.outputs is None or reading.inputs is None:
-        return None
-    up, down = factors.up.flatten(1).double(), factors.down.flatten(1).double()
-    if up.shape[0] != reading.outputs.shape[0] or down.shape[1] != reading.inputs.shape[0]:
+    if part is None or isinstance(part, Tensor):
+        return part
+    up, down = part.up.flatten(1).double(), part.down.flatten(1).double()
+    if reading.outputs is None or reading.inputs is None or (up.shape[0], down.shape[1]) != (reading.outputs.shape[0], reading.inputs.shape[0]):
         return None
     return ((reading.outputs.double().T @ up) @ (down @ reading.inputs.double())).flatten()
 
@@ -114,23 +122,23 @@ def fit(loras: Sequence[Lora], lessons: Lessons, layers: Sequence[str], centre: 
     usable = [index for index in range(len(loras)) if wanted[index].any()]
     if len(usable) < 2:
         raise Refused(f"{len(usable)} LoRAs have words or a behaviour: training needs at least 2")
-    loras, wanted, groups = [loras[index] for index in usable], wanted[usable], lessons.groups[usable]
+    parts, wanted, groups = [opened(loras[index]) for index in usable], wanted[usable], lessons.groups[usable]
     axes = torch.linalg.svd(wanted, full_matrices=False).Vh[:DIRECTIONS]
     wanted = wanted @ axes.T
     queries, owners = _queries(lessons, groups, centre, wanted, axes, seed)
-    some = torch.randperm(len(loras), generator=torch.Generator().manual_seed(seed))[:SOME].sort().values
-    kernels = torch.stack([products([loras[index] for index in some.tolist()], layer).float() for layer in layers])
+    some = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))[:SOME].sort().values
+    kernels = torch.stack([products([parts[index] for index in some.tolist()], layer).float() for layer in layers])
     logs = _weights(kernels, wanted[some], queries, owners, groups[some])
     weights = logs.exp()
     kernel = _cosines(weights, kernels)
     losses = {ridge: _loss(left_out(kernel, wanted[some], ridge), queries, owners, groups[some]).item() for ridge in RIDGES}
     ridge = min(losses, key=losses.__getitem__)
     heavy = [index for index in weights.argsort(descending=True).tolist()[:MOST_HEAVY] if weights[index] >= TELLING]
-    readings = {layer: _reading(loras, layer, HEAVY if index in heavy else LIGHT) for index, layer in enumerate(layers)}
-    return _solved(loras, dict(zip(layers, weights.tolist(), strict=True)), readings, wanted, axes, ridge, losses[ridge])
+    readings = {layer: _reading(parts, layer, HEAVY if index in heavy else LIGHT) for index, layer in enumerate(layers)}
+    return _solved(parts, dict(zip(layers, weights.tolist(), strict=True)), readings, wanted, axes, ridge, losses[ridge])
 
 
-def _solved(loras: Sequence[Lora], weights: Mapping[str, float], readings: Mapping[str, Reading], wanted: Float[Tensor, "n q"], axes: Float[Tensor, "q D"],
+def _solved(loras: Sequence[Layers], weights: Mapping[str, float], readings: Mapping[str, Reading], wanted: Float[Tensor, "n q"], axes: Float[Tensor, "q D"],
             ridge: float, loss: float) -> Fit:  # fmt: skip
     """The map of projected updates: X^T (X X^T + ridge I)^-1 Y, by layer."""
     parts = {layer: features(loras, layer, reading) * weights[layer] ** 0.5 for layer, reading in readings.items()}
@@ -141,9 +149,9 @@ def _solved(loras: Sequence[Lora], weights: Mapping[str, float], readings: Mappi
     return Fit(weights, readings, maps, axes, ridge, loss)
 
 
-def features(loras: Sequence[Lora], layer: str, reading: Reading) -> Float[Tensor, "n ab"]:
+def features(loras: Sequence[Layers], layer: str, reading: Reading) -> Float[Tensor, "n ab"]:
     """A layer of many LoRAs in the coordinates of a reading; rows of zeros where there is none."""
-    rows = [read(lora, layer, reading) for lora in loras]
+    rows = [read(lora.get(layer), reading) for lora in loras]
     width = next((len(row) for row in rows if row is not None), 1)
     return torch.stack([torch.zeros(width, dtype=torch.float64) if row is None else row for row in rows])
 
@@ -196,19 +204,18 @@ def _cosines(weights: Float[Tensor, " l"], kernels: Float[Tensor, "l n n"]) -> F
     return total / norms[:, None] / norms
 
 
-def _reading(loras: Sequence[Lora], layer: str, sizes: tuple[int, int]) -> Reading:
+def _reading(loras: Sequence[Layers], layer: str, sizes: tuple[int, int]) -> Reading:
     """Onto the principal directions of a layer's updates, each LoRA's scaled to length 1: of sum dW dW^T and of sum dW^T dW."""
-    if isinstance(loras[0], Sketch):
-        return Reading(None, None)
     ups, downs = [], []
     for lora in loras:
-        if not isinstance(lora, Sketch) and (factors := lora.get(layer)) is not None:
-            up, down = factors.up.flatten(1).double(), factors.down.flatten(1).double()
-            left, right = torch.linalg.qr(up), torch.linalg.qr(down.T)
+        if isinstance(part := lora.get(layer), Factors):
+            left, right = torch.linalg.qr(part.up.flatten(1).double()), torch.linalg.qr(part.down.flatten(1).double().T)
             u, s, vh = torch.linalg.svd(left.R @ right.R.T)
             if s[0] > 0:
                 ups.append(left.Q @ u * (s / s.norm()))
                 downs.append(right.Q @ vh.T * (s / s.norm()))
+    if not ups:
+        return Reading(None, None)
     bases = []
     for parts, size in ((ups, sizes[0]), (downs, sizes[1])):
         stack = torch.cat(parts, 1)

@@ -21,8 +21,9 @@ from composition.backbones.loading import skeleton
 from composition.loras import layers as layer_map
 from composition.loras import reader
 from composition.loras.safetensors import load_safely
-from retrieval.encode import Encoder, Settings
-from retrieval.sketch import named, sketched
+from retrieval.linear import LinearEncoder, LinearSettings
+from retrieval.ridge import DIRECTIONS, Reading
+from retrieval.sketch import Sketch, named, sketched
 from retrieval.tokens import layers
 
 PARTS = ("read", "place", "sketch", "encode")
@@ -39,6 +40,14 @@ def write(path: Path, component: str, module: torch.nn.Module, megabytes: float)
         tensors[f"{component}.{name}.lora_B.weight"] = (torch.randn(out, rank, generator=rng) / 50).half()
     save_file(tensors, path)
     return rank
+
+
+def random_encoder(sketch: Sketch, family: str) -> LinearEncoder:
+    """One that reads every layer of this sketch."""
+    rng = torch.Generator().manual_seed(0)
+    settings = LinearSettings({name: layer.shape for name, layer in layers([sketch]).items()}, family, family, "", 0, "sketches")
+    maps = {name: torch.randn(sketch.side**2, DIRECTIONS, generator=rng) for name in settings.layers}
+    return LinearEncoder(settings, dict.fromkeys(maps, Reading(None, None)), maps, torch.randn(DIRECTIONS, 512, generator=rng), torch.zeros(512))
 
 
 def main() -> None:
@@ -66,7 +75,7 @@ def main() -> None:
                 stamps.append(time.perf_counter())
                 sketch = sketched(named(lora.factors))
                 stamps.append(time.perf_counter())
-                encoder = encoder or Encoder(Settings(layers([sketch]), family, family, "", 256, 256)).eval()
+                encoder = encoder or random_encoder(sketch, family)
                 encoder.encode([sketch])
                 stamps.append(time.perf_counter())
                 spans = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]

@@ -86,7 +86,7 @@ def test_products_are_those_of_the_updates(toy):
         torch.testing.assert_close(ridge.products(loras, layer), expected, rtol=1e-5, atol=1e-4)
         sketches = [sketched(lora) for lora in loras]
         expected = torch.tensor([[(a.matrices([layer]) * b.matrices([layer])).sum().item() for b in sketches] for a in sketches], dtype=torch.float64)
-        torch.testing.assert_close(ridge.products(sketches, layer), expected)
+        torch.testing.assert_close(ridge.products([ridge.opened(each) for each in sketches], layer), expected)
 
 
 def test_left_out_is_the_regression_without_that_row():
@@ -169,6 +169,10 @@ def test_sketches_know_and_are_known(toy):
     encoder = made(toy.loras, toy.lessons, "sketches")
     read = sketched(toy.unseen[0])
     assert encoder.knows(read) and not encoder.knows(read.shrunk(8))
+    wide = sketched({name: Factors(F.pad(part.down, (0, 1)), part.up, None) for name, part in toy.unseen[0].items()})
+    assert not encoder.knows(wide)
+    with pytest.raises(Refused, match="no layer that this encoder knows"):
+        encoder.encode([wide])
     with pytest.raises(ValueError, match="cannot become"):
         encoder.encode([read.shrunk(8)])
 
