@@ -1,4 +1,4 @@
-"""The weight encoder: a LoRA's sketch as a vector in the space of a judge's texts, so that a prompt finds it by what its weights do.
+"""A weight encoder as a transformer, to compare `linear` with: a LoRA's sketch as a vector in the space of a judge's texts.
 
 Each layer's update is one token; a transformer without order looks at those that are there and pools them into one vector (after AutoLoRA,
 arXiv 2508.02107). The text side is a linear map on the judge's frozen text vectors. The vector does not depend on how updates are factored, on the

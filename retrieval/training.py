@@ -1,4 +1,4 @@
-"""Training of the weight encoder: LoRAs beside their captions and the directions in which they move pictures, all of one base.
+"""Training of the transformer (`encode`): LoRAs beside their captions and the directions in which they move pictures, all of one base.
 
 Multi-positive InfoNCE with a learned temperature, to captions and to directions: of all captions (directions) those of the LoRA's own concept
 should be nearest, and of all LoRAs those of the caption's. The directions, measured on pictures (CARLoS, arXiv 2512.08826), are a teacher: in use
