@@ -119,8 +119,10 @@ def _spoken(prompt: str, phrases: Sequence[Phrase], candidates: Sequence[Candida
 
 
 def _near(phrases: Sequence[Phrase], candidates: Sequence[Candidate], evidence: Space, make: Queries, null: Vectors, least: float) -> Reasons:
-    """What one kind of vector says, where that is more than chance."""
-    held = [index for index, candidate in enumerate(candidates) if evidence in candidate.vectors]
+    """What one kind of vector says, where that is more than chance. Weights are asked of LoRAs alone whose behaviour was not measured: it is what they
+    are an estimate of."""
+    held = [index for index, candidate in enumerate(candidates)
+            if evidence in candidate.vectors and not (evidence == "weight" and "behaviour" in candidate.vectors)]  # fmt: skip
     if not held:
         return
     vectors = np.stack([candidates[index].vectors[evidence] for index in held])

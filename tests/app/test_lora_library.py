@@ -40,6 +40,18 @@ def nameless(tmp_path_factory):
     return folder, home
 
 
+@pytest.fixture(autouse=True)
+def without_an_encoder(monkeypatch, request):
+    """The nameless ones are all of the dragon's weights, and differ in the behaviours that are kept of them."""
+    if "by_weights" not in request.fixturenames:
+        monkeypatch.setattr(Library, "encoder", None)
+
+
+@pytest.fixture
+def by_weights():
+    """Asked for by a test that wants the bundled encoder."""
+
+
 @pytest.fixture
 def home(nameless, tmp_path, monkeypatch):
     shutil.copytree(nameless[1], tmp_path / "home")
@@ -146,3 +158,21 @@ def test_a_judge_of_all_words_also_compares_what_is_written(library, monkeypatch
     monkeypatch.setattr(library.judge, "read", lambda texts: seen.extend(texts) or read(texts))
     library.write()
     assert not set(seen) & set(captions.values())
+
+
+def test_a_file_that_says_nothing_is_found_by_its_weights(by_weights, tmp_path, monkeypatch):
+    """The bundled encoder reads a LoRA that the pool never had."""
+    monkeypatch.setenv("MEDLEY_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    weights = load_file(bundled.path("pocket128/loras/dragon.safetensors"))
+    save_file({name: value * 1.1 for name, value in weights.items()}, folder / "17.safetensors")
+    monkeypatch.setitem(bundled.BUNDLES, "pocket", replace(bundled.BUNDLES["pocket"], loras="", profiles="nothing"))  # the dragon says what it is
+    library = Library("pocket", [folder])
+    library.refresh()
+    assert library.encoder is not None
+    (suggestion,) = library.suggest("a dragon")
+    assert suggestion.candidate.name == "17" and "its weights answer to 'dragon'" in suggestion.reasons[0].text()
+    assert library.suggest("a bus") == []
+    monkeypatch.setattr(library.base.__class__, "factors", lambda self, path: 1 / 0)
+    assert library.write().with_weights == 1, "what the index has is not read again"

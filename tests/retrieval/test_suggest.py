@@ -129,3 +129,17 @@ def test_a_phrase_in_the_words_of_a_judge():
     names = ["neon lights", "a robot", "in the city", "a city of neon lights"]
     assert [in_words_of(names, text) for text in ("neon", "the robot", "city", "neon city", "a fox", "")] == [
         "neon lights", "a robot", "in the city", "a city of neon lights", "a fox", ""]
+
+
+def test_weights_are_asked_of_loras_without_a_behaviour():
+    def both(*spaces):
+        own = lora("1", "dragon").vectors["behaviour"]
+        vectors_of = {"weight": own} if spaces == ("weight",) else {"weight": own, "behaviour": lora("1", "owl").vectors["behaviour"]}
+        return [Candidate("1", "x", vectors_of), *LIBRARY[3:]]
+
+    queries, null = QUERIES | {"weight": vectors}, NULL | {"weight": NULL["behaviour"]}
+    (found,) = suggest("a dragon", both("weight"), queries, null)
+    assert [reason.evidence for reason in found.reasons] == ["weight"] and "its weights answer to 'dragon'" in found.reasons[0].text()
+    assert suggest("a dragon", both("weight", "behaviour"), queries, null) == [], "its weights say a dragon, its pictures an owl"
+    (found,) = suggest("an owl", both("weight", "behaviour"), queries, null)
+    assert [reason.evidence for reason in found.reasons] == ["behaviour"]
