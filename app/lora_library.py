@@ -30,6 +30,7 @@ from retrieval.index import ANY, Index
 from retrieval.judge import Judge
 from retrieval.linear import LinearEncoder
 from retrieval.phrases import in_words_of, split
+from retrieval.ridge import Lora
 from retrieval.rows import SPACES, Filter, Hit, Row, Space
 from retrieval.sketch import Sketch, packed, unpacked
 from retrieval.suggest import CHANCE, MOST, Candidate, Queries, Suggestion
@@ -53,10 +54,10 @@ class Indexed(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One LoRA to learn from. texts: what is written of it. direction: that of its behaviour, None where it was not measured."""
+    """One LoRA to learn from: its factors or its sketch. texts: what is written of it. direction: that of its behaviour, None where it was not measured."""
 
     id: str
-    sketch: Sketch
+    lora: Lora
     texts: tuple[str, ...]
     direction: Float[np.ndarray, " D"] | None
 
@@ -226,15 +227,22 @@ class Library:
             vectors |= dict(zip(fresh, self.judge.read([captions[key] for key in fresh]).numpy(), strict=True))
         return [replace(row, text=vectors[row.id]) if row.id in vectors else row for row in rows]
 
-    def examples(self, side: int) -> list[Example]:
-        """What an encoder can learn from: the LoRAs for the base, in the order of their hashes, with sketches of this side."""
+    def examples(self, side: int | None) -> list[Example]:
+        """What an encoder can learn from: the LoRAs for the base, in the order of their hashes, with sketches of this side; None: with their factors."""
         examples = []
         for tensors, cards in sorted(self._groups(self.catalogue.cards()).items()):
             if self._fits(cards) and (read := self._sketch(cards)) is not None:
+                lora: Lora | None = read.shrunk(side) if side else self.base.factors(cards[0].path)
                 held = self._behaviour(tensors)
                 direction = np.asarray(held.direction, np.float32) if held is not None else None
-                examples.append(Example(tensors, read.shrunk(side), written.texts(cards), direction))
+                if lora is not None:
+                    examples.append(Example(tensors, lora, written.texts(cards), direction))
         return examples
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that can be used, of any base."""
+        return sum(card.size for card in self.catalogue.cards() if card.usable)
 
     # asking it -----------------------------------------------------------------------------------------------------
 

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from retrieval.judge import Judge
     from retrieval.linear import LinearEncoder
     from retrieval.metrics import Estimate
+    from retrieval.ridge import Lora
 
 LEAST = 40  # LoRAs that something can be learned from
 HELD_OUT = 5  # every so many-th LoRA, when it is measured what was not learned from
+EXACT = 2**30  # bytes of LoRA files from which sketches are learned from in place of factors
 MEMORY = 2**31  # bytes of the sketches of all LoRAs in double precision
 SIDES = (32, 16, 8)
 
@@ -61,7 +63,7 @@ def learn(config: RetrieverConfig, out: Console) -> None:
 def _usable(library: "Library", config: RetrieverConfig, out: Console) -> "list[Example]":
     """Those of the library that say anything, in the order of their hashes."""
     side = next((side for side in SIDES if library.index.count() * library.base.layers * 8 * side**2 <= MEMORY), SIDES[-1])
-    examples = [example for example in library.examples(side) if example.texts or example.direction is not None]
+    examples = [example for example in library.examples(None if library.size <= EXACT else side) if example.texts or example.direction is not None]
     worded, measured = sum(bool(example.texts) for example in examples), sum(example.direction is not None for example in examples)
     out.print(Text(f"{len(examples):,} LoRAs for {config.model}: {worded:,} with words, {measured:,} with a behaviour"))
     if len(examples) < LEAST:
@@ -73,18 +75,32 @@ def _usable(library: "Library", config: RetrieverConfig, out: Console) -> "list[
 def _fit(examples: "Sequence[Example]", library: "Library") -> "LinearEncoder":
     from retrieval import null, ridge, written
     from retrieval.linear import LinearEncoder, LinearSettings
-    from retrieval.tokens import layers
+    from retrieval.sketch import Sketch
 
-    judge, sketches = library.judge, [example.sketch for example in examples]
+    judge, loras = library.judge, [example.lora for example in examples]
     centre = judge.read(null.phrases(list(judge.thresholds))).mean(0)
-    known = {name: layer.shape for name, layer in layers(sketches).items()}
+    known = _shapes(loras)
     directions = None
     if any(example.direction is not None for example in examples):
         directions = np.stack([np.zeros(len(centre), np.float32) if example.direction is None else example.direction for example in examples])
     lessons = written.lessons([example.texts for example in examples], lambda texts: judge.read(list(texts)).numpy(), directions)
-    fit = ridge.fit(sketches, lessons, list(known), centre)
-    settings = LinearSettings(known, library.base.name, library.base.family, judge.name, len(examples), "sketches", sketches[0].side)
-    return LinearEncoder.of(fit, settings, centre)
+    fit = ridge.fit(loras, lessons, list(known), centre)
+    first = loras[0]
+    reads = {"reads": "sketches", "side": first.side} if isinstance(first, Sketch) else {}
+    return LinearEncoder.of(fit, LinearSettings(known, library.base.name, library.base.family, judge.name, len(examples), **reads), centre)
+
+
+def _shapes(loras: "Sequence[Lora]") -> dict[str, tuple[int, int]]:
+    """(out, in) of every layer that one of them changes, by name."""
+    from retrieval.sketch import Sketch
+    from retrieval.tokens import layers
+
+    sketches = [lora for lora in loras if isinstance(lora, Sketch)]
+    shapes = {name: layer.shape for name, layer in layers(sketches).items()}
+    for lora in loras:
+        if not isinstance(lora, Sketch):
+            shapes |= {name: (part.stored_up.shape[0], part.stored_down[0].numel()) for name, part in lora.items()}
+    return dict(sorted(shapes.items()))
 
 
 def _measure(encoder: "LinearEncoder", examples: "Sequence[Example]", judge: "Judge", out: Console) -> None:
@@ -95,11 +111,11 @@ def _measure(encoder: "LinearEncoder", examples: "Sequence[Example]", judge: "Ju
     if not pairs:
         out.print("no held-out LoRA has words, so nothing was measured")
         return
-    usable = [number for number, example in enumerate(examples) if encoder.knows(example.sketch)]
+    usable = [number for number, example in enumerate(examples) if encoder.knows(example.lora)]
     owners = np.array([number for number, _ in pairs])
     right = owners[:, None] == np.array(usable)[None, :]
     there = right.any(1)
-    scores = (encoder.read(judge.read([text for _, text in pairs])) @ encoder.encode([examples[number].sketch for number in usable]).T).numpy()
+    scores = (encoder.read(judge.read([text for _, text in pairs])) @ encoder.encode([examples[number].lora for number in usable]).T).numpy()
     chance = metrics.chance(len(pairs), len(usable))
     found, random = (metrics.evaluate(values[there], right[there], owners[there]) for values in (scores, chance))
     rows = tables.table(f"{len(set(owners.tolist()))} held-out LoRAs among {len(usable):,}", "first", "among five", right=("first", "among five"))

@@ -13,6 +13,7 @@ from app.cli.program import run
 from app.lora_library import Library
 from composition import Refused
 from retrieval.judge import Judge
+from retrieval.ridge import opened
 
 LAYERS = [f"unet.{side}_blocks.1.attentions.0.transformer_blocks.0.attn2.to_{part}" for side in ("down", "up") for part in ("k", "v")]
 LORAS = 60
@@ -62,7 +63,7 @@ def home(tmp_path, monkeypatch):
 def without_the_bundled(monkeypatch):
     """They have 91 layers each and follow nothing of this: time alone."""
     examples = Library.examples
-    monkeypatch.setattr(Library, "examples", lambda self, side: [example for example in examples(self, side) if len(example.sketch.layers) == len(LAYERS)])
+    monkeypatch.setattr(Library, "examples", lambda self, side: [example for example in examples(self, side) if len(opened(example.lora)) == len(LAYERS)])
 
 
 @pytest.fixture
@@ -80,13 +81,17 @@ def medley(capfd):
     return call
 
 
-def test_a_library_is_learned_from_and_its_files_are_found_by_weights(medley, lib, names, home):
+@pytest.mark.parametrize("reads", ["factors", "sketches"])
+def test_a_library_is_learned_from_and_its_files_are_found_by_weights(medley, lib, names, reads, monkeypatch):
+    """Of a large library sketches are read in place of factors."""
+    if reads == "sketches":
+        monkeypatch.setattr(retriever_trainer, "EXACT", 0)
     code, printed, progress = medley("train", "retriever", lib)
     assert code == 0, progress
     first, five = map(int, re.search(r"weights\D+(\d+) % \(.*?\)\D+(\d+) %", printed).groups())
     assert five > 40 and first <= five and "chance" in printed and f"{LORAS + 18} LoRAs for pocket are found by their weights" in printed
     library = Library("pocket", [lib])
-    assert library.encoder is not None and library.encoder.settings.base == "pocket"
+    assert library.encoder is not None and (library.encoder.settings.base, library.encoder.settings.reads) == ("pocket", reads)
     own = {row.id: row for row in library.index.get(library.index.ids()).values() if row.name == "007"}
     assert all(row.weight is not None for row in own.values()) and len(own) == 1
     hits = library.index.search({"weight": library.encoder.read(library.judge.read([names[7]])).numpy()[0]}, "", k=5)
