@@ -117,12 +117,12 @@ def _measure(encoder: "LinearEncoder", examples: "Sequence[Example]", judge: "Ju
     there = right.any(1)
     scores = (encoder.read(judge.read([text for _, text in pairs])) @ encoder.encode([examples[number].lora for number in usable]).T).numpy()
     chance = metrics.chance(len(pairs), len(usable))
-    found, random = (metrics.evaluate(values[there], right[there], owners[there]) for values in (scores, chance))
+    by_weights, by_chance = (metrics.evaluate(values[there], right[there], owners[there]) for values in (scores, chance))
     rows = tables.table(f"{len(set(owners.tolist()))} held-out LoRAs among {len(usable):,}", "first", "among five", right=("first", "among five"))
-    for name, table in (("weights", found), ("chance", random)):
+    for name, table in (("weights", by_weights), ("chance", by_chance)):
         rows.add_row(name, *(_percent(table[measure]) for measure in ("R@1", "R@5")))
     out.print(rows)
-    if found["R@5"].low <= 5 / len(usable):
+    if by_weights["R@5"].low <= 5 / len(usable):
         raise Refused("held-out LoRAs are not found more often than by chance, so no encoder was kept: more LoRAs, better words or `medley index "
                       "--behaviour` would help; --no-check keeps it all the same")  # fmt: skip
 
