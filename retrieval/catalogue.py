@@ -18,7 +18,6 @@ from typing import NamedTuple
 from composition.loras import library
 from composition.loras.folders import COARSE_NS
 from composition.loras.kinds.lora import Factors
-from composition.loras.library import Known
 from composition.loras.safetensors import NotNow, SafeFile
 from composition.refusal import Cancelled, Refused
 from retrieval import cards, headers, scanning
@@ -65,7 +64,7 @@ class Catalogue:
 
     def __init__(self, file: Path, on_trouble: Callable[[str], None] | None = None) -> None:
         self._store = Store(file, on_trouble)
-        self._known: dict[tuple[object, ...], Known] = {}
+        self._known: dict[tuple[object, ...], library.Known] = {}
         self._lock = threading.Lock()
 
     @property
@@ -83,7 +82,7 @@ class Catalogue:
         with self._store.opened() as db:
             before = {path: ((size, mtime_ns, inode), beside, settled) for path, size, mtime_ns, inode, beside, settled in
                       db.execute("SELECT path, size, mtime_ns, inode, beside, settled FROM files")}  # before the walk: what others add later stays
-            known = Known(model, scanning.absolute(folders))
+            known = library.Known(model, scanning.absolute(folders))
             files = list(scanning.look(known))
             fresh = [seen for seen in files if before.get(os.fsencode(seen.path)) != (seen.stat, seen.beside, cards.FORM)]
             self._put_all(db, self._described(db, fresh, on_file, cancel))
@@ -176,7 +175,7 @@ class Catalogue:
             several = library.matching(source, known, conditions)
             if len(several) == 1 and os.path.lexists(several[0]):
                 return several[0]  # nothing is refused by what was true a moment ago
-        known = Known(model, folders, conditions=conditions, alias=self._aliases())
+        known = library.Known(model, folders, conditions=conditions, alias=self._aliases())
         with self._lock:
             self._known = {**dict(list(self._known.items())[-7:]), key: known}
         return library.find(source, model, folders, conditions=conditions, known=known)

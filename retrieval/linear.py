@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from composition import atomic, untrusted
 from composition.loras.safetensors import load_safely
 from composition.refusal import Refused
 from retrieval import sketch as sketches
-from retrieval.ridge import Fit, Lora, Reading, opened, read
+from retrieval.ridge import Fit, Lora, Reading, opened, read, shapes
 from retrieval.sketch import Sketch
 
 SETTINGS, WEIGHTS = "linear.json", "linear.safetensors"
@@ -99,10 +99,8 @@ class LinearEncoder:
         """LoRAs as vectors of length 1: what `sketch.named` gives, or sketches, as `reads` says. Raises Refused for one without a known layer."""
         rows = []
         for lora in loras:
-            parts = opened(lora.shrunk(self.settings.side)) if isinstance(lora, Sketch) else lora
-            if isinstance(lora, Sketch):
-                shapes = dict(zip(lora.layers, map(tuple, lora.shapes.tolist()), strict=True))
-                parts = {layer: part for layer, part in parts.items() if shapes[layer] == self.settings.layers.get(layer)}
+            parts = opened(lora.shrunk(self.settings.side) if isinstance(lora, Sketch) else lora)
+            parts = {layer: parts[layer] for layer, shape in shapes(lora).items() if shape == self.settings.layers.get(layer)}
             coordinates = torch.zeros(len(self.axes), dtype=torch.float64)
             for layer, reading in self.readings.items():
                 if (entries := read(parts.get(layer), reading)) is not None:
@@ -114,11 +112,10 @@ class LinearEncoder:
 
     def knows(self, lora: Lora) -> bool:
         """Whether a LoRA changes any layer that the encoder reads, in the shape that it has there."""
+        fitting = [layer for layer, shape in shapes(lora).items() if self.settings.layers.get(layer) == shape]
         if isinstance(lora, Sketch):
-            shapes: Any = zip(lora.layers, map(tuple, lora.shapes.tolist()), strict=True)
-            return lora.side >= self.settings.side and any(self.settings.layers.get(layer) == shape for layer, shape in shapes)
-        return any(self.settings.layers.get(layer) == (part.stored_up.shape[0], part.stored_down[0].numel()) and bool(part.up.any() and part.down.any())
-                   for layer, part in lora.items())  # fmt: skip
+            return lora.side >= self.settings.side and bool(fitting)
+        return any(bool(lora[layer].up.any() and lora[layer].down.any()) for layer in fitting)
 
 
 def _settings(file: Path) -> LinearSettings:
@@ -127,15 +124,15 @@ def _settings(file: Path) -> LinearSettings:
         words = untrusted.parse_file(file)
         if not isinstance(words, dict) or set(words) != {field.name for field in fields(LinearSettings)}:
             raise ValueError("does not have the settings of an encoder")
-        shapes = words.pop("layers")
-        if not isinstance(shapes, dict) or not shapes or not all(
-                isinstance(shape, list) and len(shape) == 2 and all(type(x) is int and x > 0 for x in shape) for shape in shapes.values()):
+        sizes = words.pop("layers")
+        if not isinstance(sizes, dict) or not sizes or not all(
+                isinstance(shape, list) and len(shape) == 2 and all(type(x) is int and x > 0 for x in shape) for shape in sizes.values()):
             raise ValueError("has layers without shapes")
         if not all(isinstance(words[name], str) for name in ("base", "family", "judge")) or words["reads"] not in ("sketches", "factors"):
             raise ValueError("does not say what it was trained on")
         if type(words["side"]) is not int or not 1 <= words["side"] <= sketches.SIDE or type(words["loras"]) is not int:
             raise ValueError(f"has no side from 1 to {sketches.SIDE}")
-        settings = LinearSettings({name: (shape[0], shape[1]) for name, shape in shapes.items()}, **words)
+        settings = LinearSettings({name: (shape[0], shape[1]) for name, shape in sizes.items()}, **words)
     except untrusted.Unreadable as error:
         raise Refused(f"{file} {error}") from None
     except (ValueError, TypeError) as error:

@@ -55,6 +55,13 @@ class Fit:
     loss: float
 
 
+def shapes(*loras: Lora) -> dict[str, tuple[int, int]]:
+    """(out, in) of every layer that one of them changes, by name."""
+    return {name: shape for lora in loras for name, shape in (
+        zip(lora.layers, map(tuple, lora.shapes.tolist()), strict=True) if isinstance(lora, Sketch)
+        else ((name, (part.stored_up.shape[0], part.stored_down[0].numel())) for name, part in lora.items()))}  # fmt: skip
+
+
 def opened(lora: Lora) -> Layers:
     """By layer what is read of it."""
     if not isinstance(lora, Sketch):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from composition.loras.library import Known
+from composition.loras import library
 from composition.loras.scale import CONFIG
 from retrieval import sidecars
 
@@ -38,7 +38,7 @@ def absolute(places: Sequence[Path]) -> list[Path]:
     return [Path(os.path.abspath(place)) for place in places]
 
 
-def look(known: Known) -> Iterator[Seen]:
+def look(known: library.Known) -> Iterator[Seen]:
     """Every file of a walk over absolute folders, in its order."""
     by_folder: dict[Path, list[Path]] = {}
     for _, path in known.walk.rows:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from retrieval.judge import Judge
     from retrieval.linear import LinearEncoder
     from retrieval.metrics import Estimate
-    from retrieval.ridge import Lora
 
 LEAST = 40  # LoRAs that something can be learned from
 HELD_OUT = 5  # every so many-th LoRA, when it is measured what was not learned from
@@ -79,7 +78,7 @@ def _fit(examples: "Sequence[Example]", library: "Library") -> "LinearEncoder":
 
     judge, loras = library.judge, [example.lora for example in examples]
     centre = judge.read(null.phrases(list(judge.thresholds))).mean(0)
-    known = _shapes(loras)
+    known = dict(sorted(ridge.shapes(*loras).items()))
     directions = None
     if any(example.direction is not None for example in examples):
         directions = np.stack([np.zeros(len(centre), np.float32) if example.direction is None else example.direction for example in examples])
@@ -88,19 +87,6 @@ def _fit(examples: "Sequence[Example]", library: "Library") -> "LinearEncoder":
     first = loras[0]
     reads = {"reads": "sketches", "side": first.side} if isinstance(first, Sketch) else {}
     return LinearEncoder.of(fit, LinearSettings(known, library.base.name, library.base.family, judge.name, len(examples), **reads), centre)
-
-
-def _shapes(loras: "Sequence[Lora]") -> dict[str, tuple[int, int]]:
-    """(out, in) of every layer that one of them changes, by name."""
-    from retrieval.sketch import Sketch
-    from retrieval.tokens import layers
-
-    sketches = [lora for lora in loras if isinstance(lora, Sketch)]
-    shapes = {name: layer.shape for name, layer in layers(sketches).items()}
-    for lora in loras:
-        if not isinstance(lora, Sketch):
-            shapes |= {name: (part.stored_up.shape[0], part.stored_down[0].numel()) for name, part in lora.items()}
-    return dict(sorted(shapes.items()))
 
 
 def _measure(encoder: "LinearEncoder", examples: "Sequence[Example]", judge: "Judge", out: Console) -> None:

@@ -67,11 +67,11 @@ def updates(folder: Path, rows: Sequence[Row], base: Path) -> list[Mapping[str, 
 def fitted(rows: Sequence[Row], loras: Sequence[Mapping[str, Factors]], judge: Judge, seen: Looks | None) -> LinearEncoder:
     """The encoder that ships: of the LoRAs to learn from, and of every layer that one of them changes."""
     own = [index for index, row in enumerate(rows) if row["split"] == "train"]
-    shapes = {name: (part.stored_up.shape[0], part.stored_down[0].numel()) for index in own for name, part in loras[index].items()}
+    shapes = dict(sorted(ridge.shapes(*(loras[index] for index in own)).items()))
     centre = judge.read(null.phrases(list(judge.thresholds))).mean(0)
     taught = lessons([rows[index] for index in own], judge, None if seen is None else seen.directions[own])
-    fit = ridge.fit([loras[index] for index in own], taught, sorted(shapes), centre)
-    settings = LinearSettings({name: shapes[name] for name in sorted(shapes)}, "pocket", "sd", judge.name, len(own))
+    fit = ridge.fit([loras[index] for index in own], taught, list(shapes), centre)
+    settings = LinearSettings(shapes, "pocket", "sd", judge.name, len(own))
     return LinearEncoder.of(fit, settings, centre)
 
 

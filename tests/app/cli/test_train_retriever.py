@@ -8,8 +8,6 @@ import torch
 from safetensors.torch import save_file
 
 from app.cli import retriever_trainer
-from app.cli.program import app as program
-from app.cli.program import run
 from app.lora_library import Library
 from composition import Refused
 from retrieval.judge import Judge
@@ -66,28 +64,14 @@ def without_the_bundled(monkeypatch):
     monkeypatch.setattr(Library, "examples", lambda self, side: [example for example in examples(self, side) if len(opened(example.lora)) == len(LAYERS)])
 
 
-@pytest.fixture
-def medley(capfd):
-    import typer
-
-    command = typer.main.get_command(program)
-
-    def call(*words):
-        words = list(map(str, words))
-        code = run(lambda: command.main(words, prog_name="medley", standalone_mode=False), words)
-        printed = capfd.readouterr()
-        return code, printed.out, printed.err
-
-    return call
-
-
 @pytest.mark.parametrize("reads", ["factors", "sketches"])
 def test_a_library_is_learned_from_and_its_files_are_found_by_weights(medley, lib, names, reads, monkeypatch):
     """Of a large library sketches are read in place of factors."""
     if reads == "sketches":
         monkeypatch.setattr(retriever_trainer, "EXACT", 0)
-    code, printed, progress = medley("train", "retriever", lib)
-    assert code == 0, progress
+    answer = medley("train", "retriever", lib)
+    assert answer.code == 0, answer.err
+    printed = answer.out
     first, five = map(int, re.search(r"weights\D+(\d+) % \(.*?\)\D+(\d+) %", printed).groups())
     assert five > 40 and first <= five and "chance" in printed and f"{LORAS + 18} LoRAs for pocket are found by their weights" in printed
     library = Library("pocket", [lib])
@@ -101,15 +85,18 @@ def test_a_library_is_learned_from_and_its_files_are_found_by_weights(medley, li
 def test_words_that_say_nothing_of_the_weights_leave_nothing(medley, names, judge, tmp_path, home):
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(1)).tolist()
     lib = write(tmp_path / "lib", names, [names[number] for number in order], judge)
-    code, printed, error = medley("train", "retriever", lib)
+    answer = medley("train", "retriever", lib)
+    code, printed, error = answer.code, answer.out, answer.err
     assert code == 2 and "chance" in printed and "no encoder was kept" in error and "--no-check" in error
     assert not Library("pocket", [lib]).trained.exists()
 
 
 def test_what_cannot_be_learned_from_is_refused(medley, lib, tmp_path):
-    code, _, error = medley("train", "retriever")
+    answer = medley("train", "retriever")
+    code, error = answer.code, answer.err
     assert code == 2 and f"needs {retriever_trainer.LEAST} at least" in error and "--behaviour" in error
-    code, _, error = medley("train", "retriever", tmp_path / "no")
+    answer = medley("train", "retriever", tmp_path / "no")
+    code, error = answer.code, answer.err
     assert code == 2 and "is not a folder" in error
 
 
