@@ -5,7 +5,7 @@ sliders; constant ones are folded, so that a step costs what the bare base's doe
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from composition.loop import Predict, Prediction, Step
@@ -27,15 +27,9 @@ class Options:
         cost="1, and K once for a set of LoRAs")
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
-    with ExitStack() as stack:
-        ready = False
-
+    with ssr.Mixed(run, options.prompts, options.ridge) as mixed:
         def predict(step: Step) -> Prediction:
-            nonlocal ready
-            if not ready:
-                ssr.prepare(run, step, stack, options.prompts, options.ridge)
-                run.fold(stack)
-                ready = True
+            mixed.at(step)
             return Prediction(run.guide(run.denoise(step)), step.latents)
 
         yield predict

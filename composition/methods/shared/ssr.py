@@ -5,12 +5,12 @@ at the run's first time. Over all rows z = A x of all LoRAs' ranks, G is the sum
 R = Q (G + ridge)^-1, the least squares optimum (arXiv 2606.10617; float64). The ridge is a share of G's mean diagonal. Shapes: P ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import save
 from torch import Generator, Tensor
 
@@ -42,78 +42,127 @@ class Sums(NamedTuple):
         self.gram.add_(product)
         self.cross[slice(*span)] += product[slice(*span)]
 
-    def solved(self, ridge: float, ranks: Sequence[int]) -> Float[Tensor, "P P"]:
-        """R over these ranks; the identity on the others, and where nothing was seen."""
-        solution = torch.eye(len(self.gram), dtype=torch.float64)
-        index = torch.tensor(ranks)
-        gram, cross = self.gram[index][:, index], self.cross[index][:, index]
-        level = gram.diagonal().mean()
-        if level > 0:
-            ridged = gram + ridge * level * torch.eye(len(index), dtype=torch.float64)
-            solution[index[:, None], index] = torch.linalg.solve(ridged, cross, left=False)
-        return solution
+    def of(self, ranks: Int[Tensor, "p"]) -> "Sums":
+        """These ranks alone."""
+        return Sums(self.gram[ranks][:, ranks], self.cross[ranks][:, ranks])
 
-    def error(self, matrix: Float[Tensor, "P P"], up: Float[Tensor, "out P"], spans: Sequence[tuple[int, int]]) -> tuple[float, float]:
-        """(sum over LoRAs of |B R z - B_k z_k|^2, the same of nothing at all) over the rows that were seen."""
-        inner = up.double().T @ up.double()
-        own = sum(float((inner[slice(*s), slice(*s)] * self.cross[slice(*s), slice(*s)]).sum()) for s in spans)
-        both = float((inner * (matrix @ self.gram @ matrix.T)).sum() - 2 * (inner * (matrix @ self.cross.T)).sum())
-        return both + own, own
+    def solved(self, ridge: float) -> Float[Tensor, "P P"]:
+        """R; the identity where nothing was seen."""
+        one = torch.eye(len(self.gram), dtype=torch.float64)
+        level = self.gram.diagonal().mean()
+        return torch.linalg.solve(self.gram + ridge * level * one, self.cross, left=False) if level > 0 else one
 
+    def error(self, matrix: Float[Tensor, "P P"], up: Float[Tensor, "out P"]) -> float:
+        """The sum over LoRAs of |B R z - B_k z_k|^2 over the rows that were seen, less what no R changes, the sum of |B_k z_k|^2."""
+        inner = up.T @ up
+        return float((inner * (matrix @ self.gram @ matrix.T)).sum() - 2 * (inner * (matrix @ self.cross.T)).sum())
 
-def prepare(run: Run, step: Step, stack: ExitStack, asked: Prompts, ridge: float) -> None:
-    """From now on until `stack` ends the run's LoRAs are mixed by R, measured now unless it was before. Nothing for fewer than two."""
-    if len(run.names) < 2:
-        return
-    texts = calibration_prompts(run, asked)
-    measured = Measured(
-        run.request.model, tuple(run.tensors.get(name, name) for name in run.names), tuple(texts), run.request.negative if run.guided else None,
-        ridge, float(step.t), tuple(step.latents.shape[1:]), str(step.latents.dtype))
-    mixing = run.profiles.remembered(measured) or _kept(run, measured)
-    if mixing is None:
-        mixing = measure(run, step, texts, ridge)
-        _keep(run, measured, mixing)
-    run.profiles.remember(measured, mixing)
-    run.notes["ssr"] = {"prompts": dict(zip(run.names, texts, strict=True)), "layers": len(mixing.matrices),
-                        "error": round(mixing.error, 4), "error of adding up": round(mixing.merged, 4)}
-    stack.enter_context(run.adapters.rewritten({path: mixed(matrix) for path, matrix in mixing.matrices.items()}))
+    def alone(self, up: Float[Tensor, "out P"], owner: Int[Tensor, "P"]) -> float:
+        """The sum over LoRAs of |B_k z_k|^2."""
+        return float(((up.T @ up) * self.cross * (owner[:, None] == owner)).sum())
 
 
-def mixed(matrix: Float[Tensor, "P P"]) -> Rewrite:
-    """The factors with R A in place of A: the gates of ranks act after R."""
+class Mixed:
+    """The LoRAs that are live, mixed by their R, until `stack` ends. R is measured at the run's first time when its set is first live."""
+
+    def __init__(self, run: Run, asked: Prompts, ridge: float) -> None:
+        self.run, self.ridge, self.first = run, ridge, None
+        self.texts = dict(zip(run.names, calibration_prompts(run, asked), strict=True)) if len(run.names) > 1 else {}
+        self.names: tuple[str, ...] | None = None
+        self.stack = ExitStack()
+
+    def __enter__(self) -> "Mixed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def at(self, step: Step) -> None:
+        """Mix the LoRAs that are live at this step, and write constant weights into the model, from now on."""
+        self.first = self.first or step
+        names = tuple(self.run.live(step))
+        if names != self.names:
+            self.stack.close()
+            if len(names) > 1:
+                mixing = self._mixing(names)
+                self.stack.enter_context(self.run.adapters.rewritten(rewrites(self.run, names, mixing)))
+            self.names = names
+            self.run.fold(self.stack)
+
+    def _mixing(self, names: Sequence[str]) -> Mixing:
+        """As it was measured before, by this process or in the user's store; else measured now."""
+        run, first = self.run, self.first
+        assert first is not None
+        texts = [self.texts[name] for name in names]
+        measured = Measured(
+            run.request.model, tuple(run.tensors.get(name, name) for name in names), tuple(texts), run.request.negative if run.guided else None,
+            self.ridge, float(first.t), tuple(first.latents.shape[1:]), str(first.latents.dtype))
+        mixing = run.profiles.remembered(measured) or _kept(run, names, measured)
+        if mixing is None:
+            mixing = measure(run, first, names, texts, self.ridge)
+            _keep(run, measured, mixing)
+        run.profiles.remember(measured, mixing)
+        run.notes.setdefault("ssr", {})[", ".join(names)] = {
+            "prompts": texts, "layers": len(mixing.matrices), "error": round(mixing.error, 4), "error of adding up": round(mixing.merged, 4)}
+        return mixing
+
+
+def rewrites(run: Run, names: Sequence[str], mixing: Mixing) -> dict[str, Rewrite]:
+    """By path, what puts R A in place of these LoRAs' A."""
+    layers, live = run.adapters.stacks(), _numbers(run, names)
+    return {path: mixed(matrix, ranks_of(layers[path], live)) for path, matrix in mixing.matrices.items()}
+
+
+def _numbers(run: Run, names: Sequence[str]) -> list[int]:
+    return [run.adapters.names.index(name) for name in names]
+
+
+def ranks_of(layer: Stack, adapters: Sequence[int]) -> Int[Tensor, "p"]:
+    """The ranks of these adapters in a layer."""
+    return torch.tensor([rank for k in adapters for rank in range(*layer.spans[k])], dtype=torch.long)
+
+
+def mixed(matrix: Float[Tensor, "p p"], ranks: Int[Tensor, "p"]) -> Rewrite:
+    """The factors with R A in place of these ranks' A: the gates of ranks act after R."""
 
     def rewrite(product: Product) -> Product:
-        flat = matrix.to(product.down) @ product.down.flatten(1)
+        index = ranks.to(product.down.device)
+        flat = product.down.flatten(1)
+        flat = flat.index_copy(0, index, matrix.to(flat) @ flat.index_select(0, index))
         return product._replace(down=flat.view_as(product.down))
 
     return rewrite
 
 
-def measure(run: Run, step: Step, texts: Sequence[str], ridge: float) -> Mixing:
-    """R of every layer that two or more LoRAs of the run touch, in K evaluations."""
+def measure(run: Run, step: Step, names: Sequence[str], texts: Sequence[str], ridge: float) -> Mixing:
+    """R of every layer that two or more of these LoRAs touch, in K evaluations, each asked for by its text."""
     first = Step(0, step.count, step.t, noise(run, step))
-    live = [run.adapters.names.index(name) for name in run.names]
+    live = _numbers(run, names)
+    exact = step.latents.dtype == torch.float64
     sums: dict[str, Sums] = {}
-    for name, text in zip(run.names, texts, strict=True):
+    for name, text in zip(names, texts, strict=True):
         k = run.adapters.names.index(name)
 
         def watch(layer: Stack, ranks: Float[Tensor, "rows places P"], k: int = k) -> None:
             mine = sums.setdefault(layer.path, Sums.empty(ranks.shape[-1]))
-            mine.add(ranks.flatten(0, 1).float() if ranks.dtype != torch.float64 else ranks.flatten(0, 1), layer.spans[k])
+            rows = ranks.flatten(0, 1)
+            mine.add(rows if exact else rows.float(), layer.spans[k])
 
         run.observe(first, {name: 1.0}, run.encode(text, {name: 1.0}), watch)
     matrices, wrong, merged, whole = {}, 0.0, 0.0, 0.0
     for path, layer in run.adapters.stacks().items():
-        touching = [k for k in live if layer.touches(k)]
-        if len(touching) < 2 or path not in sums:
+        ranks = ranks_of(layer, live)
+        owner = layer.product(first.latents).owner
+        assert owner is not None
+        owner = owner.cpu()[ranks]
+        if len(owner.unique()) < 2 or path not in sums:
             continue
-        spans = [layer.spans[k] for k in touching]
-        matrix = sums[path].solved(ridge, [rank for begin, end in spans for rank in range(begin, end)])
-        up = layer.product(torch.zeros((), dtype=torch.float32)).up
-        error, own = sums[path].error(matrix, up, spans)
-        added, _ = sums[path].error(torch.eye(len(matrix), dtype=torch.float64), up, spans)
-        matrices[path] = matrix.float() if step.latents.dtype != torch.float64 else matrix
-        wrong, merged, whole = wrong + error, merged + added, whole + own
+        mine, up = sums[path].of(ranks), layer.product(first.latents).up.detach().to("cpu", torch.float64)[:, ranks]
+        matrix, own = mine.solved(ridge), mine.alone(up, owner)
+        matrices[path] = matrix if exact else matrix.float()
+        wrong += mine.error(matrix, up) + own
+        merged += mine.error(torch.eye(len(matrix), dtype=torch.float64), up) + own
+        whole += own
     return Mixing(matrices, wrong / whole if whole else 0.0, merged / whole if whole else 0.0)
 
 
@@ -135,23 +184,24 @@ def calibration_prompts(run: Run, asked: Prompts) -> list[str]:
     return [next(iter(run.triggers.get(name, ())), name.replace("_", " ")) for name in run.names]
 
 
-def _kept(run: Run, measured: Measured) -> Mixing | None:
+def _kept(run: Run, names: Sequence[str], measured: Measured) -> Mixing | None:
     """From the user's store. A file that cannot be used is measured again, over it."""
     file = run.profiles.mixing_file(measured)
     if file is None or not file.is_file():
         return None
     try:
         held = load_safely(file)
-        matrices = {path: matrix for path, matrix in held.tensors.items() if _fits(run.adapters.stacks(), path, matrix)}
+        matrices = {path: matrix for path, matrix in held.tensors.items() if _fits(run, names, path, matrix)}
         error, merged = float(held.metadata["error"]), float(held.metadata["merged"])
     except (Refused, KeyError, ValueError):
         return None
     return Mixing(matrices, error, merged) if held.metadata.get("key") == measured.key and len(matrices) == len(held.tensors) else None
 
 
-def _fits(stacks: Mapping[str, Stack], path: str, matrix: Tensor) -> bool:
-    ranks = stacks[path].spans[-1][1] if path in stacks else 0
-    return matrix.shape == (ranks, ranks) and matrix.dtype in (torch.float32, torch.float64)
+def _fits(run: Run, names: Sequence[str], path: str, matrix: Tensor) -> bool:
+    layers = run.adapters.stacks()
+    ranks = len(ranks_of(layers[path], _numbers(run, names))) if path in layers else 0
+    return ranks > 0 and matrix.shape == (ranks, ranks) and matrix.dtype in (torch.float32, torch.float64)
 
 
 def _keep(run: Run, measured: Measured, mixing: Mixing) -> None:
