@@ -137,7 +137,7 @@ class _Learning:
         empty = torch.rand(len(rows.latents), generator=generator) < plan.empty
         noisy, goal = (value.to(device) for value in self.noise.mix(rows.latents.float().cpu(), fresh, t))
         t = t.to(device)
-        prompts = ["" if empty[i] else prompt for i, prompt in enumerate(rows.prompts)]
+        prompts: list[str] = ["" if empty[i] else prompt for i, prompt in enumerate(rows.prompts)]
         contrasted = torch.tensor([i for i, other in enumerate(rows.others) if other and not empty[i]] if plan.apart else [], dtype=torch.long)
         names = list(rows.weights)
         with self.adapters.session([(name, *self.loras[name][:2]) for name in names]), \
@@ -191,18 +191,28 @@ def _saved(file: Path, plan: Plan, step: int, gates: gating.Gating, optimiser: t
     atomic.write(file, lambda part: stored(held, part))
 
 
+def reached(file: Path) -> int:
+    """The step a checkpoint was written at. Raises Refused when it is damaged."""
+    return int(_read(file)["step"])
+
+
 def _resumed(file: Path | None, plan: Plan, gates: gating.Gating, optimiser: torch.optim.Optimizer) -> int:
     """The step to go on from."""
     if file is None or not file.is_file():
         return 0
+    held = _read(file)
+    if held["plan"] != repr(asdict(plan)) or held["layers"] != list(gates.design.layers):
+        raise Refused(f"{file} was made by another plan or for other LoRAs: give the same flags as then to go on, or delete it to begin again")
+    gates.load_state_dict(held["gates"])
+    optimiser.load_state_dict(held["optimiser"])
+    return int(held["step"])
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
-        held: Any = torch.load(file, map_location="cpu", weights_only=True)
-        if held["plan"] != repr(asdict(plan)) or held["layers"] != list(gates.design.layers):
-            raise Refused(f"{file} was made by another plan or for other LoRAs: give the same flags as then to go on, or delete it to begin again")
-        gates.load_state_dict(held["gates"])
-        optimiser.load_state_dict(held["optimiser"])
-        return int(held["step"])
-    except Refused:
-        raise
+        held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # the unpickler has no error of its own
-        raise Refused(f"{file} is damaged: delete it to begin again") from None
+        held = None
+    if not isinstance(held, dict) or not {"plan", "layers", "step", "gates", "optimiser"} <= set(held):
+        raise Refused(f"{file} is damaged: delete it to begin again")
+    return held
