@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from composition import backbones, methods, pictures, prompt_syntax
+from composition import backbones, methods, pictures, prompt_syntax, windows
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone
@@ -150,8 +150,9 @@ class Engine:
         """The request with everything that it leaves open made explicit, and notes on what was decided.
 
         Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; masks and pictures of conditions are
-        read, once, into the request, and what draws the latter is named; the methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A
-        settled request settles to itself. Raises Refused for a LoRA, a mask or a picture that is not there.
+        read, once, into the request, and what draws the latter is named; LoRAs get the steps of their category where it asks for windows; the
+        methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A settled
+        request settles to itself. Raises Refused for a LoRA, a mask or a picture that is not there.
         """
         request, tagged = prompt_syntax.settled(request, self.find)
         notes: dict[str, Any] = {prompt_syntax.TAGGED: tagged} if tagged else {}
@@ -160,6 +161,7 @@ class Engine:
         controls = [replace(control, image=pictures.condition_as_text(control.image, control.name), annotator=self._controls.annotator(control))
                     for control in request.conditions]
         request = replace(request, model=self.name, loras=loras, conditions=controls).settled(*self.backbone.defaults)
+        request = windows.settled(request, lambda lora: lora.category or self.inspect(lora.source).category)
         options = methods.find(request.method).options.__dataclass_fields__
         if not measured_order.concerns(request, options):
             return request, notes
@@ -224,7 +226,7 @@ class Engine:
             with _timed(seconds, "load"):
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
                 receipts, encodings, fold, shelf = self._prepare(own, request, method, loras)
-                conditions = self._controls.opened(request, paths, size, isolated=not _steady(request, method), shelf=shelf)
+                conditions = self._controls.opened(request, paths, size, isolated=not self._steady(request, method), shelf=shelf)
             notes = opening_notes(request, receipts, self.backbone) | settled | ({"fold": fold} if fold else {})
             if conditions is not None:
                 notes |= {**conditions.notes} | ({"conditions isolated": True} if conditions.isolated and request.active else {})
@@ -247,7 +249,7 @@ class Engine:
         self, own: ExitStack, request: Request, method: Method, loras: Sequence[tuple[str, Lora, Path]]
     ) -> "_Prepared":
         """Open the session (and the fold, where it serves) on the group's stack or on this request's own."""
-        steady = _steady(request, method)
+        steady = self._steady(request, method)
         worth = self._group is not None or request.length * request.count >= FOLD_FROM
         fold = self.fold and steady and worth and bool(loras)
         key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, reader.stamp(path))
@@ -260,6 +262,11 @@ class Engine:
                 self._group_key = key
             return self._group_state
         return self._enter(own, request, loras, fold)
+
+    def _steady(self, request: Request, method: Method) -> bool:
+        """Whether every evaluation has the same LoRAs on at the same weights, in all of its rows."""
+        anchored = request.anchored and self.backbone.scale(request) > 1.0
+        return method.steady and not anchored and not any(lora.scheduled for lora in request.loras)
 
     def _enter(
         self, stack: ExitStack, request: Request, loras: Sequence[tuple[str, Lora, Path]], fold: bool
@@ -342,11 +349,6 @@ class Engine:
             raise Refused(overflow(error, run.request, self.adapters, self.backbone)) from None
         finally:
             self.backbone.release()
-
-
-def _steady(request: Request, method: Method) -> bool:
-    """Whether every evaluation has the same LoRAs on at the same weights."""
-    return method.steady and not any(lora.scheduled for lora in request.loras)
 
 
 @contextmanager
