@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from composition import Condition, Engine, Lora, methods
 from composition.adapters import Adapters
-from composition.backbones import schedulers
 from composition.loop import Step
 from composition.run import Run
 from tests import reference, toys
