@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,13 +234,15 @@ class Engine:
             rows = list(zip(request.names, request.loras, receipts, strict=True))
             categories = {name: lora.category or receipt.category for name, lora, receipt in rows}
             triggers = {name: lora.triggers or receipt.triggers for name, lora, receipt in rows}
+            tensors = {name: receipt.tensor_sha256 for name, _, receipt in rows}
+            folding = partial(self._fold, request=request) if self._may_fold(request) and not self.adapters.in_weights else None
             images = []
             for first in range(0, request.count, self.together):
                 part = request.seeds[first : first + self.together]
                 run = Run(
                     self.backbone, self.adapters, request, scheduler, encodings=encodings, cancel=cancel,
                     generators=[Generator().manual_seed(seed) for seed in part], categories=categories, triggers=triggers,
-                    conditions=conditions)
+                    conditions=conditions, tensors=tensors, profiles=self.profiles, folding=folding)
                 images += self._pictures(run, method, options, first, on_step, seconds)
                 notes |= run.notes if first == 0 else {}
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
@@ -249,9 +252,7 @@ class Engine:
         self, own: ExitStack, request: Request, method: Method, loras: Sequence[tuple[str, Lora, Path]]
     ) -> "_Prepared":
         """Open the session (and the fold, where it serves) on the group's stack or on this request's own."""
-        steady = self._steady(request, method)
-        worth = self._group is not None or request.length * request.count >= FOLD_FROM
-        fold = self.fold and steady and worth and bool(loras)
+        fold = self._steady(request, method) and self._may_fold(request)
         key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, reader.stamp(path))
                                                   for name, lora, path in loras))
         if self._group is not None:
@@ -267,6 +268,10 @@ class Engine:
         """Whether every evaluation has the same LoRAs on at the same weights, in all of its rows."""
         anchored = request.anchored and self.backbone.scale(request) > 1.0
         return method.steady and not anchored and not any(lora.scheduled for lora in request.loras)
+
+    def _may_fold(self, request: Request) -> bool:
+        """Whether weights that stay the same are worth writing."""
+        return self.fold and bool(request.loras) and (self._group is not None or request.length * request.count >= FOLD_FROM)
 
     def _enter(
         self, stack: ExitStack, request: Request, loras: Sequence[tuple[str, Lora, Path]], fold: bool

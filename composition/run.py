@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from composition.adapters import Adapters
 from composition.adapters.gates import Combine
+from composition.adapters.stack import Route, Watch
 from composition.backbones.base import Backbone
 from composition.conditions import Acting, Call
 from composition.guidance import guide
@@ -20,6 +21,7 @@ from composition.hooks.cache import Cache
 from composition.hooks.costs import layer_costs, share_until
 from composition.hooks.regional import Segments, joined, regional
 from composition.loop import Conditioning, Step
+from composition.profiles.store import ProfileStore
 from composition.refusal import Cancelled
 from composition.request import Lora, Request
 
@@ -53,7 +55,9 @@ class Run:
 
     scheduler: this run's own instance. notes: what the method did, plain JSON values. encodings: of prompts
     already encoded, value by value, by prompt and text-LoRA weights. categories, triggers: of each LoRA by name, as the request or else
-    its file says. conditions: those that act in every evaluation; `read_conditions` comes first.
+    its file says. conditions: those that act in every evaluation; `read_conditions` comes first. tensors: the hash of each LoRA's
+    tensors by name. profiles: what was measured of LoRAs. folding: writes the sum of the LoRAs into the weights until a stack of contexts
+    ends; None where that may not be.
     """
 
     backbone: Backbone
@@ -67,6 +71,9 @@ class Run:
     categories: Mapping[str, str] = field(default_factory=dict)
     triggers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     conditions: Acting | None = None
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    profiles: ProfileStore = field(default_factory=ProfileStore)
+    folding: Callable[[ExitStack], str] | None = None
     _shares: dict[Any, float] = field(default_factory=dict)
     _slots: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by name of a cache's slot: the conditions it was filled with
     _anchor: tuple[Step, Tensor] | None = None  # the last evaluation and the base's negative row there
@@ -130,23 +137,41 @@ class Run:
 
     def denoise(
         self, step: Step, use: Mapping[str, float] | None = None, cond: Conditioning | None = None, rows: Rows = "all",
-        *, combine: Combine | None = None,
+        *, combine: Combine | None = None, route: Route | None = None,
     ) -> Float[Tensor, "R B *S"]:
         """One prediction with these LoRAs in every row (None: all that are live at this step), unguided.
 
         cond: another conditioning than the request's prompt encoded with the same LoRAs. rows="positive": R = 1. combine: makes each
-        layer's output from its path, this step, the base's output and each LoRA's, in place of their sum.
+        layer's output from its path, this step, the base's output and each LoRA's, in place of their sum. route: the gate of each rank
+        from A x (`Adapters.routed`).
         """
         use = self.live(step) if use is None else use
         cond = self.encode(use=use) if cond is None else cond
         if rows == "all" and self.anchored and cond.rows > 1:
-            return torch.cat([self._base(step), self.denoise(step, use, cond, "positive", combine=combine)])
+            return torch.cat([self._base(step), self.denoise(step, use, cond, "positive", combine=combine, route=route)])
         cond = cond.positive() if rows == "positive" else cond
         if combine is not None:
             with self.adapters.combined(combine, use, step):
                 return self._evaluate(step, cond, 1)
+        if route is not None:
+            with self.adapters.routed(route, use, step):
+                return self._evaluate(step, cond, 1)
         self.adapters.use(use)
         return self._evaluate(step, cond, 1)
+
+    def observe(self, step: Step, use: Mapping[str, float], cond: Conditioning, watch: Watch) -> None:
+        """An evaluation for the sake of what its layers show `watch` (`Adapters.watched`); no condition acts in it."""
+        self._check_cancel()
+        self.notes["evaluations"] = self.notes.get("evaluations", 0) + 1
+        self.adapters.use(use)
+        with self.adapters.watched(watch):
+            self.backbone.denoise(self.scaled(step), step.t, cond)
+
+    def fold(self, stack: ExitStack) -> None:
+        """Write the LoRAs, as they are now, into the weights until `stack` ends, where that can be and every step and row has them alike."""
+        if self.folding is not None and not self.anchored and not any(lora.scheduled for lora in self.request.loras):
+            if sentence := self.folding(stack):
+                self.notes["fold"] = sentence
 
     def passes(
         self, step: Step, conds: Mapping[str, Conditioning] | None = None, others_weight: float = 0.0
@@ -263,6 +288,11 @@ class Run:
     def guide(self, rows: Float[Tensor, "R B *S"]) -> Float[Tensor, "B *S"]:
         """The request's classifier-free guidance over the rows."""
         return guide(rows, self.backbone.scale(self.request))
+
+    @property
+    def guided(self) -> bool:
+        """Whether every prediction has a negative row."""
+        return self._rows > 1
 
     @property
     def _rows(self) -> int:

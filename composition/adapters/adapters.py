@@ -2,7 +2,8 @@
 
 One forward hook on every linear layer and convolution, attached once, reads `module.stack`; with no stack it does
 nothing. Loading parses a file once and keeps its factors by hash; a session lays the factors of one set of LoRAs into
-stacks; `use`, `rows`, `regional` and `combined` write the gates; `folded` writes the sum into the weights and gives them back.
+stacks; `use`, `rows`, `regional`, `routed` and `combined` write the gates; `rewritten` changes the factors for a while; `folded` writes the
+sum into the weights and gives them back.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from composition.adapters import fold as folding
 from composition.adapters.fold import Fold
 from composition.adapters.gates import Combine, Gates
 from composition.adapters.layers import Layers, _attached
+from composition.adapters.stack import Rewrite, Route, Stack, Watch
 from composition.adapters.trainable import Trainable
 from composition.loop import Step
 from composition.loras import reader
@@ -206,6 +208,38 @@ class Adapters:
                 gates.combine, gates.step, gates.mode = combine, step, "combined" if gates.mode != "off" else "off"
             yield
 
+    @contextmanager
+    def routed(self, route: Route, weights: Mapping[str, float], step: Step) -> Iterator[None]:
+        """Each layer of the denoiser that an adapter touches hands `route` its stack, the step, A x of its input (rows, places, P) and the
+        gate (P,) that these weights would be; what `route` answers is the gate of every rank, as (P,), or by row and place."""
+        self._live("adapters cannot be routed")
+        with self._borrowed() as gates:
+            if gates is not None:
+                gates.use(self._vector(weights))
+                gates.route, gates.step, gates.mode = route, step, "routed" if gates.mode != "off" else "off"
+            yield
+
+    @contextmanager
+    def watched(self, watch: Watch) -> Iterator[None]:
+        """While it lasts, every layer of the denoiser that an adapter touches shows its stack and A x (rows, places, P) of its input for
+        all adapters, whichever are live; `watch` may keep what it makes of them."""
+        self._live("A x cannot be seen")
+        with self._borrowed() as gates:
+            if gates is not None:
+                gates.watch = torch.compiler.disable(watch)
+            yield
+
+    def stacks(self) -> Mapping[str, Stack]:
+        """The layers of the denoiser that this set of LoRAs touches, by path, with their factors."""
+        return self._model.current.stacks.get(self._denoiser, {})
+
+    @contextmanager
+    def rewritten(self, rewrites: Mapping[str, Rewrite]) -> Iterator[None]:
+        """While it lasts, the factors of these layers of the denoiser, by path, are what these functions make of them."""
+        self._live("factors cannot be rewritten")
+        with self._model.rewritten(rewrites):
+            yield
+
     def _live(self, what: str) -> None:
         if self._model.current.fold is not None:
             raise RuntimeError(f"{what} while the weights are folded")
@@ -229,6 +263,11 @@ class Adapters:
         return tuple(float(weights.get(name, 0.0)) for name in self.names)
 
     # folding -------------------------------------------------------------------------------------------------------
+
+    @property
+    def in_weights(self) -> bool:
+        """True while the sum of this session is in the weights."""
+        return self._model.current.fold is not None
 
     @property
     def foldable(self) -> bool:

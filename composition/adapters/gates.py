@@ -9,7 +9,7 @@ from torch import Tensor
 
 from composition.loop import Step
 
-Mode = Literal["off", "one", "dense", "rows", "regional", "combined"]
+Mode = Literal["off", "one", "dense", "rows", "regional", "routed", "combined"]
 # (layer's path, the step, base output, each adapter's gated output) -> the layer's output
 Combine = Callable[[str, Step, Float[Tensor, "rows *out"], Float[Tensor, "K rows *out"]], Float[Tensor, "rows *out"]]
 
@@ -45,7 +45,9 @@ class Gates:
         self.plain = False  # the runs are adapters 0..K-1 in order: no gather needed
         self.even = False  # every run's weight is 1 in every block: nothing to multiply by
         self.combine: Combine | None = None
-        self.step: Step | None = None  # for `combine`
+        self.route: Callable[..., Tensor] | None = None
+        self.step: Step | None = None  # for `combine` and `route`
+        self.watch: Callable[..., object] | None = None  # sees every layer's ranks, whatever the gates are
         self.places: Mapping[Any, Float[Tensor, "rows K *place"]] = {}  # by a layer's axis
         self.ready: dict[Any, Tensor] = {}  # gates of ranks made of them, as layers need them
         self._buffers: dict[torch.device, list[Tensor]] = {torch.device("cpu"): [
@@ -131,12 +133,12 @@ class Gates:
 
     def snapshot(self) -> tuple:
         """All of its state, values copied, for `restore`."""
-        return (self.mode, self.only, self.rows, self.runs, self.plain, self.even, self.combine, self.step, self.places,
-                self.ready, self._written, tuple(value.clone() for value in self._buffers[torch.device("cpu")]))
+        return (self.mode, self.only, self.rows, self.runs, self.plain, self.even, self.combine, self.route, self.step, self.watch,
+                self.places, self.ready, self._written, tuple(value.clone() for value in self._buffers[torch.device("cpu")]))
 
     def restore(self, state: tuple) -> None:
-        (self.mode, self.only, self.rows, self.runs, self.plain, self.even, self.combine, self.step, self.places,
-         self.ready, written, values) = state
+        (self.mode, self.only, self.rows, self.runs, self.plain, self.even, self.combine, self.route, self.step, self.watch,
+         self.places, self.ready, written, values) = state
         if written != self._written:
             self._write(*values)
 

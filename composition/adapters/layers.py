@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from composition.adapters.fold import Fold
 from composition.adapters.gates import Gates
-from composition.adapters.stack import Stack
+from composition.adapters.stack import Rewrite, Stack
 from composition.adapters.trainable import Shape, Trainable, TrainableStack
 from composition.loras.reader import Factors
 from composition.refusal import Refused
@@ -157,6 +157,21 @@ class Layers:
                     stack.prepare(weight)
 
     @contextmanager
+    def rewritten(self, rewrites: Mapping[str, Rewrite]) -> Iterator[None]:
+        """The factors of these layers of the denoiser are, while it lasts, what the functions make of them."""
+        laid = self.current
+        stacks = {path: laid.stacks[self.denoiser][path] for path in rewrites}
+        try:
+            for path, stack in stacks.items():
+                stack.rewrite(rewrites[path])
+            laid.prepared = False
+            yield
+        finally:
+            for stack in stacks.values():
+                stack.rewrite(None)
+            laid.prepared = False
+
+    @contextmanager
     def folded(self, fold: Fold) -> Iterator[None]:
         """The current set's sum is in the weights while it lasts."""
         laid, repairs = self.current, self._repairs
@@ -184,9 +199,11 @@ class Layers:
 
 def _hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     stack = cast(Stack | None, module.stack)
-    if stack is None or stack.gates.mode == "off":
+    if stack is None:
         return output
-    return stack(module, args[0], output)
+    if stack.gates.watch is not None:
+        stack.gates.watch(stack, stack.ranks(module, args[0], output))
+    return output if stack.gates.mode == "off" else stack(module, args[0], output)
 
 
 def _attach(module: nn.Module, stack: Stack | None) -> None:

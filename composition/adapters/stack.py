@@ -3,10 +3,11 @@
 All adapters of a layer are one stack of factors: `down` A (P, in, ...) and `up` B (out, P), P the sum of their ranks.
 alpha/rank is folded into `up`; a weight is always a gate. Which form is computed follows from the gates:
 one adapter in every row (its own slice), dense (two products whatever K is), one adapter per row (a row pays its own
-rank and not P), token by token by masks, or each adapter's output apart, for a `combine` function.
+rank and not P), token by token by masks, rank by rank by a `route` function that sees A x, or each adapter's output apart, for a
+`combine` function. The factors may be rewritten for a while: whatever the gates are, they then act on other ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -17,15 +18,26 @@ from torch import Tensor, nn
 
 from composition.adapters import rowwise
 from composition.adapters.gates import Gates
+from composition.loop import Step
 from composition.loras.reader import Factors
 
 
 class Product(NamedTuple):
-    """A layer's factors as its activations need them. owner: the adapter of each rank."""
+    """A layer's factors as its activations need them. owner: the adapter of each rank; None: of ranks that are no adapter's, whose gate
+    is 1 (rewritten ones, with the weights in them)."""
 
     down: Float[Tensor, "P in *kernel"]
     up: Float[Tensor, "out P"]
-    owner: Int[Tensor, "P"]
+    owner: Int[Tensor, "P"] | None
+
+
+Rewrite = Callable[[Product], Product]  # of single precision or better; as many ranks of the same owners, or ranks of no owner
+
+
+# (the layer's stack, the step, A x of its input, the gate as the weights have it) -> the gate of every rank, as (P,) or by row and place
+Route = Callable[["Stack", Step, Float[Tensor, "rows places P"], Float[Tensor, "P"]], Tensor]
+# (the layer's stack, A x of its input)
+Watch = Callable[["Stack", Float[Tensor, "rows places P"]], None]
 
 
 class Stack:
@@ -44,6 +56,7 @@ class Stack:
         ends = list(accumulate(0 if part is None else part.rank for part in factors))
         self.spans = tuple(zip([0, *ends[:-1]], ends, strict=True))
         self._product: Product | None = None
+        self._rewrite: Rewrite | None = None
         self._slots: tuple[Int[Tensor, "K r"], Bool[Tensor, "K r"]] | None = None
 
     def touches(self, k: int) -> bool:
@@ -71,7 +84,34 @@ class Stack:
             held = self._product = self._built(like.device, like.dtype)
         return held
 
+    def stored(self) -> Product:
+        """The factors as their files have them, on the CPU, in float32 or better; nothing is kept."""
+        dtype = torch.float64 if any(part is not None and part.dtype == torch.float64 for part in self._factors) else torch.float32
+        return self._stacked(torch.device("cpu"), dtype)
+
+    def rewrite(self, rewrite: Rewrite | None) -> None:
+        """From now on the factors are what this makes of them; None: as they are."""
+        self._rewrite, self._product = rewrite, None
+
+    def ranks(self, module: nn.Module, x: Float[Tensor, "rows *in"], y: Float[Tensor, "rows *out"]) -> Float[Tensor, "rows places P"]:
+        """A x of a layer's input, in the dtype of its output y; the places of a convolution are those of its output."""
+        down = self.product(y).down
+        if isinstance(module, nn.Conv2d):
+            return _downward(module, x.to(y.device), down).flatten(2).transpose(1, 2)
+        return F.linear(x.to(down), down).reshape(x.shape[0], -1, down.shape[0])
+
+    def weights(self, y: Tensor, owner: Int[Tensor, "P"] | None) -> Float[Tensor, "rows P"]:
+        """The gate of every rank as the adapters' weights have it, like y; one row where all are alike."""
+        dense = self.gates.on(y.device).dense[:, self.block].to(y)
+        return dense.new_ones(1, 1) if owner is None else dense.index_select(1, owner)
+
     def _built(self, device: torch.device, dtype: torch.dtype) -> Product:
+        if self._rewrite is None:
+            return self._stacked(device, dtype)
+        down, up, owner = self._rewrite(self._stacked(device, torch.promote_types(dtype, torch.float32)))
+        return Product(down.to(dtype), up.to(dtype), owner)
+
+    def _stacked(self, device: torch.device, dtype: torch.dtype) -> Product:
         parts = [part for part in self._factors if part is not None]
         down = torch.cat([part.down.to(device, dtype) for part in parts])
         up = torch.cat([part.up.flatten(1).to(device, dtype) for part in parts], dim=1)
@@ -84,8 +124,10 @@ class Stack:
     def delta(self, weights: Sequence[float], device: torch.device, dtype: torch.dtype) -> Float[Tensor, "out in *kernel"]:
         """sum_k weight_k B_k A_k, computed there in `dtype`: what a fold adds to the weight. No copy of the factors stays."""
         down, up, owner = self._built(device, dtype)
-        gate = torch.tensor(weights, dtype=self.gates.factors.dtype) * self.gates.factors[self.block]
-        flat = (up * gate.to(device, dtype).index_select(0, owner)) @ down.flatten(1)
+        if owner is not None:
+            gate = torch.tensor(weights, dtype=self.gates.factors.dtype) * self.gates.factors[self.block]
+            up = up * gate.to(device, dtype).index_select(0, owner)
+        flat = up @ down.flatten(1)
         return flat.view(up.shape[0], *down.shape[1:])
 
     def each(self, like: Tensor, index: Int[Tensor, "runs"] | None) -> tuple[Float[Tensor, "runs r in *kernel"], Float[Tensor, "runs out r"]]:
@@ -135,18 +177,30 @@ class Stack:
             if gates.rows > 1:
                 self._check(x, gates.rows)
             down, up, owner = self.product(y)
-            gate = gates.on(y.device).dense[:, self.block].to(y).index_select(1, owner)
-            return (_conv if conv else _linear)(module, x, y, down, up, gate)
+            return (_conv if conv else _linear)(module, x, y, down, up, self.weights(y, owner))
         if gates.mode == "regional":
             self._check(x, gates.places[self.axis].shape[0])
             down, up, owner = self.product(y)
+            assert owner is not None, "ranks without an owner have no place"
             gate = self._regional_gate(y, owner, conv)
             return (_conv_regional if conv else _linear_regional)(module, x, y, down, up, gate)
+        if gates.mode == "routed":
+            return self._routed(module, x, y)
         assert gates.combine is not None and gates.step is not None
         update = _conv_update if conv else _linear_update
         none = torch.zeros_like(y)
         each = [update(module, x, *self._slice(y, k)) if self.touches(k) else none for k in range(gates.count)]
         return gates.combine(self.path, gates.step, y, torch.stack(each))
+
+    def _routed(self, module: nn.Module, x: Float[Tensor, "rows *in"], y: Float[Tensor, "rows *outs"]) -> Tensor:
+        """Each rank's gate as `route` answers to A x."""
+        assert self.gates.route is not None and self.gates.step is not None
+        _, up, owner = self.product(y)
+        h = self.ranks(module, x, y)
+        h = h * self.gates.route(self, self.gates.step, h, self.weights(y, owner)[0]).to(h)
+        if isinstance(module, nn.Conv2d):
+            return y + torch.matmul(up, h.transpose(1, 2)).view_as(y)
+        return _add(y, h.view(*y.shape[:-1], -1), up)
 
     def _regional_gate(self, like: Tensor, owner: Tensor, grid: bool) -> Tensor:
         """The gate of every rank at every place; layers of equal ranks, axis and block share it."""
