@@ -103,21 +103,17 @@ def test_it_is_its_formula(family, method, options, choose, dense, engines):
 # every method ------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def rows_of(engine, request):
-    """A function from a step to (the rows that the method guided, the latents they are of), in a session of the request."""
-    kind, rows = methods.find(request.method), []
+def rows_of(engine, request, steps=((0, 1.0),)):
+    """(the rows that the method guided, the latents they are of) of each of these steps, (index, what the noise is multiplied by)."""
+    kind, rows, answers = methods.find(request.method), [], []
     with laws.opened(engine, request) as (run, times, start), pytest.MonkeyPatch.context() as patch:
         guide = run.guide
         patch.setattr(run, "guide", lambda value: (rows.append(value), guide(value))[1], raising=False)
         with kind.compose(run, kind.read(request.options)) as predict:
-
-            def ask(index, scale):
-                rows.clear()
+            for index, scale in steps:
                 answer = predict(Step(index, len(times), times[index], start * scale))
-                return rows[-1], answer.latents
-
-            yield ask
+                answers.append((rows[-1], answer.latents))
+    return answers
 
 
 def bare(engine, request, index, latents):
@@ -135,15 +131,15 @@ def test_every_method(method, case):
     loras = [replace(loras[0], region=(0.0, 0.0, 0.5, 1.0), end=0.5), replace(loras[1], region=(0.5, 0.0, 1.0, 1.0)), loras[2]]
     request = asked(engine, method, *loras, count=count, batched=count == 2)
     moves = method == "clora" and not engine.backbone.joint
-    with rows_of(engine, request) as there, rows_of(engine, replace(request, anchored=False)) as plain:
-        for index, scale in ((0, 1.0), (1, 0.8), (3, 0.5)):
-            (rows, latents), (before, same) = there(index, scale), plain(index, scale)
-            assert rows.shape == before.shape and rows.shape[:2] == (2, count)
-            laws.same(latents, same)
-            laws.same(rows[1], before[1])
-            if not moves:  # of CLoRA's own latents: below
-                laws.same(rows[0], bare(engine, request, index, latents)[0])
-                laws.differ(rows[0], before[0])
+    steps = ((0, 1.0), (1, 0.8), (3, 0.5))
+    anchored, plain = rows_of(engine, request, steps), rows_of(engine, replace(request, anchored=False), steps)
+    for (index, _), (rows, latents), (before, same) in zip(steps, anchored, plain, strict=True):
+        assert rows.shape == before.shape and rows.shape[:2] == (2, count)
+        laws.same(latents, same)
+        laws.same(rows[1], before[1])
+        if not moves:  # of CLoRA's own latents: below
+            laws.same(rows[0], bare(engine, request, index, latents)[0])
+            laws.differ(rows[0], before[0])
 
 
 def test_clora_moves_latents_and_the_anchor_with_them(engines, lora_files):
@@ -157,9 +153,9 @@ def test_clora_moves_latents_and_the_anchor_with_them(engines, lora_files):
 
     for recompute in (False, True):
         request = asked(engine, "clora", *loras, options={"rounds": 1, "stop": 0.0, "recompute": recompute})
-        with rows_of(engine, request) as there, pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Run, "_evaluate", noted)
-            rows, latents = there(0, 1.0)
+            ((rows, latents),) = rows_of(engine, request)
         of = latents if recompute else seen[-1][0]
         assert recompute or not torch.equal(of, latents)
         laws.same(rows[0], bare(engine, request, 0, of)[0])
@@ -168,10 +164,10 @@ def test_clora_moves_latents_and_the_anchor_with_them(engines, lora_files):
 def test_authors_maps_are_of_the_positive_row(engines, lora_files):
     """CLoRA's option reference reads maps of both rows; anchored, of the one that its LoRAs act in."""
     engine, loras = engines["sd"], laws.loras_of(lora_files["sd"])
-    with rows_of(engine, asked(engine, "clora", *loras, options={"reference": True, "refine": "", "until": 0.3})) as there:
-        rows, latents = there(0, 1.0)
-        assert torch.isfinite(rows).all() and not torch.equal(latents, torch.zeros_like(latents))
-        laws.same(there(3, 1.0)[0][0], bare(engine, asked(engine, "merge"), 3, there(3, 1.0)[1])[0])
+    request = asked(engine, "clora", *loras, options={"reference": True, "refine": "", "until": 0.3})
+    (early, moved), (late, start) = rows_of(engine, request, ((0, 1.0), (3, 1.0)))
+    assert early.isfinite().all() and not torch.equal(moved, start)
+    laws.same(late[0], bare(engine, request, 3, start)[0])
 
 
 def test_what_a_method_may_ask_for(case):
