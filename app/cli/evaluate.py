@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 METHODS, SIZES, REPORT = "merge,switch,composite", "2-5", Path("evaluation")
 BELOW, LEFT_OUT = 1, 3  # exit codes
-WIDE = 140  # letters that the printed table has at least; a narrower terminal wraps them
+MOST = 1000  # letters that a printed table may be wide; a narrower terminal wraps them
 SHOWN = ("presence", "all_present", "clipscore", "concept_min", "clip_i", "leakage", "evaluations", "seconds")
 
 EPILOG = ("The prompt alone is always one of the variants. The same command goes on where it was stopped. Exit code 0: done; 1: a mean is "
@@ -134,7 +135,8 @@ def _config(
             raise Refused("--distractors with --sets all: there are too many; give a number")
     if plain["boxes"] and plain["choose"] == choice.RETRIEVAL:
         raise Refused("--boxes gives the LoRAs of sets regions: leave it out with --choose retrieval")
-    for flag, value in (("--distractors", distractors), ("--choose retrieval", plain["choose"] == choice.RETRIEVAL)):
+    for flag, value in (("--distractors", distractors), ("--choose retrieval", plain["choose"] == choice.RETRIEVAL),
+                        ("--steps with several numbers", len(lengths) > 1)):  # fmt: skip
         if value and not plain["testbed"]:
             raise Refused(f"{flag} needs --testbed")
     schedulers.named(like.sampler)
@@ -172,19 +174,22 @@ def _endpoint(url: str, model: str) -> Any:
 def _say(outcome: "Outcome") -> None:
     """The means, what was left out, and where the report is."""
     from app.evaluation.metrics import METRICS, Metric
-    from app.evaluation.summary import main_parts, part_title
+    from app.evaluation.summary import ALL, main_parts, part_title
 
     document = outcome.document
     summary, parts = document["metrics"], main_parts(document)
     metrics = [metric for key in SHOWN for metric in METRICS if metric.key == key and key in summary]
-    wide = Terminal(width=max(out.width, WIDE))  # a narrower print would cut numbers
-    for part in parts:
-        cells = {variant: {metric.key: summary[metric.key][part]["means"].get(variant) for metric in metrics} for variant in document["variants"]}
-        wide.print(_means(part_title(part) if len(parts) > 1 else "", metrics, cells, document["titles"]))
+    grids = [_means(part_title(part) if len(parts) > 1 else "", metrics, {
+        variant: {metric.key: summary[metric.key][part]["means"].get(variant) for metric in metrics} for variant in document["variants"]},
+        document["titles"]) for part in parts]  # fmt: skip
     for section in document["sections"]:
         columns = [Metric(**column) for column in section["columns"]]
-        for part, rows in ((part, section["parts"][part]) for part in parts if part in section["parts"]):
-            wide.print(_means(f"{section['title']}, {part}" if len(parts) > 1 else section["title"], columns, rows, document["titles"]))
+        for part in [part for part in parts if part in section["parts"]] or [ALL]:
+            title = section["title"] if part == ALL else f"{section['title']}, {part}"
+            grids.append(_means(title, columns, section["parts"][part], document["titles"]))
+    for grid in grids:
+        Terminal(width=max(out.width, Measurement.get(out, out.options.update(width=MOST), grid).maximum)).print(grid)  # a narrower print would cut numbers
+        out.print()
     for line in document["remarks"]:
         out.print(Text(printable(line), style="dim"))
     for line in document["problems"]:
@@ -197,7 +202,8 @@ def _means(title: str, metrics: Sequence["Metric"], rows: Mapping[str, Mapping[s
     from app.evaluation.metrics import COSTS
     from app.evaluation.report import shown
 
-    grid = table(title, *(metric.title for metric in metrics), right=tuple(metric.title for metric in metrics))
+    heads = [metric.title.replace(", ", ",\n") for metric in metrics]
+    grid = table(title.replace(", ", ",\n"), *heads, right=heads)
     for variant, means in rows.items():
         cells = []
         for metric in metrics:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from app.drawing.palette import GREY, INK, PALETTE
+from app.drawing.palette import GREY, PALETTE
 
-ALONE = {"none": GREY, "lora-alone": INK}  # what methods are compared with, to its colour
+ALONE = {"none": GREY, "lora-alone": "currentColor"}  # what methods are compared with, to its colour
 ALL = "all"  # the part of a summary that is of every size
 WIDE, HIGH = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 30

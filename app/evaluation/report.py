@@ -69,15 +69,24 @@ def page(folder: Path, rows: Sequence[Mapping[str, Any]], document: Mapping[str,
     wanted = {row["id"]: row for case in [*kept, *(case for pair in extremes.values() for side in pair for case in side)]
               for row in case["cells"].values()}  # fmt: skip
     thumbs = {name: thumb(folder / row["picture"]) for name, row in wanted.items()}
-    parts = list(next(iter(summary.values())))
+    compared = main_parts(document)
+    parts = list(dict.fromkeys([*compared, *next(iter(summary.values()))]))
     plots, against = _plots(document, metrics)
     inside = {name: {"request": row["request"], "picture": row["picture"], "scores": _scores(row)} for name, row in wanted.items()}
     return environment.from_string((HERE / "report.html").read_text("utf-8")).render(
-        document=document, metrics=metrics, costs=COSTS, compared=main_parts(document), against=against, sections=[
-            {**section, "columns": [Metric(**column) for column in section["columns"]]} for section in document["sections"]], variants=variants, titles=titles, parts=parts, summary=summary, plots=plots, cases=kept,
+        document=document, metrics=metrics, costs=COSTS, compared=compared, against=against,
+        sections=[_section(section, compared) for section in document["sections"]],
+        variants=variants, titles=titles, parts=parts, summary=summary, plots=plots, cases=kept,
         cases_in_all=len(cases), extremes=extremes, thumbs=thumbs, style=(HERE / "report.css").read_text("utf-8"),
         script=(HERE / "report.js").read_text("utf-8"), inside=_embedded(inside), colours=charts.colours(variants),
         size_word="LoRAs" if any(row["request"] for row in rows) else "concepts")  # fmt: skip
+
+
+def _section(section: Mapping[str, Any], compared: Sequence[str]) -> dict[str, Any]:
+    """A section as the page takes it: its columns as metrics, and the parts that are open."""
+    shown = [part for part in compared if part in section["parts"]] or list(section["parts"])[:1]
+    parts = {part: section["parts"][part] for part in dict.fromkeys([*shown, *section["parts"]])}
+    return {**section, "columns": [Metric(**column) for column in section["columns"]], "parts": parts, "open": shown}
 
 
 def _plots(document: Mapping[str, Any], metrics: Sequence[Metric]) -> tuple[list[tuple[Metric, str]], str]:
