@@ -43,8 +43,9 @@ def drawn(table: Mapping[str, Sequence[Entry]], count: int, sets: int, seed: int
     others = {entry.id: [other for other in entries if other is not entry and not _named(other, prompt(entry))] for entry in entries}
     most = min(map(len, others.values()), default=0)
     if not 1 <= count <= most:
-        raise Refused(f"--distractors {count}: choose from 1 to {most}, as many LoRAs as this testbed has {f'of {of} ' if of else ''}besides any one "
-                      "that its prompt does not name" if most else f"--distractors {count}: this testbed has no LoRAs for it")  # fmt: skip
+        kind = f" of {of}" if of else ""
+        raise Refused(f"--distractors {count}: " + (f"choose from 1 to {most}, as many LoRAs{kind} as this testbed has besides any one that its prompt "
+                                                    f"does not name" if most else f"this testbed has no LoRAs{kind} that could be loaded besides another"))  # fmt: skip
     rng, used, taken, chosen = random.Random(f"{seed}/distractors/{count}"), Counter[str](), set(), []
     rng.shuffle(entries)
     while entries and len(chosen) < sets:

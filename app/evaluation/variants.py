@@ -109,7 +109,7 @@ def numbers(text: str, flag: str) -> list[int]:
     """"2,3" or "2-5" as numbers in order. Raises Refused."""
     values: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
         if not match or match[2] and int(match[2]) < int(match[1]):
             raise Refused(f"{flag} {text:.200}: write numbers, as 2,3,4 or 2-5")
         values.update(range(int(match[1]), int(match[2] or match[1]) + 1))
