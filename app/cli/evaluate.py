@@ -3,11 +3,14 @@ app.evaluation."""
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
 from app import engines, options
@@ -17,11 +20,13 @@ from composition import Refused, Request, record
 from composition.bundled import BUNDLES
 
 if TYPE_CHECKING:
-    from app.evaluation.run import EvaluationConfig, Outcome
+    from app.evaluation.config import EvaluationConfig
+    from app.evaluation.metrics import Metric
+    from app.evaluation.run import Outcome
 
-METHODS, REPORT = "merge,switch,composite", Path("evaluation")
+METHODS, SIZES, REPORT = "merge,switch,composite", "2-5", Path("evaluation")
 BELOW, LEFT_OUT = 1, 3  # exit codes
-WIDE = 140  # letters that the printed table has at least; a narrower terminal wraps them
+MOST = 1000  # letters that a printed table may be wide; a narrower terminal wraps them
 SHOWN = ("presence", "all_present", "clipscore", "concept_min", "clip_i", "leakage", "evaluations", "seconds")
 
 EPILOG = ("The prompt alone is always one of the variants. The same command goes on where it was stopped. Exit code 0: done; 1: a mean is "
@@ -34,8 +39,12 @@ def evaluate(
     testbed: Annotated[str | None, typer.Option(help="pocket, pocket-flux, or a *_lora_info.json file as ComposLoRA has it.")] = None,
     methods: Annotated[str | None, typer.Option(help=f"Which, as none,merge:anchored=true,cmlora:cache=false ({METHODS}; a manifest's lines "
                                                 "say their own).")] = None,
-    loras: Annotated[str, typer.Option(metavar="SIZES", help="Sizes of the sets, as 2,3 or 2-5.")] = "2-5",
+    loras: Annotated[str | None, typer.Option(metavar="SIZES", help=f"Sizes of the sets, as 2,3 or 2-5 ({SIZES}).")] = None,
     sets: Annotated[str, typer.Option(help="Sets of each size, drawn evenly, or all.")] = "24",
+    distractors: Annotated[str | None, typer.Option(metavar="N", help="Ask for one concept at a time, with N other LoRAs loaded that the prompt "
+                                                    "does not name, in place of sets: 4, or 2,4 to compare.")] = None,
+    choose: Annotated[str, typer.Option(help="Who chooses the LoRAs of a prompt: set (those it was written for), or retrieval "
+                                        "(those that Medley suggests, as generate --auto does).")] = "set",
     of: Annotated[str, typer.Option(metavar="CATEGORY", help="Sets of LoRAs of this category alone, as character.")] = "",
     boxes: Annotated[bool, typer.Option("--boxes", help="Give a set's LoRAs regions side by side.")] = False,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Noise seeds for each set, the same for every method.")] = 3,
@@ -55,7 +64,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option("--model", "-m", help="The base, as for generate (a bundled testbed's own, else pocket).")] = None,
     prefix: Annotated[str, typer.Option(help="Put before every prompt; not scored.")] = "",
     negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
-    steps: Annotated[int | None, typer.Option(help="Denoising steps (the model's own).")] = None,
+    steps: Annotated[str | None, typer.Option(metavar="N", help="Denoising steps (the model's own); 4,8,25 compares several.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale (the model's own); 1 or less is off.")] = None,
     sampler: Annotated[str, typer.Option(help="Sampler by name (the model's own).")] = "default",
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels (the model's own).")] = None,
@@ -79,7 +88,8 @@ def evaluate(
     bars = [_bar(text) for text in fail_below or []]
     config = _config(
         manifest=manifest, testbed=testbed or "", methods=methods, sizes=loras, sets=sets, option=option or [], tune=tune, scale=scale,
-        like=Request(prompt="", model=model, negative=negative, steps=steps, guidance=guidance, sampler=sampler,
+        distractors=distractors, choose=choose, steps=steps,
+        like=Request(prompt="", model=model, negative=negative, guidance=guidance, sampler=sampler,
                      size=options.size(size) if size else None),
         folder=report, of=of, boxes=boxes, seeds=seeds, limit=limit, weight=weight, prefix=prefix, equal=equal, references=references, judge=judge,
         resamples=resamples, seed=seed, place=engines.EngineOptions(device, dtype, offload, engines.folders(lora_dir or [])),
@@ -96,10 +106,13 @@ def evaluate(
         raise typer.Exit(BELOW if missed else LEFT_OUT)
 
 
-def _config(*, methods: str | None, sizes: str, sets: str, option: Sequence[str], tune: str, scale: str, **plain: Any) -> "EvaluationConfig":
+def _config(
+    *, methods: str | None, sizes: str | None, sets: str, distractors: str | None, steps: str | None, option: Sequence[str], tune: str, scale: str,
+    like: Request, **plain: Any,
+) -> "EvaluationConfig":  # fmt: skip
     """The flags, checked. Raises Refused before anything is opened."""
-    from app.evaluation import variants
-    from app.evaluation.run import EvaluationConfig
+    from app.evaluation import choice, variants
+    from app.evaluation.config import EvaluationConfig
     from composition.backbones import schedulers
     from retrieval.judge import SCALES
 
@@ -109,15 +122,33 @@ def _config(*, methods: str | None, sizes: str, sets: str, option: Sequence[str]
         raise Refused(f"--scale {scale}: choose from {', '.join(SCALES)}")
     if not re.fullmatch(r"all|[1-9]\d{0,5}", sets.strip()):
         raise Refused(f"--sets {sets}: a number, or all")
-    schedulers.named(plain["like"].sampler)
+    if plain["choose"] not in (choice.SET, choice.RETRIEVAL):
+        raise Refused(f"--choose {plain['choose']:.100}: choose from {choice.SET}, {choice.RETRIEVAL}")
+    lengths = variants.numbers(steps, "--steps") if steps is not None else []
+    if 0 in lengths:
+        raise Refused(f"--steps {steps}: a picture takes at least 1")
+    if distractors is not None:
+        for flag, value in (("--loras", sizes), ("--boxes", plain["boxes"]), ("--choose retrieval", plain["choose"] == choice.RETRIEVAL)):
+            if value:
+                raise Refused(f"--distractors asks for one concept at a time: leave out {flag}")
+        if sets.strip() == "all":
+            raise Refused("--distractors with --sets all: there are too many; give a number")
+    if plain["boxes"] and plain["choose"] == choice.RETRIEVAL:
+        raise Refused("--boxes gives the LoRAs of sets regions: leave it out with --choose retrieval")
+    for flag, value in (("--distractors", distractors), ("--choose retrieval", plain["choose"] == choice.RETRIEVAL),
+                        ("--steps with several numbers", len(lengths) > 1)):  # fmt: skip
+        if value and not plain["testbed"]:
+            raise Refused(f"{flag} needs --testbed")
+    schedulers.named(like.sampler)
     return EvaluationConfig(
-        methods=tuple(read), options=read, sizes=tuple(variants.numbers(sizes, "--loras")),
-        sets=None if sets.strip() == "all" else int(sets), tune=tuple(tuned), scale=scale, **plain)  # fmt: skip
+        methods=tuple(read), options=read, sizes=tuple(variants.numbers(sizes or SIZES, "--loras")), sets=None if sets.strip() == "all" else int(sets),
+        distractors=tuple(variants.numbers(distractors, "--distractors")) if distractors is not None else (),
+        like=replace(like, steps=max(lengths, default=None)), steps=tuple(lengths) if len(lengths) > 1 else (), tune=tuple(tuned), scale=scale, **plain)  # fmt: skip
 
 
 def _bar(text: str) -> tuple[str, str, float]:
     """METHOD:METRIC=VALUE or METRIC=VALUE."""
-    from app.evaluation.scoring import METRICS
+    from app.evaluation.metrics import METRICS
 
     match = re.fullmatch(r"(?:([^:=]+):)?([a-z_]+)=(.+)", text.strip())
     known = [metric.key for metric in METRICS if metric.larger]
@@ -142,27 +173,46 @@ def _endpoint(url: str, model: str) -> Any:
 
 def _say(outcome: "Outcome") -> None:
     """The means, what was left out, and where the report is."""
-    from app.evaluation.report import shown
-    from app.evaluation.scoring import METRICS
+    from app.evaluation.metrics import METRICS, Metric
+    from app.evaluation.summary import ALL, main_parts, part_title
 
     document = outcome.document
-    summary = document["metrics"]
+    summary, parts = document["metrics"], main_parts(document)
     metrics = [metric for key in SHOWN for metric in METRICS if metric.key == key and key in summary]
-    rows = table("", *(metric.title for metric in metrics), right=tuple(metric.title for metric in metrics))
-    for variant in document["variants"]:
-        cells = []
-        for metric in metrics:
-            mean = summary[metric.key]["all"]["means"].get(variant)
-            cells.append("-" if mean is None else shown(mean["mean"], metric))
-            if mean is not None and mean["low"] is not None and metric.key not in ("seconds", "evaluations"):
-                ends = [shown(mean[end], metric).removesuffix(" %") for end in ("low", "high")]
-                cells[-1] += f"\n{'..'.join(ends)}"
-        rows.add_row(Text(document["titles"][variant]), *map(Text, cells))
-    for column in rows.columns:
-        column.no_wrap = True
-    Terminal(width=max(out.width, WIDE)).print(rows)  # a narrower print would cut numbers
+    grids = [_means(part_title(part) if len(parts) > 1 else "", metrics, {
+        variant: {metric.key: summary[metric.key][part]["means"].get(variant) for metric in metrics} for variant in document["variants"]},
+        document["titles"]) for part in parts]  # fmt: skip
+    for section in document["sections"]:
+        columns = [Metric(**column) for column in section["columns"]]
+        for part in [part for part in parts if part in section["parts"]] or [ALL]:
+            title = section["title"] if part == ALL else f"{section['title']}, {part}"
+            grids.append(_means(title, columns, section["parts"][part], document["titles"]))
+    for grid in grids:
+        Terminal(width=max(out.width, Measurement.get(out, out.options.update(width=MOST), grid).maximum)).print(grid)  # a narrower print would cut numbers
+        out.print()
     for line in document["remarks"]:
         out.print(Text(printable(line), style="dim"))
     for line in document["problems"]:
         err.print(Text(printable(f"left out: {line}"), style="yellow"))
     out.print(Text(f"report: {outcome.page}"))
+
+
+def _means(title: str, metrics: Sequence["Metric"], rows: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -> Table:
+    """Means with their intervals: a row a variant. rows: variant to a metric's key to its interval, None or missing where there is none."""
+    from app.evaluation.metrics import COSTS
+    from app.evaluation.report import shown
+
+    heads = [metric.title.replace(", ", ",\n") for metric in metrics]
+    grid = table(title.replace(", ", ",\n"), *heads, right=heads)
+    for variant, means in rows.items():
+        cells = []
+        for metric in metrics:
+            mean = means.get(metric.key)
+            cells.append("-" if mean is None else shown(mean["mean"], metric))
+            if mean is not None and mean["low"] is not None and metric.key not in COSTS:
+                ends = [shown(mean[end], metric).removesuffix(" %") for end in ("low", "high")]
+                cells[-1] += f"\n{'..'.join(ends)}"
+        grid.add_row(Text(titles[variant]), *map(Text, cells))
+    for column in grid.columns:
+        column.no_wrap = True
+    return grid

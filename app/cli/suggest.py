@@ -1,7 +1,6 @@
-"""`medley suggest`: the LoRAs that a prompt calls for, with the evidence; and the request that `medley generate --auto` makes of them."""
+"""`medley suggest`: the LoRAs that a prompt calls for, with the evidence; and what `medley generate --auto` says of them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,15 +9,13 @@ from rich.text import Text
 
 from app import engines
 from app.cli import tables
+from app.suggestions import composed, opened
 from app.terminal import Terminal, out, printable
-from composition import Lora, Request
+from composition import Request
 
 if TYPE_CHECKING:
     from app.lora_library import Library
     from retrieval.suggest import Suggestion
-
-EVERYWHERE = "style"  # the category of what serves the whole picture and says nothing of itself
-APART, PLAIN = "clora-fast", "merge"  # the methods for LoRAs that have places of their own, and for the rest
 
 
 def suggest(
@@ -79,39 +76,11 @@ def search(
     out.print(rows)
 
 
-def opened(model: str, folders: Sequence[Path], judge: str = "pocket") -> "Library":
-    """The library of these folders, the user's own and the model's, indexed when nothing of it was."""
-    from app.lora_library import Library
-
-    library = Library(model, engines.folders(list(folders)), judge=judge)
-    library.refresh()
-    return library
-
-
 def row(library: "Library", suggestion: "Suggestion") -> dict[str, Any]:
     return {"lora": suggestion.candidate.name, "path": str(library.path(suggestion)), "tensor_sha256": suggestion.candidate.id, "for": suggestion.phrase,
             "score": round(suggestion.score, 3), "weight": suggestion.weight, "trigger": suggestion.trigger, "everywhere": suggestion.everywhere,
             "why": [{"evidence": reason.evidence, "words": reason.words, "score": round(reason.score, 3), "cosine": reason.cosine}
                     for reason in suggestion.reasons]}  # fmt: skip
-
-
-def composed(request: Request, library: "Library", method: str | None) -> tuple[Request, list["Suggestion"]]:
-    """The request with the LoRAs that its prompt calls for, besides those it has, and what was suggested.
-
-    Each is bound to the words that it serves, or everywhere. A missing trigger word is added to the prompt. method: the user's choice; None:
-    one that keeps things apart, where there are several LoRAs and one has a place.
-    """
-    present = {Path(lora.source).stem for lora in request.loras}
-    suggestions = [each for each in library.suggest(request.prompt) if each.candidate.name not in present]
-    placed = [each for each in suggestions if not each.everywhere]
-    chosen = method or (APART if len(request.loras) + len(suggestions) > 1 and placed else PLAIN)
-    loras, words = list(request.loras), []
-    for each in sorted(suggestions, key=lambda each: request.prompt.lower().find(each.phrase.lower())):
-        if each.trigger:
-            words.append(each.trigger)
-        binds = None if each.everywhere or chosen == PLAIN else each.trigger or each.phrase
-        loras.append(Lora(str(library.path(each)), weight=each.weight, binds=binds, category=EVERYWHERE if each.everywhere and not each.candidate.category else ""))
-    return replace(request, prompt=", ".join([request.prompt, *words]), loras=loras, method=chosen), suggestions
 
 
 def added(request: Request, folders: Sequence[Path], method: str | None, say: Terminal) -> Request:

@@ -6,6 +6,7 @@ from typing import Any
 
 from app.drawing.palette import GREY, PALETTE
 
+ALONE = {"none": GREY, "lora-alone": "currentColor"}  # what methods are compared with, to its colour
 ALL = "all"  # the part of a summary that is of every size
 WIDE, HIGH = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 30
@@ -13,19 +14,20 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 30
 
 def colours(variants: Sequence[str]) -> dict[str, str]:
     """A variant's colour; `X@equal` has that of `X`."""
-    plain = [variant for variant in variants if variant != "none" and "@" not in variant]
+    plain = [variant for variant in variants if variant not in ALONE and "@" not in variant]
     table = {variant: PALETTE[index % len(PALETTE)] for index, variant in enumerate(plain)}
-    return {variant: GREY if variant == "none" else table.get(variant.partition("@")[0], PALETTE[-1]) for variant in variants}
+    return {variant: ALONE[variant] if variant in ALONE else table.get(variant.partition("@")[0], PALETTE[-1]) for variant in variants}
 
 
-def lines(parts: Mapping[str, Any], variants: Sequence[str], titles: Mapping[str, str], metric: Any) -> str:
-    """Score against number of LoRAs, a line a variant, whiskers for its 95 % interval. parts: size or "all" to its summary."""
+def lines(parts: Mapping[str, Any], variants: Sequence[str], titles: Mapping[str, str], metric: Any, unit: str = "LoRAs") -> str:
+    """Score against a number, a line a variant, whiskers for its 95 % interval. parts: the number (or "all", which is left out) to its summary.
+    unit: what is counted."""
     sizes = sorted(int(name) for name in parts if name != ALL)
     points = {variant: [(size, parts[str(size)]["means"][variant]) for size in sizes if variant in parts[str(size)]["means"]] for variant in variants}
     scale = _Scale([interval for rows in points.values() for _, interval in rows], metric)
     step = (WIDE - LEFT - RIGHT) / max(1, len(sizes))
     place = {size: LEFT + step * (index + 0.5) for index, size in enumerate(sizes)}
-    drawn = [*scale.axis(), *(_text(place[size], HIGH - 10, f"{size} LoRAs" if size == sizes[0] else str(size), "middle") for size in sizes)]
+    drawn = [*scale.axis(), *(_text(place[size], HIGH - 10, f"{size} {unit}" if size == sizes[0] else str(size), "middle") for size in sizes)]
     table = colours(variants)
     for index, (variant, rows) in enumerate(points.items()):
         shift = (index - (len(variants) - 1) / 2) * min(7.0, step * 0.6 / len(variants))
@@ -34,8 +36,8 @@ def lines(parts: Mapping[str, Any], variants: Sequence[str], titles: Mapping[str
         if len(spots) > 1:
             path = " ".join(f"{x:.1f},{scale(interval['mean']):.1f}" for x, interval in spots)
             drawn.append(f'<polyline points="{path}" fill="none" stroke="{table[variant]}" stroke-width="1.5"{dash}/>')
-        drawn += [_mark(x, interval, scale, table[variant], f"{titles[variant]}, {size} LoRAs", metric) for (x, interval), (size, _) in zip(spots, rows, strict=True)]
-    return _svg(drawn, f"{metric.title} against the number of LoRAs")
+        drawn += [_mark(x, interval, scale, table[variant], f"{titles[variant]}, {size} {unit}", metric) for (x, interval), (size, _) in zip(spots, rows, strict=True)]
+    return _svg(drawn, f"{metric.title} against the number of {unit}")
 
 
 def bars(part: Mapping[str, Any], variants: Sequence[str], titles: Mapping[str, str], metric: Any) -> str:

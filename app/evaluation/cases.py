@@ -1,9 +1,13 @@
 """The cases of an evaluation: prompts with their noise and the concepts that a picture of them should show."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from composition import Request
+from composition import Lora, Request
+
+Key = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,9 @@ class Case:
 
     group: what is resampled as one (a set of LoRAs, a prompt): pictures of one group are not independent. seed: number of
     the seed within its group. text: what CLIPScore compares with. request: as it was written, method included. method: how the request or
-    the picture came to be, "" when it is not known. picture: a picture that is there already. line: of the manifest.
+    the picture came to be, "" when it is not known. picture: a picture that is there already. line: of the manifest. distractors: concepts of
+    LoRAs that are in the request and not in its prompt. own: the set's own LoRAs, where the request has those that were chosen in their
+    place. steps: of every method, where several numbers of steps are compared, else 0.
     """
 
     group: str
@@ -38,16 +44,37 @@ class Case:
     method: str = ""
     picture: Path | None = None
     line: int = 0
+    distractors: tuple[ExpectedConcept, ...] = ()
+    own: tuple[Lora, ...] = ()
+    steps: int = 0
 
     @property
     def size(self) -> int:
-        """Number of LoRAs asked for; of concepts where there is no request."""
-        return len(self.request.loras) if self.request else len(self.concepts)
+        """Number of LoRAs of the set; of concepts where there is no request."""
+        return len(self.own or self.request.loras) if self.request else len(self.concepts)
+
+    def lora(self, name: str) -> Lora | None:
+        """The LoRA of a concept's name, of the set or of the request; None where there is none."""
+        request = replace(self.request, loras=self.own) if self.request and self.own else self.request
+        return dict(zip(request.names, request.loras, strict=True)).get(name) if request else None
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         """What pairs the pictures of two methods."""
-        return self.group, self.seed
+        return self.group, self.seed, self.steps
+
+
+def key(row: Mapping[str, Any]) -> Key:
+    """The key of the case that a scored row is of."""
+    return row["group"], row["number"], row.get("steps") or 0
+
+
+def at_steps(cases: Sequence[Case], steps: Sequence[int]) -> list[Case]:
+    """Every case with each number of steps and the same noise; as they are where there are not several."""
+    if len(steps) < 2:
+        return list(cases)
+    return [replace(case, steps=number, request=replace(case.request, steps=number)) if case.request and not case.picture else case
+            for case in cases for number in steps]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from typing import Any
 from PIL import Image
 
 from app.evaluation import statistics
-from app.evaluation.variants import EQUAL, NONE
+from app.evaluation.cases import key
+from app.evaluation.variants import EQUAL, REFERENCES
 from composition import Refused, pictures, untrusted
 from composition.log import Log
 
@@ -107,24 +108,24 @@ def compare(
     """
     log = Log(folder / LOG)
     known = {(row["model"], row["first"], row["second"]): row["better"] for row in log.rows() if {"model", "first", "second", "better"} <= set(row)}
-    by = {(row["variant"], row["group"], row["number"]): row for row in rows}
+    by = {(row["variant"], key(row)): row for row in rows}
     opinions = []
-    for a, b in combinations([variant for variant in variants if variant != NONE and not variant.endswith(EQUAL)], 2):
-        cases = [(group, number) for variant, group, number in by if variant == a and (b, group, number) in by][:limit]
+    for a, b in combinations([variant for variant in variants if variant not in REFERENCES and not variant.endswith(EQUAL)], 2):
+        cases = [case for variant, case in by if variant == a and (b, case) in by][:limit]
         points, turned = [], 0
-        for group, number in cases:
-            of_a, of_b = by[a, group, number], by[b, group, number]
+        for case in cases:
+            of_a, of_b = by[a, case], by[b, case]
             votes = []
             for first, second in ((of_a, of_b), (of_b, of_a)):
-                key = (endpoint.model, first["id"], second["id"])
-                if key not in known:
-                    known[key] = endpoint.better(of_a["text"], folder / first["picture"], folder / second["picture"])
-                    log.append(dict(zip(("model", "first", "second"), key, strict=True)) | {"better": known[key]})
-                votes.append(POINTS[known[key]] * (1 if first is of_a else -1))
+                answer = (endpoint.model, first["id"], second["id"])
+                if answer not in known:
+                    known[answer] = endpoint.better(of_a["text"], folder / first["picture"], folder / second["picture"])
+                    log.append(dict(zip(("model", "first", "second"), answer, strict=True)) | {"better": known[answer]})
+                votes.append(POINTS[known[answer]] * (1 if first is of_a else -1))
             turned += votes[0] * votes[1] < 0
             points.append(float((sum(votes) > 0) - (sum(votes) < 0)) if votes[0] * votes[1] >= 0 else 0.0)
         if cases:
-            mean = statistics.interval(points, [group for group, _ in cases], resamples=resamples, seed=seed)
+            mean = statistics.interval(points, [case[0] for case in cases], resamples=resamples, seed=seed)
             opinions.append({"first": a, "second": b, "first_wins": points.count(1.0), "second_wins": points.count(-1.0),
                           "ties": points.count(0.0), "order_decided": turned / len(cases), "difference": asdict(mean)})  # fmt: skip
     return opinions

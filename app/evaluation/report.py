@@ -12,8 +12,9 @@ from jinja2 import Environment, select_autoescape
 from PIL import Image
 
 from app.drawing import charts
-from app.evaluation.scoring import METRICS
-from app.evaluation.summary import ALL
+from app.evaluation.cases import Key, key
+from app.evaluation.metrics import COSTS, METRICS, Metric
+from app.evaluation.summary import ALL, main_parts, part_title
 from composition import Refused, atomic, pictures
 
 HERE = Path(__file__).parent
@@ -34,16 +35,19 @@ def write(folder: Path, rows: Sequence[Mapping[str, Any]], document: Mapping[str
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """CSV: what a picture is, its scores, and for each of its concepts the score and the presence."""
-    plain = ["id", "variant", "group", "number", "size", "seed", "prompt", "picture", "cut", *(metric.key for metric in METRICS)]
-    most = max((len(row["concepts"]) for row in rows), default=0)
-    heads = [f"concept{k + 1}{part}" for k in range(most) for part in ("", "_score", "_present")]
+    plain = ["id", "variant", "group", "number", "size", "steps", "seed", "prompt", "picture", "cut", *(metric.key for metric in METRICS)]
+    kinds = ("concept", "distractor")
+    most = {kind: max((len(row[f"{kind}s"]) for row in rows), default=0) for kind in kinds}
+    heads = [f"{kind}{k + 1}{part}" for kind in kinds for k in range(most[kind]) for part in ("", "_score", "_present")]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*plain, *heads])
     for row in rows:
         cells = [_guarded(row[key]) for key in plain]
-        for concept in row["concepts"]:
-            cells += [_guarded(concept["name"]), concept["score"], concept["present"]]
+        for kind in kinds:
+            for concept in row[f"{kind}s"]:
+                cells += [_guarded(concept["name"]), concept["score"], concept["present"]]
+            cells += [None] * (3 * (most[kind] - len(row[f"{kind}s"])))
         writer.writerow(["" if cell is None else cell for cell in cells])
     return text.getvalue()
 
@@ -56,7 +60,7 @@ def _guarded(cell: Any) -> Any:
 def page(folder: Path, rows: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) -> str:
     """The HTML page: style, script and small pictures inside."""
     environment = Environment(autoescape=select_autoescape(default=True, default_for_string=True), trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"score": shown, "chance": chance}
+    environment.filters |= {"score": shown, "chance": chance, "part": part_title}
     variants, titles, summary = document["variants"], document["titles"], document["metrics"]
     metrics = [metric for metric in METRICS if metric.key in summary]
     cases = grid(rows, variants)
@@ -65,20 +69,41 @@ def page(folder: Path, rows: Sequence[Mapping[str, Any]], document: Mapping[str,
     wanted = {row["id"]: row for case in [*kept, *(case for pair in extremes.values() for side in pair for case in side)]
               for row in case["cells"].values()}  # fmt: skip
     thumbs = {name: thumb(folder / row["picture"]) for name, row in wanted.items()}
-    parts = [ALL, *(str(size) for size in document["sizes"])] if len(document["sizes"]) > 1 else [ALL]
-    plots = [(metric, charts.lines(summary[metric.key], variants, titles, metric)) for metric in metrics if len(parts) > 1]
-    plots = plots or [(metric, charts.bars(summary[metric.key][ALL], variants, titles, metric)) for metric in metrics]
+    compared = main_parts(document)
+    parts = list(dict.fromkeys([*compared, *next(iter(summary.values()))]))
+    plots, against = _plots(document, metrics)
     inside = {name: {"request": row["request"], "picture": row["picture"], "scores": _scores(row)} for name, row in wanted.items()}
     return environment.from_string((HERE / "report.html").read_text("utf-8")).render(
-        document=document, metrics=metrics, variants=variants, titles=titles, parts=parts, summary=summary, plots=plots, cases=kept,
+        document=document, metrics=metrics, costs=COSTS, compared=compared, against=against,
+        sections=[_section(section, compared) for section in document["sections"]],
+        variants=variants, titles=titles, parts=parts, summary=summary, plots=plots, cases=kept,
         cases_in_all=len(cases), extremes=extremes, thumbs=thumbs, style=(HERE / "report.css").read_text("utf-8"),
         script=(HERE / "report.js").read_text("utf-8"), inside=_embedded(inside), colours=charts.colours(variants),
         size_word="LoRAs" if any(row["request"] for row in rows) else "concepts")  # fmt: skip
 
 
+def _section(section: Mapping[str, Any], compared: Sequence[str]) -> dict[str, Any]:
+    """A section as the page takes it: its columns as metrics, and the parts that are open."""
+    shown = [part for part in compared if part in section["parts"]] or list(section["parts"])[:1]
+    parts = {part: section["parts"][part] for part in dict.fromkeys([*shown, *section["parts"]])}
+    return {**section, "columns": [Metric(**column) for column in section["columns"]], "parts": parts, "open": shown}
+
+
+def _plots(document: Mapping[str, Any], metrics: Sequence[Metric]) -> tuple[list[tuple[Metric, str]], str]:
+    """A chart of every metric, and what it is against: numbers of steps, else numbers of LoRAs, else nothing: a mark a variant."""
+    variants, titles, summary = document["variants"], document["titles"], document["metrics"]
+    for unit, several, name in (("steps", document["steps"], "{} steps"), ("LoRAs", document["sizes"], "{}")):
+        if len(several) > 1:
+            parts = {metric: {str(number): summary[metric.key][name.format(number)] for number in several} for metric in metrics}
+            return [(metric, charts.lines(parts[metric], variants, titles, metric, unit)) for metric in metrics], unit
+    return [(metric, charts.bars(summary[metric.key][ALL], variants, titles, metric)) for metric in metrics], ""
+
+
 def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
     concepts = [{"concept": c["phrase"], "score": round(c["score"], 2), "present": c["present"]} for c in row["concepts"]]
-    return {metric.key: row[metric.key] for metric in METRICS if row[metric.key] is not None} | {"concepts": concepts}
+    distractors = [{"distractor": c["phrase"], "score": round(c["score"], 2), "present": c["present"]} for c in row["distractors"]]
+    known = {metric.key: row[metric.key] for metric in METRICS if row[metric.key] is not None}
+    return known | {"concepts": concepts} | ({"distractors": distractors} if distractors else {})
 
 
 def _embedded(value: Any) -> str:
@@ -87,11 +112,11 @@ def _embedded(value: Any) -> str:
 
 
 def grid(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> list[dict[str, Any]]:
-    """One entry a case (group and seed number), in order: prompt, size, and variant to row."""
-    cases: dict[tuple[str, int], dict[str, Any]] = {}
+    """One entry a case, in order: prompt, size, steps where several numbers are compared, and variant to row."""
+    cases: dict[Key, dict[str, Any]] = {}
     for row in rows:
-        case = cases.setdefault((row["group"], row["number"]), {
-            "group": row["group"], "number": row["number"], "size": row["size"], "prompt": row["text"], "cells": {}})  # fmt: skip
+        case = cases.setdefault(key(row), {
+            "group": row["group"], "number": row["number"], "size": row["size"], "steps": row["steps"], "prompt": row["text"], "cells": {}})  # fmt: skip
         case["cells"].setdefault(row["variant"], row)
     for case in cases.values():
         case["cells"] = {variant: case["cells"][variant] for variant in variants if variant in case["cells"]}

@@ -4,8 +4,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,51 +14,20 @@ from rich.console import Console
 
 from app import engines
 from app.errors import sentence
-from app.evaluation import manifest, mllm, report, statistics, testbed
-from app.evaluation.cases import Case, CollectedCases, ExpectedConcept, Problem, clipped
+from app.evaluation import choice, content_style, distractors, mllm, report, testbed, tuning
+from app.evaluation.cases import Case, ExpectedConcept, Problem, at_steps, clipped
+from app.evaluation.collect import Collector
+from app.evaluation.config import EvaluationConfig
 from app.evaluation.generate import Picture, generate, supplied
-from app.evaluation.summary import per_concept, summary
-from app.evaluation.variants import NONE, SUPPLIED, Row, Variants, equal, interleaved, title
-from composition import Receipt, Refused, Request, atomic, lock
+from app.evaluation.summary import parts_of, per_concept, summary
+from app.evaluation.variants import NONE, REFERENCES, SUPPLIED, Row, Variants, equal, interleaved, title
+from composition import Refused, atomic, lock
 
 if TYPE_CHECKING:
     from app.evaluation.scoring import Scorer
     from composition import Engine
 
 LOCK = ".evaluation.lock"
-FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)  # of every LoRA's weight, tried when a method is tuned
-PILOTS = 8  # sets of each size that weights are tried on, with noise that is used for nothing else
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """What the user asked for. testbed or manifest: one of the two. sets None: all. like: settings of every picture. of: a category
-    of which all LoRAs of a set are. boxes: they have regions side by side."""
-
-    folder: Path
-    like: Request
-    testbed: str = ""
-    manifest: Path | None = None
-    methods: tuple[str, ...] = ()
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    sizes: tuple[int, ...] = (2, 3, 4, 5)
-    sets: int | None = 24
-    of: str = ""
-    boxes: bool = False
-    seeds: int = 3
-    limit: int | None = None
-    weight: float = 1.0
-    prefix: str = ""
-    tune: tuple[str, ...] = ()
-    equal: bool = True
-    references: int = 4
-    judge: str = "pocket"
-    scale: str = "100"
-    resamples: int = statistics.RESAMPLES
-    seed: int = 0
-    place: engines.EngineOptions = engines.EngineOptions()
-    endpoint: mllm.Endpoint | None = None
-    pairs: int = 50
 
 
 @dataclass(frozen=True)
@@ -75,6 +45,7 @@ class Evaluation:
 
     def __init__(self, config: EvaluationConfig, console: Console) -> None:
         self.config, self.console = config, console
+        self._collector = Collector(config)
         self.tuned: list[dict[str, Any]] = []
         self._problems: list[Problem] = []  # of pictures that could not be made
         self._stack = ExitStack()
@@ -83,10 +54,11 @@ class Evaluation:
         """Make what is missing, score everything, write the report. Raises Refused when nothing at all can be done."""
         engines.prepare(self.config.like.model, judge=self.config.judge)
         with self._stack:
-            collected = self._collect()
+            collected = self._collector.cases()
             cases = interleaved(collected.cases, self.config.limit)
             if not cases:
                 raise Refused("nothing can be evaluated: " + "; ".join(map(str, collected.problems[:3])))
+            cases = at_steps(cases, self.config.steps)
             scorer = self._scorer()
             self.config.folder.mkdir(parents=True, exist_ok=True)
             self._stack.enter_context(lock.alone(self.config.folder / LOCK, f"another evaluation is at work in {self.config.folder}"))
@@ -103,41 +75,6 @@ class Evaluation:
                 raise Refused("no picture could be made or read: " + "; ".join(map(str, problems[:3])))
             document = self._document(rows, pictures, problems, scorer)
             return Outcome(document, rows, problems, report.write(self.config.folder, rows, document))
-
-    # cases -----------------------------------------------------------------------------------------------------------
-
-    def _collect(self) -> CollectedCases:
-        if self.config.manifest is not None:
-            return manifest.read(self.config.manifest, self._inspect, self.config.like.model)
-        collected, lost = CollectedCases(), {}
-        for size in self.config.sizes:
-            for chosen in testbed.drawn(self._table, size, self.config.sets, self.config.seed, self.config.of):
-                missing = [entry.id for entry in chosen if not self._there(entry.id, lost)]
-                if not missing:
-                    collected.cases += testbed.cases([chosen], self.config.seeds, self.config.like, weight=self.config.weight, prefix=self.config.prefix, boxes=self.config.boxes)
-        collected.problems += [Problem(f"LoRA {name}", f"{why}; every set with it is left out") for name, why in lost.items()]
-        return collected
-
-    @cached_property
-    def _table(self) -> dict[str, list[testbed.Entry]]:
-        return testbed.read(self.config.testbed)
-
-    def _there(self, name: str, lost: dict[str, str]) -> bool:
-        from composition.loras import library
-
-        if name in lost:
-            return False
-        try:
-            library.find(name, self.config.like.model, self.config.place.folders)
-        except Exception as error:  # a name too long for the system is one LoRA's trouble too
-            lost[name] = clipped(sentence(error))
-            return False
-        return True
-
-    def _inspect(self, source: str) -> Receipt | None:
-        from composition.loras import library, reader
-
-        return reader.inspect(library.find(source, self.config.like.model, self.config.place.folders))
 
     # pictures --------------------------------------------------------------------------------------------------------
 
@@ -163,31 +100,16 @@ class Evaluation:
         if not self.config.tune or self.config.manifest is not None:
             return variants
         factors = {}
-        for size in sorted({case.size for case in cases}):
-            sets = [chosen for chosen in testbed.drawn(self._table, size, PILOTS, self.config.seed + 1, self.config.of)
-                    if all(self._there(entry.id, {}) for entry in chosen)]  # fmt: skip
-            pilots = testbed.cases(sets, 1, self.config.like, weight=self.config.weight, prefix=self.config.prefix, pilot=True,
-                                  boxes=self.config.boxes)
-            for name in self.config.tune:
-                rows = [variants.row(case, name, factor) for factor in FACTORS for case in pilots]
+        for name, size in product(self.config.tune, sorted({case.size for case in cases})):
+            pilots = self._collector.pilots(size)
+            for number in self.config.steps or (0,):
+                rows = tuning.rows(variants, name, [replace(case, steps=number, request=replace(case.request, steps=number)) if number and case.request else case
+                                                    for case in pilots])  # fmt: skip
                 pictures = self._generate(rows, f"tuning {name}, {size} LoRAs")
-                factors[name, size] = self._best(name, size, pictures, scorer)
+                factor, tried = tuning.best(pictures, scorer, self.config.weight)
+                factors[name, size, number] = factor
+                self.tuned.append({"method": name, "size": size, "steps": number, "factor": factor, "pictures": len(pictures), "tried": tried})
         return replace(variants, factors=factors)
-
-    def _best(self, name: str, size: int, pictures: Sequence[Picture], scorer: "Scorer") -> float:
-        """The factor with the highest presence (where it is known) and CLIPScore on the pilots."""
-        seen = scorer.see(pictures)
-        scores = scorer.score(pictures, seen, {})
-        tried = {}
-        for factor in FACTORS:
-            mine = [row for index, row in scores.items() if _factor(pictures[index], self.config.weight) == factor]
-            if mine:
-                presences = [row["presence"] for row in mine if row["presence"] is not None]
-                tried[factor] = (sum(presences) / len(mine), sum(row["clipscore"] for row in mine) / len(mine))
-        best = max(tried, key=lambda factor: tried[factor], default=1.0)
-        self.tuned.append({"method": name, "size": size, "factor": best, "pictures": len(pictures), "tried": {
-            f"{factor:g}": {"presence": round(a, 4), "clipscore": round(b, 3)} for factor, (a, b) in tried.items()}})  # fmt: skip
-        return best
 
     def _pictures(self, cases: Sequence[Case], variants: Variants) -> list[Picture]:
         """Pictures of all variants of all cases, those at equal evaluations last; in the order of the cases."""
@@ -198,7 +120,7 @@ class Evaluation:
             elif variants.options:
                 rows += variants.rows(case)
             elif case.request:
-                rows += [variants.alone(case)] if case.request.loras else []
+                rows += [variants.prompt_alone(case)] if case.request.loras else []
                 rows.append(Row(case, case.request.method if case.request.loras else NONE, case.request))
         rows = [row for _, row in sorted(enumerate(rows), key=lambda pair: self._order(pair[1], pair[0]))]
         pictures = self._generate(rows, "making")
@@ -206,12 +128,12 @@ class Evaluation:
         more = [further for picture in pictures if self.config.equal and picture.evaluations and picture.request and (further := equal(
             picture.row, picture.request, picture.evaluations, plain.get(picture.row.case.key, picture.evaluations)))]  # fmt: skip
         pictures += self._generate(more, "at equal evaluations") if more else []
-        place = {(case.group, case.seed): index for index, case in enumerate(cases)}
+        place = {case.key: index for index, case in enumerate(cases)}
         return sorted(pictures, key=lambda picture: place[picture.row.case.key])
 
     def _order(self, row: Row, index: int) -> tuple[Any, ...]:
         """One set's pictures together, a variant's seeds in a row: LoRAs are read, and folded, once."""
-        variants = (NONE, *self.config.methods)
+        variants = (*REFERENCES, *self.config.methods)
         return (row.case.size, row.case.group, variants.index(row.variant) if row.variant in variants else len(variants), index)
 
     def _references(self, cases: Sequence[Case], scorer: "Scorer") -> tuple[dict[str, Any], list[Problem]]:
@@ -224,10 +146,9 @@ class Evaluation:
             for concept in case.concepts:
                 if concept.references:
                     with_pictures.setdefault(concept.name, concept)
-                elif self.config.references and case.request and concept.alone and concept.name in case.request.names:
-                    lora = case.request.loras[case.request.names.index(concept.name)]
+                elif self.config.references and case.request and concept.alone and (lora := case.lora(concept.name)):
                     request = replace(case.request, prompt=f"{self.config.prefix}{concept.alone}", loras=[replace(lora, weight=1.0)],
-                                      method="merge", options={}, count=1)  # fmt: skip
+                                      steps=max(self.config.steps, default=case.request.steps), method="merge", options={}, count=1)  # fmt: skip
                     alone.setdefault(concept.name, Row(Case(f"reference/{concept.name}", 0, concept.alone, (concept,), request), "reference", request))
         rows = [Row(row.case, "reference", replace(row.request, seed=testbed.noise(row.case.group, number, True)))
                 for name, row in alone.items() if name not in with_pictures and row.request for number in range(self.config.references)]  # fmt: skip
@@ -246,7 +167,7 @@ class Evaluation:
 
     def _row(self, picture: Picture, score: Mapping[str, Any]) -> dict[str, Any]:
         case, request = picture.row.case, picture.request or picture.row.case.request
-        return {"id": picture.id, "variant": picture.row.variant, "group": case.group, "number": case.seed, "size": case.size,
+        return {"id": picture.id, "variant": picture.row.variant, "group": case.group, "number": case.seed, "size": case.size, "steps": case.steps,
                 "seed": request.seed if request else None, "prompt": request.prompt if request else case.text, "text": case.text,
                 "picture": Path(os.path.relpath(picture.path, self.config.folder)).as_posix(), **score,
                 "request": json.loads(request.json()) if request else None, "line": case.line}  # fmt: skip
@@ -266,18 +187,24 @@ class Evaluation:
         self, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Picture], problems: list[Problem], scorer: "Scorer"
     ) -> dict[str, Any]:
         config, present = self.config, list(dict.fromkeys(row["variant"] for row in rows))
-        first = (NONE, *(variant for name in config.methods for variant in (name, f"{name}@equal")))
+        first = (*REFERENCES, *(variant for name in config.methods for variant in (name, f"{name}@equal")))
         variants = [*(variant for variant in first if variant in present), *sorted(variant for variant in present if variant not in first)]
         texts = {row["text"]: row["cut"] for row in rows}
-        metrics = summary(rows, variants, resamples=config.resamples, seed=config.seed)
+        resampling, parts = {"resamples": config.resamples, "seed": config.seed}, parts_of(rows)
+        metrics = summary(rows, variants, **resampling)
+        sections = [distractors.section(parts, variants, **resampling), content_style.section(parts, variants, **resampling),
+                    choice.section([picture.row.case for picture in pictures], **resampling)]  # fmt: skip
         second = self._second(rows, variants, problems)
         from app.evaluation import wording
 
         return {
-            "title": f"Evaluation: {config.testbed or config.manifest}", "variants": variants, "titles": {variant: title(variant) for variant in variants},
+            "title": f"Evaluation: {config.testbed or config.manifest}", "variants": variants,
+            "titles": {choice.SUGGESTION: "Medley's suggestion"} | {variant: title(variant) for variant in variants},
             "pictures": len(rows), "groups": len({row["group"] for row in rows}),
             "group_word": "set" if config.testbed else "prompt", "sizes": sorted({row["size"] for row in rows}),
-            "model": config.like.model if self._opened else "", "metrics": metrics, "concepts": per_concept(rows, variants),
+            "model": config.like.model if self._opened else "", "steps": sorted({row["steps"] for row in rows if row["steps"]}),
+            "metrics": metrics, "sections": [section.document() for section in sections if section], "concepts": per_concept(rows, variants),
+            "distractors": per_concept(rows, variants, "distractors"),
             "resamples": config.resamples, "resample_seed": config.seed, "tuned": self.tuned, "mllm": second,
             "judge": wording.judge(scorer, texts, {c["phrase"] for row in rows for c in row["concepts"]}),
             "remarks": [*wording.remarks(self.tuned, variants, second, len({row["group"] for row in rows}), scorer.judge.name),
@@ -286,10 +213,3 @@ class Evaluation:
             "settings": wording.settings(replace(config, like=self._engine.settle(config.like)[0]) if self._opened else config),
         }  # fmt: skip
 
-
-def _factor(picture: Picture, weight: float) -> float:
-    """The factor of a pilot, from its first LoRA."""
-    case, request = picture.row.case, picture.request
-    assert case.request and request
-    ratio = request.loras[0].weight / case.request.loras[0].weight if weight else 1.0
-    return min(FACTORS, key=lambda factor: abs(factor - ratio))

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from app.errors import sentence
-from app.evaluation.cases import ExpectedConcept, Problem, clipped
+from app.evaluation import content_style
+from app.evaluation.cases import Case, ExpectedConcept, Problem, clipped
 from app.evaluation.generate import Picture
 from composition import pictures as door
 from retrieval.judge import SCALES, Judge, clip_score, sides, threshold
@@ -23,32 +24,6 @@ PART = 64  # pictures open at a time
 FEW = 40  # pictures without a concept from which a threshold can be set on them
 FALSE_POSITIVES = 0.05
 THINGS = ("", "character", "object")  # categories of what can stand beside another of its kind
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A column of the report. larger: whether more is better. share: shown in percent. about: what it says, in one line."""
-
-    key: str
-    title: str
-    about: str
-    larger: bool = True
-    share: bool = False
-    digits: int = 2
-
-
-METRICS = (
-    Metric("presence", "Presence", "share of the concepts asked for that the judge finds", share=True, digits=1),
-    Metric("all_present", "All present", "share of pictures in which every concept is found", share=True, digits=1),
-    Metric("clipscore", "CLIPScore", "agreement of the picture with the whole prompt"),
-    Metric("concept", "CLIP-T", "mean over concepts of 100 * cosine with the concept's own phrase"),
-    Metric("concept_min", "CLIP-T, least", "the same of the concept that agrees least: a lost concept shows here"),
-    Metric("clip_i", "CLIP-I", "100 * cosine with pictures by each LoRA alone, mean over the LoRAs"),
-    Metric("clip_i_min", "CLIP-I, least", "the same of the LoRA that is least alike"),
-    Metric("leakage", "Leakage", "share of pictures with one thing twice and another not at all", larger=False, share=True, digits=1),
-    Metric("evaluations", "Evaluations", "denoiser evaluations a picture", larger=False, digits=1),
-    Metric("seconds", "Seconds", "seconds a picture, loading left out", larger=False),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,9 +90,9 @@ class Scorer:
 
     def settle(self, pictures: Sequence[Picture], seen: Mapping[int, Seen]) -> None:
         """Set a threshold for every phrase that has none, on the pictures of cases without it: 5 % of them pass."""
-        phrases = {concept.phrase for picture in pictures for concept in picture.row.case.concepts} - self.thresholds.keys()
+        phrases = {phrase for picture in pictures for phrase in _phrases(picture.row.case)} - self.thresholds.keys()
         for phrase in sorted(phrases):
-            others = [index for index in seen if phrase not in {c.phrase for c in pictures[index].row.case.concepts}]
+            others = [index for index in seen if phrase not in _phrases(pictures[index].row.case)]
             if len(others) < FEW:
                 continue
             try:
@@ -155,8 +130,11 @@ class Scorer:
         likeness = [concept["clip_i"] for concept in concepts if concept["clip_i"] is not None]
         scores = [concept["score"] for concept in concepts]
         known = bool(present) and None not in present
+        distractors = [self._concept(concept, seen.whole, {}) for concept in case.distractors]
+        shown = [concept["present"] for concept in distractors]
         row |= {
             "concepts": concepts,
+            "distractors": distractors,
             "concept": sum(scores) / len(scores) if scores else None,
             "concept_min": min(scores, default=None),
             "presence": sum(present) / len(present) if known else None,
@@ -164,6 +142,8 @@ class Scorer:
             "clip_i": sum(likeness) / len(likeness) if likeness else None,
             "clip_i_min": min(likeness, default=None),
             "leakage": self._leakage(case.concepts, seen),
+            "distractor_presence": sum(shown) / len(shown) if shown and None not in shown else None,
+            **content_style.scores(concepts),
             "evaluations": picture.evaluations,
             "seconds": picture.seconds,
         }  # fmt: skip
@@ -188,6 +168,11 @@ class Scorer:
         twice: Bool[Tensor, " t"] = (texts @ seen.sides.T >= bars[:, None]).all(1)
         leaked = any(bool(twice[a]) and not bool(here[b]) for a in range(len(things)) for b in range(len(things)) if a != b)
         return float(leaked)
+
+
+def _phrases(case: Case) -> set[str]:
+    """Of everything that a picture of the case is looked at for."""
+    return {concept.phrase for concept in (*case.concepts, *case.distractors)}
 
 
 def _things(concepts: Sequence[ExpectedConcept]) -> list[ExpectedConcept]:

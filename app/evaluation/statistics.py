@@ -3,13 +3,15 @@
 Everything is resampled by group, never by picture. Seeds and numbers of resamples are arguments, and are reported.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 
 RESAMPLES = 10_000
+Key = tuple[Any, ...]  # of a case: its group, and what tells it from others of the group
 LEVEL = 0.95  # of intervals; 1 - LEVEL is the bar of tests
 
 
@@ -64,13 +66,22 @@ def interval(values: Sequence[float], groups: Sequence[str], *, resamples: int =
     Percentiles are taken further out for few groups, as of Student's t with groups - 1 degrees of freedom (Hesterberg 2015,
     "What teachers should know about the bootstrap", expanded percentile interval).
     """
-    sums, numbers = _sums(values, groups)
+    return ratio(values, np.ones(len(values)).tolist(), groups, resamples=resamples, seed=seed)
+
+
+def ratio(
+    values: Sequence[float], others: Sequence[float], groups: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """The sum of values over that of the others, which belong to the same pictures and are not negative, with the same interval. Their sum is
+    above 0."""
+    sums, numbers = _sums(values, groups)[0], _sums(others, groups)[0]
     mean = float(sums.sum() / numbers.sum())
     count = len(sums)
     if count < 2:
         return Interval(mean, None, None, len(values), count)
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-    means = (draws @ sums) / (draws @ numbers)
+    below = draws @ numbers
+    means = (draws @ sums)[below > 0] / below[below > 0]  # a draw without any of the others has no ratio
     low, high = np.quantile(means, [share := _tail(count), 1 - share])
     return Interval(mean, float(low), float(high), len(values), count)
 
@@ -106,9 +117,9 @@ def holm(chances: Sequence[float]) -> list[float]:
 
 
 def paired(
-    scores: dict[str, dict[tuple[str, int], float]], *, resamples: int = RESAMPLES, seed: int = 0
+    scores: Mapping[str, Mapping[Key, float]], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[Paired]:
-    """Every two methods on the cases both have: method to case (group, seed) to score, in the order of the methods."""
+    """Every two methods on the cases both have: method to case (its group first) to score, in the order of the methods."""
     pairs = []
     names = list(scores)
     for index, first in enumerate(names):
@@ -117,7 +128,7 @@ def paired(
             if not both:
                 continue
             more = [scores[first][key] - scores[second][key] for key in both]
-            groups = [group for group, _ in both]
+            groups = [str(key[0]) for key in both]
             better = float(np.mean([1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in more]))
             pairs.append(Paired(
                 first, second, interval(more, groups, resamples=resamples, seed=seed),

@@ -137,12 +137,16 @@ def cases(
     for chosen in several:
         text, group = prompt(chosen), "+".join(map(str, chosen))
         columns = [(k / len(chosen), 0.0, (k + 1) / len(chosen), 1.0) if boxes else None for k in range(len(chosen))]
-        loras = [Lora(entry.id, weight=weight, triggers=entry.triggers, category=_category(entry.category), region=column)
-                 for entry, column in zip(chosen, columns, strict=True)]  # fmt: skip
+        loras = [lora(entry, weight, column) for entry, column in zip(chosen, columns, strict=True)]
         for number in range(seeds):
             request = replace(like, prompt=f"{prefix}{text}", loras=loras, seed=noise(group, number, pilot), count=1)
             of_sets.append(Case(group, number, text, tuple(entry.concept for entry in chosen), request))
     return of_sets
+
+
+def lora(entry: Entry, weight: float, region: tuple[float, float, float, float] | None = None) -> Lora:
+    """An entry's LoRA as a request has it."""
+    return Lora(entry.id, weight=weight, triggers=entry.triggers, category=_category(entry.category), region=region)
 
 
 def _category(name: str) -> Any:

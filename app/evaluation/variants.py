@@ -1,4 +1,5 @@
-"""The variants an evaluation compares: the prompt alone, each method, and each dearer method at the cost of the plain one."""
+"""The variants an evaluation compares: the prompt alone, the LoRA asked for alone where there are distractors, each method, and each dearer method at
+the cost of the plain one."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,9 @@ from app import options
 from app.evaluation.cases import Case
 from composition import Refused, Request, prompt_syntax
 
-NONE, SUPPLIED, EQUAL = "none", "supplied", "@equal"
 OF_REQUEST = ("anchored", "windows")  # options of every method, which are fields of the request
+NONE, LORA_ALONE, SUPPLIED, EQUAL = "none", "lora-alone", "supplied", "@equal"
+REFERENCES = (NONE, LORA_ALONE)  # the variants that methods are compared with: no methods themselves
 MANY = 1.05  # times the prompt alone's evaluations, from which a variant is also made at equal evaluations
 
 
@@ -27,25 +29,34 @@ class Row:
 
 @dataclass(frozen=True)
 class Variants:
-    """Variants with their methods' options, and the factor on every LoRA's weight that tuning found for (variant, size).
+    """Variants with their methods' options, and the factor on every LoRA's weight that tuning found for (variant, size, steps).
 
     A variant is a method's name, or that and options after it: "cmlora:cache=false", "merge:anchored=true" (OF_REQUEST).
     """
 
     options: Mapping[str, Mapping[str, Any]]
-    factors: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    factors: Mapping[tuple[str, int, int], float] = field(default_factory=dict)
 
     def rows(self, case: Case) -> list[Row]:
-        """The prompt alone first, then every method."""
-        return [self.alone(case), *(self.row(case, name) for name in self.options)]
+        """The prompt alone first, then the LoRA alone where there are others that the prompt does not name, then every method."""
+        return [self.prompt_alone(case), *([self.lora_alone(case)] if case.distractors else []), *(self.row(case, name) for name in self.options)]
 
-    def alone(self, case: Case) -> Row:
+    def prompt_alone(self, case: Case) -> Row:
         assert case.request
         return Row(case, NONE, replace(case.request, prompt=prompt_syntax.untagged(case.request.prompt)[0], loras=(), method="merge", options={}))
 
-    def row(self, case: Case, name: str, factor: float | None = None) -> Row:
+    def lora_alone(self, case: Case) -> Row:
+        """The LoRA of the concept asked for, at its weight, without the distractors."""
         assert case.request
-        factor = self.factors.get((name, case.size), 1.0) if factor is None else factor
+        loras = [lora for lora in case.request.loras if lora.source == case.concepts[0].name]
+        return Row(case, LORA_ALONE, replace(case.request, loras=loras, method="merge", options={}))
+
+    def row(self, case: Case, name: str, factor: float | None = None) -> Row:
+        """The case by a variant; without LoRAs (none may have been chosen) there is nothing to compose."""
+        assert case.request
+        if not case.request.loras:
+            return Row(case, name, replace(case.request, method="merge", options={}))
+        factor = self.factors.get((name, case.size, case.steps), 1.0) if factor is None else factor
         loras = [lora.scaled(factor) for lora in case.request.loras]
         return Row(case, name, replace(case.request, loras=loras, method=method_of(name), options=self.options[name], **fields_of(name)))
 
@@ -56,7 +67,7 @@ def equal(row: Row, settled: Request, evaluations: int, plain: int) -> Row | Non
     settled: its request with the model's own steps. plain: evaluations of the prompt alone. A method that asks K LoRAs in each of T steps gets about T / K steps: what it is
     worth at Merge's cost.
     """
-    if row.variant == NONE or evaluations <= MANY * plain:
+    if row.variant in REFERENCES or evaluations <= MANY * plain:
         return None
     return Row(row.case, row.variant + EQUAL, replace(settled, steps=max(1, round(settled.length * plain / evaluations))))
 
@@ -81,6 +92,8 @@ def title(variant: str) -> str:
 
     if variant == NONE:
         return "Prompt only"
+    if variant == LORA_ALONE:
+        return "LoRA alone"
     if variant.endswith(EQUAL):
         return f"{title(variant.removesuffix(EQUAL))}, equal evaluations"
     name, _, options = variant.partition(":")
@@ -109,7 +122,7 @@ def numbers(text: str, flag: str) -> list[int]:
     """"2,3" or "2-5" as numbers in order. Raises Refused."""
     values: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
         if not match or match[2] and int(match[2]) < int(match[1]):
             raise Refused(f"{flag} {text:.200}: write numbers, as 2,3,4 or 2-5")
         values.update(range(int(match[1]), int(match[2] or match[1]) + 1))

@@ -9,7 +9,7 @@ from typing import Any
 from app.evaluation.cases import Problem
 from app.evaluation.generate import Picture
 from app.evaluation.scoring import FEW, Scorer, formula
-from app.evaluation.variants import EQUAL, NONE, title
+from app.evaluation.variants import EQUAL, LORA_ALONE, NONE, title
 from composition import Refused, Request, methods, record, untrusted
 from composition.methods.shared.dominance import CATEGORY
 from composition.methods.shared.measured_order import DEFAULT_MEASURE, MEASURES
@@ -71,13 +71,15 @@ def remarks(
         lines.append("Pocket's judge knows Pocket's world and the names of some 700 emoji, at 64 px; what lies beyond them scores near nothing.")
     for name in dict.fromkeys(row["method"] for row in tuned):
         sizes = [row for row in tuned if row["method"] == name]
-        factors = ", ".join(f"{row['factor']:g} for {row['size']} LoRAs" for row in sizes)
+        factors = ", ".join(f"{row['factor']:g} for {row['size']} LoRAs{f' at {steps} steps' if (steps := row.get('steps')) else ''}" for row in sizes)
         lines.append(f"{title(name)}: the factor on every weight was tuned on {sum(row['pictures'] for row in sizes)} pictures of other "
                      f"noise: {factors} (of {', '.join(sizes[0]['tried'])}).")  # fmt: skip
     if any(variant.endswith(EQUAL) for variant in variants):
         lines.append("Equal evaluations: as many steps as cost what one evaluation in each plain step costs.")
     if NONE in variants:
         lines.append("Prompt only: the same prompt and noise without any LoRA.")
+    if LORA_ALONE in variants:
+        lines.append("LoRA alone: the same prompt and noise with the LoRA asked for, at its weight before any tuning, and without the distractors.")
     for pair in second or ():
         lines.append(f"Second opinion: {title(pair['first'])} against {title(pair['second'])}: {pair['first_wins']} to {pair['second_wins']}, "
                      f"{pair['ties']} ties; the order decided {100 * pair['order_decided']:.0f} % (counted as ties).")  # fmt: skip
@@ -130,9 +132,11 @@ def settings(config: Any) -> str:
         return json.dumps({**source, **scoring}, indent=1)
     like = json.loads(config.like.json())
     kept = {key: like[key] for key in ("model", "negative", "sampler", "steps", "guidance", "size")}
+    kept |= {"steps": list(config.steps)} if config.steps else {}
     return json.dumps({
         "testbed": config.testbed, "methods": list(config.methods),
         "options": {name: dict(options) for name, options in config.options.items() if options}, "sizes": list(config.sizes),
-        "sets": "all" if config.sets is None else config.sets, "of": config.of, "boxes": config.boxes, "seeds": config.seeds, "limit": config.limit, "weight": config.weight,
+        "sets": "all" if config.sets is None else config.sets, "of": config.of, "boxes": config.boxes, "seeds": config.seeds, "limit": config.limit,
+        "distractors": list(config.distractors), "choose": config.choose, "weight": config.weight,
         "prefix": config.prefix, "tune": list(config.tune), "references": config.references, **kept, **scoring,
     }, indent=1)  # fmt: skip

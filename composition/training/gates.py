@@ -138,21 +138,21 @@ class _Learning:
         noisy, goal = (value.to(device) for value in self.noise.mix(rows.latents.float().cpu(), fresh, t))
         t = t.to(device)
         prompts: list[str] = ["" if empty[i] else prompt for i, prompt in enumerate(rows.prompts)]
-        contrasted = torch.tensor([i for i, other in enumerate(rows.others) if other and not empty[i]] if plan.apart else [], dtype=torch.long)
+        contrasted = [i for i, other in enumerate(rows.others) if other and not empty[i] and plan.apart]
         names = list(rows.weights)
         with self.adapters.session([(name, *self.loras[name][:2]) for name in names]), \
                 attention_for(device, positions=noisy.shape[-1] * noisy.shape[-2], gradients=True), self.lent():
             losses = self._losses(rows, noisy, goal, t, prompts)
             total, kept = losses.mean(), losses.new_tensor(1.0)
-            if len(contrasted):
-                index = contrasted.to(device)
-                other = self._losses(rows, noisy[index], goal[index], t[index], [rows.others[i] for i in contrasted.tolist()])
+            if contrasted:
+                index = torch.tensor(contrasted, device=device)
+                other = self._losses(rows, noisy[index], goal[index], t[index], [rows.others[i] for i in contrasted])
                 short = (plan.margin + losses[index] - other).clamp(min=0)
                 total, kept = total + plan.apart * short.sum() / len(losses), (short == 0).float().mean()
             total.backward()
         return losses.detach().mean(), kept.detach()
 
-    def _losses(self, rows: Rows, noisy: Tensor, goal: Tensor, t: Num[Tensor, "rows"], prompts: Sequence[str]) -> Float[Tensor, "rows"]:
+    def _losses(self, rows: Rows, noisy: Tensor, goal: Tensor, t: Num[Tensor, "rows"], prompts: list[str]) -> Float[Tensor, "rows"]:
         """The squared error of each row, with all LoRAs on through the gates."""
         device, step = self.backbone.device, Step(0, 1, t, noisy)
         cond = self._read(rows.weights, prompts)

@@ -86,7 +86,7 @@ def test_pictures_of_two_methods_pair_by_their_turn_and_requests_by_their_seed(t
         picture(tmp_path, f"{name}.png")
     asked = manifest.read(write(tmp_path, *({"file_name": f"{name}.png", "text": "a fox", "method": method}
                                             for name, method in zip("abcd", ("x", "y", "x", "y"), strict=True))), nothing)
-    assert [(case.method, case.key) for case in asked.cases] == [
+    assert [(case.method, (case.group, case.seed)) for case in asked.cases] == [
         ("x", ("a fox", 0)), ("y", ("a fox", 0)), ("x", ("a fox", 1)), ("y", ("a fox", 1))]
 
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from app.evaluation import statistics
-from app.evaluation.statistics import holm, interval, paired, permuted, ranks
+from app.evaluation.statistics import holm, interval, paired, permuted, ranks, ratio
 
 
 def grouped(rng, groups, each, between=1.0, within=0.5, mean=0.0):
@@ -150,3 +150,25 @@ def test_the_same_seed_gives_the_same_numbers():
     assert interval(values, names) == interval(values, names)
     assert interval(values, names, seed=1) != interval(values, names, seed=2)
     assert statistics.RESAMPLES >= 10_000
+
+
+def test_a_ratio_is_of_sums_and_its_interval_covers_the_truth():
+    """What one method keeps of another's hits, in pictures that share their group's luck and each other's."""
+    rng, hits = np.random.default_rng(5), 0
+    for turn in range(400):
+        chance = np.repeat(rng.beta(4, 2, 16), 3)
+        others = (rng.random(48) < chance).astype(float)
+        values = others * (rng.random(48) < 0.7)
+        bounds = ratio(values.tolist(), others.tolist(), [f"g{k // 3}" for k in range(48)], resamples=400, seed=turn)
+        assert bounds.mean == pytest.approx(values.sum() / others.sum())
+        hits += bounds.low <= 0.7 <= bounds.high
+    assert 0.9 <= hits / 400 <= 0.985
+
+
+def test_a_ratio_to_ones_is_the_mean_and_draws_of_nothing_are_left_out():
+    rng = np.random.default_rng(6)
+    values, names = grouped(rng, 9, 2)
+    assert ratio(values, [1.0] * len(values), names) == interval(values, names)
+    same = ratio([0.0, 0.0, 1.0], [0.0, 0.0, 1.0], ["a", "b", "c"])
+    assert (same.mean, same.low, same.high) == (1, 1, 1)
+    assert ratio([1.0], [2.0], ["a"]).low is None
