@@ -77,6 +77,11 @@ class Stack:
             held = self._product = self._built(like.device, like.dtype)
         return held
 
+    def source(self) -> Product:
+        """The factors as their files have them, on the CPU, in float32 or better; nothing is kept."""
+        dtype = torch.float64 if any(part is not None and part.dtype == torch.float64 for part in self._factors) else torch.float32
+        return self._stacked(torch.device("cpu"), dtype)
+
     def rewrite(self, rewrite: Rewrite | None) -> None:
         """From now on the factors are what this makes of them; None: as they are."""
         self._rewrite, self._product = rewrite, None

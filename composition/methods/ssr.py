@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from composition.loop import Predict, Prediction, Step
+from composition.loop import Predict
 from composition.methods import method
 from composition.methods.shared import ssr
+from composition.methods.shared.static import added_up
 from composition.run import Run
 
 
@@ -27,9 +28,5 @@ class Options:
         cost="1, and K once for a set of LoRAs", static=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
-    with ssr.Mixed(run, options.prompts, options.ridge) as mixed:
-        def predict(step: Step) -> Prediction:
-            mixed.at(step)
-            return Prediction(run.guide(run.denoise(step)), step.latents)
-
+    with added_up(run, ssr.Rewrites(run, options.prompts, options.ridge)) as predict:
         yield predict
