@@ -20,6 +20,8 @@ from composition import atomic
 from composition.loras.kinds.lora import Factors
 from composition.loras.layers import flat
 
+_ORIGINAL = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # of SDXL: no other name is read by all
+
 
 class Written(NamedTuple):
     """A layer as it is to be written. down and up are in the number type of the file; nothing multiplies their product."""
@@ -88,7 +90,7 @@ def _kohya(layers: Sequence[Written]) -> dict[str, Tensor]:
     alpha = max(len(layer.down) for layer in layers)
     tensors: dict[str, Tensor] = {}
     for layer in layers:
-        name = f"{prefixes[layer.component]}_{flat(_named(layer))}"
+        name = f"{prefixes[layer.component]}_{flat(_ORIGINAL.get(layer.path, _named(layer)))}"
         tensors[f"{name}.lora_down.weight"] = layer.down.contiguous()
         tensors[f"{name}.lora_up.weight"] = (_wide(layer) * (len(layer.down) / alpha)).contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(float(alpha), dtype=layer.up.dtype)

@@ -30,7 +30,7 @@ def header(
 
 def described(backbone: Backbone, base: str, *, title: str, category: str, trigger: str) -> dict[str, str]:
     """The names and values of any LoRA's header; "" for what is not known."""
-    kind = backbone.scheduler.config.get("prediction_type", "")  # a flow has none
+    kind = str(backbone.scheduler.config.get("prediction_type", ""))  # a flow has none
     return {
         "title": title, "category": category, "trigger_words": trigger, "base": plain_name(base),
         "modelspec.sai_model_spec": "1.0.1",
