@@ -97,6 +97,8 @@ def check(request: Request, method: Method) -> None:
             raise Refused(f"LoRA {name} is on from {lora.start:g} to {lora.end:g} of the steps: a LoRA file is on in all of them, so leave out start and end")
         if lora.region is not None:
             raise Refused(f"LoRA {name} has a region: a LoRA file acts on the whole picture, so leave out region")
+    if not request.prompt.strip() and request.options.get("prompts", "trigger") in ("own", "request"):
+        raise Refused(f"method {method.name} measures with the prompt here, and there is none: give one (CLI: --prompt), or leave out the option prompts")
     if request.conditions:
         raise Refused("conditions go with pictures, and are no part of a LoRA file: leave them out")
 
