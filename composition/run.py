@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from composition.adapters import Adapters
-from composition.adapters.gates import Combine, Route, Watch
+from composition.adapters.gates import Combine
+from composition.adapters.stack import Route, Watch
 from composition.backbones.base import Backbone
 from composition.conditions import Acting, Call
 from composition.guidance import guide

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from composition.adapters import fold as folding
 from composition.adapters.fold import Fold
-from composition.adapters.gates import Combine, Gates, Route, Watch
+from composition.adapters.gates import Combine, Gates
 from composition.adapters.layers import Layers, _attached
-from composition.adapters.stack import Rewrite, Stack
+from composition.adapters.stack import Rewrite, Route, Stack, Watch
 from composition.adapters.trainable import Trainable
 from composition.loop import Step
 from composition.loras import reader

@@ -20,7 +20,7 @@ class Options:
     prompts: ssr.Prompts = field(default="trigger", metadata={"help":
         "What each LoRA is asked for by when the set is measured: its trigger word, the prompt without the other LoRAs' words (own), "
         "or the whole prompt (request)."})
-    ridge: float = field(default=1e-2, metadata={"ge": 1e-8, "le": 10.0, "help":
+    ridge: float = field(default=ssr.RIDGE, metadata={"ge": 1e-8, "le": 10.0, "help":
         "Share of the mean energy of a rank that is added to all: larger keeps nearer to nothing, smaller fits closer."})
 
 

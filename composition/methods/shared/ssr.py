@@ -22,6 +22,7 @@ from composition.profiles.mixing import Measured, Mixing
 from composition.refusal import Refused
 from composition.run import Run
 
+RIDGE = 1e-2  # of G's mean diagonal
 SEED = 42  # of the noise, as the reference has it
 Prompts = Literal["trigger", "own", "request"]
 
@@ -126,7 +127,7 @@ def measure(run: Run, step: Step, names: Sequence[str], texts: Sequence[str], ri
         run.observe(first, {name: 1.0}, run.encode(text, {name: 1.0}), watch)
     matrices, wrong, merged, whole = {}, 0.0, 0.0, 0.0
     for path, layer in run.adapters.stacks().items():
-        ranks, factors = ranks_of(layer, live), layer.source()
+        ranks, factors = ranks_of(layer, live), layer.stored()
         assert factors.owner is not None
         owner = factors.owner[ranks]
         if len(owner.unique()) < 2 or path not in sums:
@@ -147,14 +148,12 @@ def noise(run: Run, step: Step) -> Float[Tensor, "1 *S"]:
 
 
 def calibration_prompts(run: Run, asked: Prompts) -> list[str]:
-    """What each LoRA is asked for by: its first trigger word (its name where it has none); the request's prompt with no other LoRA's trigger
-    words ("own"); or the whole prompt ("request")."""
+    """What each LoRA is asked for by: its first trigger word (its name where it has none); the request's prompt without the words of the
+    others ("own"); or the whole prompt ("request")."""
     if asked == "request":
         return [run.request.prompt] * len(run.names)
     if asked == "own":
-        scene = prompts.scene(run.request.prompt, run.loras, run.categories, run.triggers)
-        own = dict(zip(scene.concepts, scene.prompts[1:], strict=True))
-        return [own.get(name, scene.prompts[0]) for name in run.names]
+        return list(prompts.alone(run.request.prompt, run.loras, run.triggers).values())
     return [next(iter(run.triggers.get(name, ())), name.replace("_", " ")) for name in run.names]
 
 
