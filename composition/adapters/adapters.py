@@ -229,6 +229,10 @@ class Adapters:
                 gates.watch = torch.compiler.disable(watch)
             yield
 
+    def layer(self, path: str) -> nn.Linear | nn.Conv2d | None:
+        """The denoiser's linear layer or convolution of this path."""
+        return self._layers[self._denoiser].get(path)
+
     def stacks(self) -> Mapping[str, Stack]:
         """The layers of the denoiser that this set of LoRAs touches, by path, with their factors."""
         return self._model.current.stacks.get(self._denoiser, {})
