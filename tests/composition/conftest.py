@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch
 from jaxtyping import config
 
 from tests import toys

@@ -35,7 +35,7 @@ from composition.loras.safetensors import load_safely
 from composition.refusal import Refused, explain
 
 Kind = Literal["layer", "rank", "element"]
-CATEGORIES = ("character", "object", "clothing", "place", "style", "")  # "": any other
+CATEGORIES = ("place", "style", "")  # "": any other, as characters, objects and clothing: what stands at a place of its own
 HIDDEN, FEATURES, TIMES = 16, 5, 2
 SMALL = 1e-12  # energy under which an update is none
 EPS = 1e-5  # of the layer norms
@@ -90,7 +90,8 @@ class Gating(nn.Module):
             live = [k for k, (begin, end) in enumerate(layer.spans) if begin < end and bool(gate[begin:end].any())]
             if len(live) < 2:
                 return gate
-            factor = self.constant(layer.path, known[live]) if self.design.kind == "layer" else self._answer(layer, step, ranks * gate, live, known)
+            with torch.autocast(ranks.device.type, enabled=False):
+                factor = self.constant(layer.path, known[live]) if self.design.kind == "layer" else self._answer(layer, step, ranks * gate, live, known)
             if seen is not None:
                 seen(layer.path, step, factor.detach().flatten(0, -2).mean(0) if factor.ndim > 1 else factor.detach())
             whole = factor.new_ones(*factor.shape[:-1], len(layer.spans)).index_copy(factor.ndim - 1, torch.tensor(live, device=factor.device), factor)
@@ -112,8 +113,8 @@ class Gating(nn.Module):
         place, kinds = self.places[layer.path], known[list(live)].to(self.table.device)
         hidden = features @ self.first.to(features) + (self.bias[place] + self.kinds[kinds]).to(features)
         if self.design.film:
-            s = float(step.t) / 1000.0
-            time = features.new_tensor([s, math.sin(math.pi * s)])
+            s = step.t.to(features).view(-1, 1, 1) / 1000.0  # of all rows, or of each
+            time = torch.stack([s, (math.pi * s).sin()], -1)
             scale, shift = (time @ part.to(features) for part in self.times.split(TIMES))
             hidden = hidden * (1 + scale) + shift
         answer = F.silu(hidden) @ self.last.to(features) + self.table[place].index_select(0, kinds).to(features)
@@ -151,9 +152,10 @@ class Gating(nn.Module):
                 directions = bases(path).to(h)
                 h = torch.cat([h, ((h.sum(0) @ directions) @ directions.T)[None]])
             w_l, w_c, w_o, beta, *norms = self._rows(path, h.to(wide))
-            n_0 = F.layer_norm(h_0.to(wide), h_0.shape[-1:], norms[1], norms[0], EPS)
-            n = F.layer_norm(h.to(wide), h.shape[-1:], norms[3], norms[2], EPS)
-            gate = torch.sigmoid(n * (w_l + w_c * n_0) + beta) * w_o
+            with torch.autocast(h.device.type, enabled=False):
+                n_0 = F.layer_norm(h_0.to(wide), h_0.shape[-1:], norms[1], norms[0], EPS)
+                n = F.layer_norm(h.to(wide), h.shape[-1:], norms[3], norms[2], EPS)
+                gate = torch.sigmoid(n * (w_l + w_c * n_0) + beta) * w_o
             if seen is not None:
                 seen(path, step, gate.detach().flatten(1).mean(1)[: len(each)])
             out = h_0 + (gate * h.to(wide)).sum(0).to(h_0)
