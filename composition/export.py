@@ -94,11 +94,13 @@ def check(request: Request, method: Method) -> None:
                       f"evaluations a step; these can be exported: {able}")
     for name, lora in zip(request.names, request.loras, strict=True):
         if lora.scheduled:
-            raise Refused(f"LoRA {name} is on from {lora.start:g} to {lora.end:g} of the steps: a LoRA file is on in all of them, so leave out start and end")
+            raise Refused(f"LoRA {name} is on from {lora.start:g} to {lora.end:g} of the steps: a LoRA file is on in all of them, so leave out start and end, and windows")
         if lora.region is not None:
             raise Refused(f"LoRA {name} has a region: a LoRA file acts on the whole picture, so leave out region")
     if not request.prompt.strip() and request.options.get("prompts", "trigger") in ("own", "request"):
         raise Refused(f"method {method.name} measures with the prompt here, and there is none: give one (CLI: --prompt), or leave out the option prompts")
+    if request.anchored:
+        raise Refused("anchored guidance is a way to draw a picture, and no part of a LoRA file: leave it out, and use it with the file")
     if request.conditions:
         raise Refused("conditions go with pictures, and are no part of a LoRA file: leave them out")
 

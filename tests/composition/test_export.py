@@ -139,6 +139,8 @@ def test_the_header(engines, sets, tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     ({"method": "composite"}, "method composite is not one LoRA"),
+    ({"anchored": True}, "anchored guidance is a way to draw a picture"),
+    ({"windows": True}, "leave out start and end, and windows"),
     ({"schedule": 0.5}, "on from 0.5 to 1"),
     ({"region": (0.0, 0.0, 0.5, 1.0)}, "has a region"),
     ({"weight": 0.0}, "nothing to export"),
@@ -146,8 +148,8 @@ def test_the_header(engines, sets, tmp_path):
 def test_refusals(engines, sets, tmp_path, change, words):
     request = asked("merge", sets["sd"][:1] * 3)
     change = dict(change)
-    if "method" in change:
-        request = replace(request, method=change["method"])
+    if change.keys() & {"method", "anchored", "windows"}:
+        request = replace(request, **change)
     elif "weight" in change:
         request = replace(request, loras=(Lora(str(sets["sd"][0]), weight=0.0),))
     else:
