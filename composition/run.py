@@ -103,7 +103,7 @@ class Run:
         use: name to denoiser weight (None: all of `loras` at their own); a LoRA's text_weight, when set, is used in proportion.
         """
         use = {name: lora.weight for name, lora in self.loras.items()} if use is None else use
-        text = {name: self._text_weight(name, weight) for name, weight in use.items()}
+        text = self.text_weights(use)
         prompt = self.request.prompt if prompt is None else prompt
         guided = self._rows > 1
         keys = {value: (value, prompt, self.request.negative if guided else None, self._touching(text, encoders))
@@ -121,6 +121,10 @@ class Run:
         if (embedded := self.backbone.embedded_guidance(self.request)) is not None:
             values["guidance"] = torch.full((self._rows, 1), embedded, device=self.backbone.device)
         return Conditioning(values)
+
+    def text_weights(self, use: Mapping[str, float]) -> dict[str, float]:
+        """The weights in the text encoders of LoRAs that have these in the denoiser."""
+        return {name: self._text_weight(name, weight) for name, weight in use.items()}
 
     def _touching(self, weights: Mapping[str, float], encoders: Collection[str]) -> tuple[tuple[str, float], ...]:
         """The weights of the LoRAs that change any of these text encoders: only with them a prompt is encoded anew."""

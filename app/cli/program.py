@@ -1,5 +1,5 @@
-"""The command line: medley demo, generate, compare, batch, annotate, evaluate, profile, train, ui, pull, loras, inspect, index, lookup,
-methods, doctor.
+"""The command line: medley demo, generate, compare, batch, annotate, evaluate, export, profile, train, ui, pull, loras, inspect, index,
+lookup, methods, doctor.
 
 torch and diffusers are imported inside commands only, so that `medley --help` answers at once. Errors are one line on
 stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
@@ -18,7 +18,7 @@ from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
 from app import engines, options, remarks, settings, workbench
-from app.cli import annotate, batch, evaluate, flags, index, recalled, session, suggest, tables, trainings
+from app.cli import annotate, batch, evaluate, export, flags, index, recalled, session, suggest, tables, trainings
 from app.errors import sentence
 from app.terminal import Terminal, closed, err, forgiving, gone, out, printable
 from composition import Cancelled, Lora, Request, __version__, record
@@ -193,6 +193,7 @@ def _triggered(request: Request, engine: Any, say: Terminal) -> Request:
 app.command(epilog=batch.EPILOG)(batch.batch)
 app.command(epilog=annotate.EPILOG)(annotate.annotate)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command(epilog=export.EPILOG)(export.export)
 app.command()(suggest.suggest)
 app.command()(suggest.search)
 

@@ -142,7 +142,8 @@ def methods(console: Console, known: Mapping[str, "Method"]) -> None:
         parts.append(Text.assemble((method.name, "bold"), f"  {method.title}. {method.about}"))
         evaluations = "1 evaluation a step" if method.cost == "1" else f"{method.cost} evaluations a step (K LoRAs)"
         paper = f"; https://arxiv.org/abs/{method.paper}" if method.paper else ""
-        parts.append(Text(f"    {evaluations}{paper}", style="dim"))
+        one_file = "; medley export writes it as one LoRA file" if method.static else ""
+        parts.append(Text(f"    {evaluations}{paper}{one_file}", style="dim"))
         for item in fields(method.options):
             parts.append(Text(f"    --option {item.name}={_default(item)}  {item.metadata.get('help', '')}{_range(item)}"))
     console.print(Group(*parts))

@@ -244,6 +244,24 @@ class Adapters:
         with self._model.rewritten(rewrites):
             yield
 
+    def constant(self, text: Mapping[str, float], like: Tensor) -> Iterator[tuple[str, str, Float[Tensor, "P in *kernel"], Float[Tensor, "out P"]]]:
+        """(component, path, down, up) of every layer that this set of LoRAs touches, as factors of one LoRA: the denoiser's as `use` left
+        them, the text encoders' at these weights. Weights, and the factors of blocks, are in `up`.
+
+        On the device of `like` and in its number type, float32 or better. Raises RuntimeError where rows differ.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        for component, stacks in self._model.current.stacks.items():
+            gates = self._model.current.gates[component]
+            mine = component == self._denoiser
+            if mine and gates.mode not in ("off", "one", "dense") or mine and gates.rows > 1:
+                raise RuntimeError("gates that differ by row or place are those of no one LoRA")
+            if mine and gates.mode == "off":
+                continue
+            table = gates.values.dense[0] if mine else gates.factors * gates.factors.new_tensor(self._vector(text))
+            for path, stack in stacks.items():
+                yield component, path, *stack.constant(table[stack.block], like.device, dtype)
+
     def _live(self, what: str) -> None:
         if self._model.current.fold is not None:
             raise RuntimeError(f"{what} while the weights are folded")

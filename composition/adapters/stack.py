@@ -123,12 +123,15 @@ class Stack:
 
     def delta(self, weights: Sequence[float], device: torch.device, dtype: torch.dtype) -> Float[Tensor, "out in *kernel"]:
         """sum_k weight_k B_k A_k, computed there in `dtype`: what a fold adds to the weight. No copy of the factors stays."""
-        down, up, owner = self._built(device, dtype)
-        if owner is not None:
-            gate = torch.tensor(weights, dtype=self.gates.factors.dtype) * self.gates.factors[self.block]
-            up = up * gate.to(device, dtype).index_select(0, owner)
+        gate = torch.tensor(weights, dtype=self.gates.factors.dtype) * self.gates.factors[self.block]
+        down, up = self.constant(gate, device, dtype)
         flat = up @ down.flatten(1)
         return flat.view(up.shape[0], *down.shape[1:])
+
+    def constant(self, gate: Float[Tensor, "K"], device: torch.device, dtype: torch.dtype) -> tuple[Float[Tensor, "P in *kernel"], Float[Tensor, "out P"]]:
+        """The factors with these gates of the adapters in `up`: those of one LoRA that does the same. No copy of them stays."""
+        down, up, owner = self._built(device, dtype)
+        return down, up if owner is None else up * gate.to(device, dtype).index_select(0, owner)
 
     def each(self, like: Tensor, index: Int[Tensor, "runs"] | None) -> tuple[Float[Tensor, "runs r in *kernel"], Float[Tensor, "runs out r"]]:
         """The factors of adapters index[i], all padded to the largest rank; None: of every adapter in order.

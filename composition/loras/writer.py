@@ -1,17 +1,35 @@
-"""A trained LoRA as a file: standard safetensors in the diffusers layout, with what the library shows in its header."""
+"""A LoRA as a file: standard safetensors, with what the library shows in its header.
+
+Trained LoRAs have one rank, and are written in the diffusers layout. Those of which each layer has a rank of its own are written as most
+tools read them: for UNets in kohya's layout, for transformers in diffusers'.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
 from composition import atomic
 from composition.loras.kinds.lora import Factors
+from composition.loras.layers import flat
+
+_ORIGINAL = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # of SDXL: no other name is read by all
+
+
+class Written(NamedTuple):
+    """A layer as it is to be written. down and up are in the number type of the file; nothing multiplies their product."""
+
+    component: str
+    path: str
+    down: Float[Tensor, "r in *kernel"]
+    up: Float[Tensor, "out r"]
 
 
 def write(
@@ -24,7 +42,6 @@ def write(
     divided by it; text encoders' keys carry "text_model.", which every transformers reads.
     """
     tensors: dict[str, Tensor] = {}
-    header = {"format": "pt", **metadata}
     scale = (alpha or rank) / rank
     settings: dict[str, object] = {}
     for component, layers in factors.items():
@@ -38,10 +55,65 @@ def write(
         # Without the prefix a path is the ending of the module's name in every transformers.
         short = sorted(path.removeprefix("text_model.") for path in layers)
         settings |= {f"{component}.r": rank, f"{component}.lora_alpha": alpha, f"{component}.target_modules": short}
-    if scale != 1:
+    _save(file, tensors, metadata, settings if scale != 1 else {})
+
+
+def write_ranked(file: Path, layers: Sequence[Written], metadata: Mapping[str, str], *, kohya: bool) -> None:
+    """Write layers of any ranks, in kohya's layout or in diffusers'. The file appears whole or not at all.
+
+    In kohya's every alpha is the largest rank, and `up` is divided by alpha / rank: of alphas that differ the stock loader misses some. In
+    diffusers' there is none, and ranks that differ are in the header, which it reads before the tensors.
+    """
+    if kohya:
+        _save(file, _kohya(layers), metadata, {})
+        return
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, object] = {}
+    for component in dict.fromkeys(layer.component for layer in layers):
+        mine = {_named(layer): layer for layer in layers if layer.component == component}
+        for name, layer in mine.items():
+            tensors[f"{component}.{name}.lora_A.weight"] = layer.down.contiguous()
+            tensors[f"{component}.{name}.lora_B.weight"] = _wide(layer).contiguous()
+        ranks = {name.removeprefix("text_model."): len(layer.down) for name, layer in sorted(mine.items())}
+        largest = max(ranks.values())
+        smaller = {name: rank for name, rank in ranks.items() if rank != largest}
+        settings |= {f"{component}.{key}": value for key, value in {
+            "r": largest, "lora_alpha": largest, "rank_pattern": smaller, "alpha_pattern": smaller, "target_modules": list(ranks)}.items()}
+    differ = any(value for key, value in settings.items() if key.endswith("rank_pattern"))
+    _save(file, tensors, metadata, settings if differ else {})
+
+
+def _kohya(layers: Sequence[Written]) -> dict[str, Tensor]:
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+    if any(layer.component == "text_encoder_2" for layer in layers):
+        prefixes["text_encoder"] = "lora_te1"
+    alpha = max(len(layer.down) for layer in layers)
+    tensors: dict[str, Tensor] = {}
+    for layer in layers:
+        name = f"{prefixes[layer.component]}_{flat(_ORIGINAL.get(layer.path, _named(layer)))}"
+        tensors[f"{name}.lora_down.weight"] = layer.down.contiguous()
+        tensors[f"{name}.lora_up.weight"] = (_wide(layer) * (len(layer.down) / alpha)).contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(float(alpha), dtype=layer.up.dtype)
+    return tensors
+
+
+def _named(layer: Written) -> str:
+    """The layer's path as every transformers reads it."""
+    clip = layer.component.startswith("text_encoder") and layer.path.startswith("encoder.layers.")
+    return f"text_model.{layer.path}" if clip else layer.path
+
+
+def _wide(layer: Written) -> Tensor:
+    """`up` with the dimensions of a convolution where it is one."""
+    return layer.up[(..., *[None] * (layer.down.ndim - 2))]
+
+
+def _save(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], settings: Mapping[str, object]) -> None:
+    header = {"format": "pt", **metadata}
+    if settings:
         header["lora_adapter_metadata"] = json.dumps(settings, sort_keys=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(file, ordered(save(tensors, metadata=header)))
+    atomic.write(file, ordered(save(dict(tensors), metadata=header)))
 
 
 def ordered(data: bytes) -> bytes:

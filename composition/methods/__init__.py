@@ -25,7 +25,8 @@ class Method:
     compose: set up, yield the step function, clean up. options: a frozen dataclass; each field's metadata has "help" and
     may have "ge" and "le". cost: evaluations a step, in words. symmetric: the order of the LoRAs does not matter.
     single: with one LoRA it equals Merge. steady: every step uses all live LoRAs at their weights in every row, so the
-    Engine may fold them into the weights. regional: it reads what a LoRA binds to and its region.
+    Engine may fold them into the weights. regional: it reads what a LoRA binds to and its region. static: the LoRAs amount to one, whose
+    factors are the same in every step, row and place, so that it can be written as a file (`composition.export`).
     """
 
     name: str
@@ -39,6 +40,7 @@ class Method:
     single: bool = True
     steady: bool = False
     regional: bool = False
+    static: bool = False
 
     def read(self, values: Mapping[str, Any]) -> Any:
         """The options dataclass from plain values. Raises Refused for an unknown name, a wrong type or range."""
@@ -66,14 +68,14 @@ class Method:
 
 def method(
     *, title: str, about: str, paper: str = "", cost: str = "1", symmetric: bool = True, single: bool = True,
-    steady: bool = False, regional: bool = False,
+    steady: bool = False, regional: bool = False, static: bool = False,
 ) -> Callable[[Compose], Method]:
     """Declare the generator function below as a composition method; its file's name is its name."""
 
     def declare(compose: Compose) -> Method:
         options = get_type_hints(compose)["options"]
         name = compose.__module__.rpartition(".")[2].replace("_", "-")
-        return Method(name, title, about, compose, options, paper, cost, symmetric, single, steady, regional)
+        return Method(name, title, about, compose, options, paper, cost, symmetric, single, steady, regional, static)
 
     return declare
 

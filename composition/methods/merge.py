@@ -14,7 +14,7 @@ class Options:
     """Merge has none: each LoRA's weight, blocks and start/end say it all."""
 
 
-@method(title="Merge", about="Adds all LoRAs up, each at its weight.", paper="2402.16843", steady=True)
+@method(title="Merge", about="Adds all LoRAs up, each at its weight.", paper="2402.16843", steady=True, static=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     def predict(step: Step) -> Prediction:

@@ -25,7 +25,8 @@ class Options:
         "Share of the style's energy whose strongest directions are protected; 1 protects all, as the paper does."})
 
 
-@method(title="NP-LoRA", about="Content LoRAs leave alone what the style LoRA reads; then all are added up.", paper="2511.11051")
+@method(title="NP-LoRA", about="Content LoRAs leave alone what the style LoRA reads; then all are added up.", paper="2511.11051",
+        static=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     with added_up(run, lambda step, live: projected(run, live, options.mu, options.energy)) as predict:

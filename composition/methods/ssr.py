@@ -25,7 +25,7 @@ class Options:
 
 
 @method(title="SSR-Merge", about="Adds all LoRAs up after parting what they have in common, measured once for a set.", paper="2606.10617",
-        cost="1, and K once for a set of LoRAs")
+        cost="1, and K once for a set of LoRAs", static=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     with added_up(run, ssr.Rewrites(run, options.prompts, options.ridge)) as predict:

@@ -19,20 +19,27 @@ def header(
     size: tuple[int, int], software: str,
 ) -> dict[str, str]:
     """Names and values of the header. base: the model as the user named it; size: (width, height) in pixels."""
-    kind = backbone.scheduler.config.get("prediction_type", "")  # a flow has none
     fields = {
+        **described(backbone, base, title=title, category=category, trigger=trigger),
+        "modelspec.resolution": f"{size[0]}x{size[1]}",
+        "steps": str(plan.steps), "rank": str(plan.rank), "rate": f"{plan.rate:g}", "pictures": str(pictures),
+        "software": software,
+    }  # fmt: skip
+    return {name: value for name, value in fields.items() if value}
+
+
+def described(backbone: Backbone, base: str, *, title: str, category: str, trigger: str) -> dict[str, str]:
+    """The names and values of any LoRA's header; "" for what is not known."""
+    kind = str(backbone.scheduler.config.get("prediction_type", ""))  # a flow has none
+    return {
         "title": title, "category": category, "trigger_words": trigger, "base": plain_name(base),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture(backbone, base)}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.trigger_phrase": trigger,
-        "modelspec.resolution": f"{size[0]}x{size[1]}",
         "modelspec.prediction_type": _PREDICTIONS.get(kind, kind),
-        "steps": str(plan.steps), "rank": str(plan.rank), "rate": f"{plan.rate:g}", "pictures": str(pictures),
-        "software": software,
     }  # fmt: skip
-    return {name: value for name, value in fields.items() if value}
 
 
 def architecture(backbone: Backbone, base: str) -> str:
