@@ -69,7 +69,7 @@ Quantize = Annotated[str | None, typer.Option("--quantize", "--quantise", metava
 Denoiser = Annotated[str | None, typer.Option(metavar="FILE", help="A .gguf or .safetensors file of FLUX's or SD3's transformer alone, in "
                                               "place of the model's own.")]
 Folders = Annotated[list[Path] | None, typer.Option("--lora-dir", help="A folder in which LoRAs are found by name.")]
-Masks = Annotated[bool, typer.Option("--masks", help="Also save where each concept is, for regional methods.")]
+Masks = Annotated[bool, typer.Option("--masks", help="Also save where each concept is, for regional methods, or autolora's gates.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PICTURES = Path("pictures")
 
@@ -138,7 +138,7 @@ def generate(
     if masks and (names := remarks.everywhere(results[0][1].notes)):
         out.print(Text(f"on everywhere: {', '.join(names)}"))
     if masks and not any(drawn_places) and not results[0][1].notes.get("no regions"):
-        out.print(Text(f"no masks: method {request.method} computes none; clora, clora-fast and regions do", style="yellow"))
+        out.print(Text(f"no masks: method {request.method} computes none; clora, clora-fast, regions and autolora do", style="yellow"))
 
 
 @app.command()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app import remarks
+from app.drawing.gate_map import heat_map
 from app.drawing.overlay import sheet as draw_places
 from app.drawing.strip import strip
 from app.workbench import Workbench
@@ -26,9 +27,13 @@ def pictures(at: Workbench, request: Request, folder: Path, stem: str = "", *, k
 
 
 def places(path: Path, result: Result) -> Path | None:
-    """Where each concept is, drawn, beside the picture as `<its name>-masks.png`; None where the method has no places."""
+    """Where each concept is, drawn, beside the picture as `<its name>-masks.png`, or learned gates as `-gates.png`; None where the method has
+    neither."""
     drawn = draw_places(result.images[0], result.notes)
-    return record.publish(drawn, path.parent, f"{path.stem}-masks") if drawn else None
+    if drawn is not None:
+        return record.publish(drawn, path.parent, f"{path.stem}-masks")
+    gates = heat_map(result.notes)
+    return record.publish(gates, path.parent, f"{path.stem}-gates") if gates else None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from app import remarks
-from app.drawing import overlay
+from app.drawing import gate_map, overlay
 from app.jobs import Job
 from app.ui.cards import Card, data_url
 from composition import Result
@@ -86,6 +86,8 @@ def report(result: Result, path: Path, link: Link) -> str:
     tiles = "".join(f'<figure><img src="{data_url(tile)}" alt="{escape(f"{name}: {what}")}"><figcaption>{escape(name)}<br>{escape(what)}'
                     f'</figcaption></figure>' for tile, name, what in overlay.drawn(image, result.notes))
     masks = f'<div class="places" aria-label="where each concept is">{tiles}</div>' if tiles else ""
+    gates = gate_map.heat_map(result.notes)
+    masks += f'<div class="places"><img class="gates" src="{data_url(gates)}" alt="the gate of each LoRA by layer and step"></div>' if gates else ""
     return (f'<div class="report"><dl>{pairs}</dl><ul class="receipts" aria-label="receipts">{receipts}{remarked}</ul>{timeline}{masks}'
             f'<p class="file"><a id="download" href="{escape(link(path))}" download="{escape(path.name)}">Download</a> '
             f'<span>{escape(str(path.absolute()))}</span></p></div>')

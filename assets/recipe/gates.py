@@ -34,7 +34,7 @@ PLAN = gates.Plan(noise=(CENTRE, WIDTH), half=True, steps=1500)
 KINDS = {"layer": {"film": False}, "rank": {}, "rank-plain": {"film": False}, "element": {"film": False}, "element-shared": {"film": False, "shared": True}}
 
 
-class Asked(NamedTuple):
+class Named(NamedTuple):
     """What a prompt names: the pool's LoRAs of things (with their concepts), of a style and of a place."""
 
     things: Sequence[Mapping]
@@ -68,41 +68,41 @@ class Scenes:
         loaded = loaded[: rng.randint(2, 5)]
         drawn, prompts, others = [], [], []
         for i in range(self.pictures):
-            asked, other = self._asked(rng, loaded), self._asked(rng, loaded)
-            picture, prompt = self._scene(FIRST + 100 * step + i, rng, asked, vendor)
+            named, other = self._named(rng, loaded), self._named(rng, loaded)
+            picture, prompt = self._scene(FIRST + 100 * step + i, rng, named, vendor)
             drawn.append(picture)
             prompts.append(prompt)
-            others.append(self._scene(FIRST + 100 * step + i, rng, other, vendor)[1] if not set(other.files) & set(asked.files) else "")
+            others.append(self._scene(FIRST + 100 * step + i, rng, other, vendor)[1] if not set(other.files) & set(named.files) else "")
         weights = {row["file"]: rng.uniform(0.8, 1.1) for row in loaded}
         return gates.Rows(weights, latents_of(self.backbone, tensor(np.stack(drawn))), prompts, others)
 
-    def _asked(self, rng: random.Random, loaded: Sequence[Mapping]) -> Asked:
+    def _named(self, rng: random.Random, loaded: Sequence[Mapping]) -> Named:
         """Some of the LoRAs, mostly one or all of them."""
         count = rng.choice((1, 1, len(loaded), rng.randint(1, len(loaded))))
         chosen = rng.sample(list(loaded), count)
-        return Asked([row for row in chosen if row["category"] == "object"], next((row for row in chosen if row["category"] == "style"), None),
+        return Named([row for row in chosen if row["category"] == "object"], next((row for row in chosen if row["category"] == "style"), None),
                      next((row for row in chosen if row["category"] == "place"), None))  # fmt: skip
 
-    def _scene(self, seed: int, rng: random.Random, asked: Asked, vendor: str) -> tuple[np.ndarray, str]:
+    def _scene(self, seed: int, rng: random.Random, named: Named, vendor: str) -> tuple[np.ndarray, str]:
         """(picture, prompt): things of the prompt and, where there is room, one that the base knows."""
-        names = [row["concept"] for row in asked.things]
+        names = [row["concept"] for row in named.things]
         if not names or len(names) < 2 and rng.random() < 0.3:
             names.append(rng.choice(list(OBJECTS)[:48]))
         usual, where = self.world.grounds, rng.choice(list(PLACES))
-        if asked.place is not None:
+        if named.place is not None:
             where = pool.STAND_IN
-            self.world.grounds = {where: self.grounds[asked.place["file"]]}
+            self.world.grounds = {where: self.grounds[named.place["file"]]}
         try:
             scene = self.world.scene(seed, names=names, place=where, vendor=vendor)
         finally:
             self.world.grounds = usual
         picture, prompt = scene.picture, scene.caption
-        for row in asked.things:
+        for row in named.things:
             prompt = prompt.replace(article(row["concept"]), article(row["trigger"]))
-        if asked.place is not None:
-            prompt = prompt.replace(PLACES[where][0], asked.place["trigger"])
-        if asked.style is not None:
-            picture, prompt = (STYLES | looks.STYLES)[asked.style["concept"]][1](picture), f"{prompt}, {asked.style['trigger']}"
+        if named.place is not None:
+            prompt = prompt.replace(PLACES[where][0], named.place["trigger"])
+        if named.style is not None:
+            picture, prompt = (STYLES | looks.STYLES)[named.style["concept"]][1](picture), f"{prompt}, {named.style['trigger']}"
         return picture, prompt
 
 

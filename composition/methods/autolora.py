@@ -23,6 +23,8 @@ from composition.methods.shared.static import Rewritten
 from composition.refusal import Refused
 from composition.run import Run
 
+NOTED = 10  # steps whose gates are noted
+
 
 @dataclass(frozen=True)
 class Options:
@@ -103,7 +105,7 @@ class _Course:
                 return gating.directions(layer, torch.tensor([weights[k] for k, (a, b) in enumerate(layer.spans) for _ in range(a, b)]))
 
             rows = run.denoise(step, live, combine=self.gates.combine(bases, seen))
-        if step.stage == 0:
+        if step.stage == 0 and step.index in noted(step.count):
             self._note(step, means)
         return Prediction(run.guide(rows), step.latents)
 
@@ -129,6 +131,11 @@ class _Course:
         self.run.notes["autolora"]["steps"].append({
             "step": step.index, "loras": list(self.run.live(step)),
             "gates": {path: [round(value, 3) for value in values[0].float().cpu().tolist()] for path, values in means.items()}})
+
+
+def noted(count: int) -> set[int]:
+    """The steps of so many whose gates go into the notes: ten at most, evenly, the first and the last among them."""
+    return {round(turn * (count - 1) / (NOTED - 1)) for turn in range(NOTED)}
 
 
 def _scaling(factor: Tensor) -> Rewrite:

@@ -70,12 +70,12 @@ OnStep = Callable[[int, float, float], object]  # (steps done, the loss, the sha
 def train(
     backbone: Backbone, adapters: Adapters, loras: Mapping[str, tuple[Lora, Path, str]], draw: Draw, plan: Plan, file: Path, *, base: str,
     targets: Sequence[str] | None = None, checkpoint: Path | None = None, save_every: int = 200, on_step: OnStep | None = None,
-    stop: Callable[[], bool] | None = None, **said: str,
+    stop: Callable[[], bool] | None = None, **lines: str,
 ) -> Path | None:  # fmt: skip
     """Train gates and write their file; None when `stop` ended it before. Goes on from the checkpoint where there is one.
 
     loras: by name each with its file and category. targets: layers that have gates (None: every layer that any of these LoRAs touches).
-    base: the model's name. said: lines for the file's header. Raises Refused when the checkpoint is of another plan, RuntimeError for a loss
+    base: the model's name. lines: further ones for the file's header. Raises Refused when the checkpoint is of another plan, RuntimeError for a loss
     that is not finite.
     """
     layers = list(targets) if targets is not None else touched(adapters, loras)
@@ -101,7 +101,7 @@ def train(
                 _saved(checkpoint, plan, step + 1, gates, optimiser)
             if ended:
                 return None
-    return gating.write(gates, file, steps=str(plan.steps), loras=str(len(loras)), **said)
+    return gating.write(gates, file, steps=str(plan.steps), loras=str(len(loras)), **lines)
 
 
 def touched(adapters: Adapters, loras: Mapping[str, tuple[Lora, Path, str]]) -> list[str]:

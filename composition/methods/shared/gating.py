@@ -2,14 +2,16 @@
 
 Three kinds, of which a file holds one:
 
-layer    g = 1 + (1 - 1/K) tanh(c), c learned for each layer and each category of LoRA. Constant, so that it can be folded.
-rank     the same with c an answer of a small network to how each LoRA acts at a place: how much more than elsewhere, its share of all
+layer    g_k = exp(c_k - max_j c_j), c learned for each layer and each category of LoRA. Constant, so that it can be folded.
+rank     the same with c the answer of a small network to how each LoRA acts at a place: how much more than elsewhere, its share of all
          updates, its cosine to their sum, its loudness in the layer; with `film` the time of the step, too. It is computed from A x and
          the products of the columns of B, so that outputs are never apart, and whatever the factorisation, it is the same.
 element  the published form without the base's own term: g = sigmoid(w_l LN(h_k) + w_c LN(h_0) LN(h_k) + beta), y = h_0 + sum_k w_o g h_k,
          element by element. `shared` adds the best rank-2 approximation of the sum of the updates as one more LoRA (its "global LoRA").
 
-The first two keep a single LoRA whole, whatever was learned (K = 1); the third attenuates it by w_o g. All begin as Merge. Shapes: K
+In the first two one LoRA is whole everywhere, and the others at most: gates that are free to fall learn to shut all LoRAs, since what
+their company does to a picture costs more of the loss than a concept that is missing (measured: a mean gate of 0.2). So a single LoRA
+stays whole, too. The third attenuates it by w_o g. All begin as Merge. Shapes: K
 LoRAs, P ranks, L layers, T places, D width of a layer's output.
 """
 
@@ -103,8 +105,7 @@ class Gating(nn.Module):
 
     def constant(self, path: str, categories: Int[Tensor, "K"]) -> Float[Tensor, "K"]:
         """The gate of each of K live LoRAs of these categories (numbers) in a layer, of the kind "layer"."""
-        mine = self.table[self.places[path]].index_select(0, categories.to(self.table.device))
-        return 1 + (1 - 1 / len(categories)) * torch.tanh(mine)
+        return relative(self.table[self.places[path]].index_select(0, categories.to(self.table.device)))
 
     def _answer(self, layer: Stack, step: Step, h: Float[Tensor, "rows T P"], live: Sequence[int], known: Int[Tensor, "all"]) -> Float[Tensor, "rows T K"]:
         """The gate of each live LoRA at each place of each row; h: A x times the weights."""
@@ -118,7 +119,7 @@ class Gating(nn.Module):
             scale, shift = (time @ part.to(features) for part in self.times.split(TIMES))
             hidden = hidden * (1 + scale) + shift
         answer = F.silu(hidden) @ self.last.to(features) + self.table[place].index_select(0, kinds).to(features)
-        return 1 + (1 - 1 / len(live)) * torch.tanh(answer)
+        return relative(answer)
 
     @staticmethod
     def features(layer: Stack, h: Float[Tensor, "rows T P"], live: Sequence[int]) -> Float[Tensor, "rows T K F"]:
@@ -169,6 +170,11 @@ class Gating(nn.Module):
         return self.table[:, begin : begin + self.design.layers[path]].to(like).unbind(0)
 
 
+def relative(answer: Float[Tensor, "*places K"]) -> Float[Tensor, "*places K"]:
+    """Gates of which the largest is 1."""
+    return (answer - answer.amax(-1, keepdim=True)).exp()
+
+
 def number(category: str) -> int:
     """Which of CATEGORIES a LoRA's is."""
     return CATEGORIES.index(category) if category in CATEGORIES else len(CATEGORIES) - 1
@@ -188,10 +194,10 @@ def directions(layer: Stack, weights: Float[Tensor, "P"], count: int = GLOBAL) -
 _DESIGN = TypeAdapter(Design)
 
 
-def write(gating: Gating, file: Path, **said: str) -> Path:
-    """One safetensors file, whole or not at all. said: further lines of its header, as how it was trained."""
+def write(gating: Gating, file: Path, **lines: str) -> Path:
+    """One safetensors file, whole or not at all. lines: further ones of its header, as how it was trained."""
     tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in gating.state_dict().items()}
-    header = {"format": "pt", "kind": FORMAT, "design": json.dumps(asdict(gating.design), sort_keys=True), **said}
+    header = {"format": "pt", "kind": FORMAT, "design": json.dumps(asdict(gating.design), sort_keys=True), **lines}
     return atomic.write(file, save(tensors, metadata=header))
 
 

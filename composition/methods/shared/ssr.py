@@ -49,9 +49,9 @@ class Sums(NamedTuple):
 
     def solved(self, ridge: float) -> Float[Tensor, "P P"]:
         """R; the identity where nothing was seen."""
-        one = torch.eye(len(self.gram), dtype=torch.float64)
+        identity = torch.eye(len(self.gram), dtype=torch.float64)
         level = self.gram.diagonal().mean()
-        return torch.linalg.solve(self.gram + ridge * level * one, self.cross, left=False) if level > 0 else one
+        return torch.linalg.solve(self.gram + ridge * level * identity, self.cross, left=False) if level > 0 else identity
 
     def error(self, matrix: Float[Tensor, "P P"], up: Float[Tensor, "out P"]) -> float:
         """The sum over LoRAs of |B R z - B_k z_k|^2 over the rows that were seen, less what no R changes, the sum of |B_k z_k|^2."""
@@ -69,10 +69,10 @@ class Rewrites:
     All sets of a run are measured at its first time.
     """
 
-    def __init__(self, run: Run, asked: Prompts, ridge: float) -> None:
+    def __init__(self, run: Run, wanted: Prompts, ridge: float) -> None:
         self.run, self.ridge = run, ridge
         self.first: Step | None = None
-        self.texts = dict(zip(run.names, calibration_prompts(run, asked), strict=True)) if len(run.names) > 1 else {}
+        self.texts = dict(zip(run.names, calibration_prompts(run, wanted), strict=True)) if len(run.names) > 1 else {}
 
     def __call__(self, step: Step, names: Sequence[str]) -> dict[str, Rewrite]:
         """By the path of each layer that two or more of these LoRAs touch."""
@@ -147,12 +147,12 @@ def noise(run: Run, step: Step) -> Float[Tensor, "1 *S"]:
     return (drawn * float(getattr(run.scheduler, "init_noise_sigma", 1.0))).to(step.latents)
 
 
-def calibration_prompts(run: Run, asked: Prompts) -> list[str]:
+def calibration_prompts(run: Run, wanted: Prompts) -> list[str]:
     """What each LoRA is asked for by: its first trigger word (its name where it has none); the request's prompt without the words of the
     others ("own"); or the whole prompt ("request")."""
-    if asked == "request":
+    if wanted == "request":
         return [run.request.prompt] * len(run.names)
-    if asked == "own":
+    if wanted == "own":
         return list(prompts.alone(run.request.prompt, run.loras, run.triggers).values())
     return [next(iter(run.triggers.get(name, ())), name.replace("_", " ")) for name in run.names]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from composition import Refused
+from composition import Refused, methods
 from composition.methods import autolora
 from composition.methods.shared import gating
 from tests.composition import laws
@@ -138,7 +138,7 @@ def test_the_global_lora_is_the_best_of_its_rank(case):
 
 
 def test_constant_gates_are_folded_and_scale_each_lora(case, tmp_path, monkeypatch):
-    """The kind "layer" is Merge with a weight for each LoRA and layer: 1 + (1 - 1/K) tanh(c)."""
+    """The kind "layer" is Merge with a weight for each LoRA and layer: exp(c - max c), c by category."""
     engine, loras = case
     file = written(engine, loras, tmp_path / "gates.safetensors", "layer", film=False)
     asked = laws.request("autolora", *loras, options={"gates": file})
@@ -148,22 +148,22 @@ def test_constant_gates_are_folded_and_scale_each_lora(case, tmp_path, monkeypat
     gates = gating.read(tmp_path / "gates.safetensors").double()
     with laws.opened(engine, asked) as (run, times, start):
         weights = run.live(laws.Step(0, 4, times[0], start))
+        run.categories = dict(zip(run.names, ("character", "style", "place"), strict=True))
         for path, layer in run.adapters.stacks().items():
             touching = [k for k in range(3) if layer.touches(k)]
-            share = 1 - 1 / len(touching)
-            scale = torch.ones(3, dtype=torch.float64)
-            for k in touching:
-                scale[k] += share * torch.tanh(gates.table[gates.places[path], -1])  # a run of its own knows no categories
+            values = gates.table[gates.places[path], [2, 1, 0]]  # of the character, the style and the place
+            scale = torch.tensor([float((values[k] - values[touching].max()).exp()) if k in touching else 1.0 for k in range(3)]).double()
             layer.rewrite(autolora._scaling(scale))
         expected = run.guide(run.denoise(laws.Step(0, 4, times[0], start), weights))
-    laws.same(laws.prediction(engine, asked, 0), expected, 1e-6)
+        with methods.find("autolora").compose(run, autolora.Options(file)) as predict:
+            laws.same(predict(laws.Step(0, 4, times[0], start)).value, expected, 1e-6)
 
 
 def test_notes_have_the_gates_by_layer_and_step(case):
     engine, loras = case
     notes = engine.run(laws.request("autolora", *loras)).notes["autolora"]
     assert notes["kind"] == "rank" and [row["step"] for row in notes["steps"]] == list(range(laws.STEPS))
-    assert all(0 < value < 2 for row in notes["steps"] for gates in row["gates"].values() for value in gates)
+    assert all(0 < value <= 1 for row in notes["steps"] for gates in row["gates"].values() for value in gates)
     assert any(len(gates) == 3 for gates in notes["steps"][0]["gates"].values())
 
 
