@@ -9,6 +9,7 @@ without both roles it is Merge. Static and exact: constant weights are folded.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from composition.loop import Predict
 from composition.methods import method
@@ -20,14 +21,16 @@ from composition.run import Run
 @dataclass(frozen=True)
 class Options:
     mu: float = field(default=0.5, metadata={"ge": 0.0, "le": 1e6, "help":
-        "How much of the shared input directions is taken from content LoRAs: the share mu / (1 + mu); 0 is Merge."})
+        "How much of the shared input directions is taken from the others: the share mu / (1 + mu); 0 is Merge."})
+    protect: Literal["style", "content"] = field(default="style", metadata={"help":
+        "Whose input directions are protected: the style's, from content LoRAs, as the paper does; or content's, from styles."})
     energy: float = field(default=1.0, metadata={"ge": 0.0, "le": 1.0, "help":
-        "Share of the style's energy whose strongest directions are protected; 1 protects all, as the paper does."})
+        "Share of the protected energy whose strongest directions are protected; 1 protects all, as the paper does."})
 
 
 @method(title="NP-LoRA", about="Content LoRAs leave alone what the style LoRA reads; then all are added up.", paper="2511.11051",
         static=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
-    with added_up(run, lambda step, live: projected(run, live, options.mu, options.energy)) as predict:
+    with added_up(run, lambda step, live: projected(run, live, options.mu, options.energy, options.protect)) as predict:
         yield predict

@@ -14,12 +14,15 @@ from composition.run import Run
 NOISE = 1e-6  # of the largest singular value: under it a direction is rounding, and no style's
 
 
-def projected(run: Run, live: Sequence[str], mu: float, energy: float = 1.0) -> dict[str, Rewrite]:
-    """The content LoRAs' A rewritten, by path; noted is what each shares with the styles: the share of its energy in their directions."""
+def projected(run: Run, live: Sequence[str], mu: float, energy: float = 1.0, protect: str = "style") -> dict[str, Rewrite]:
+    """The A of the LoRAs that are not protected rewritten, by path; noted is what each shares with the others: the share of its energy in their
+    directions. protect: "style" or "content"."""
     content, style = parted(run, live)
     if not content or not style:
         run.notes["np-lora"] = f"nothing is projected: it takes a style LoRA and one of another category, and here are {_counted(content, style)}"
         return {}
+    if protect == "content":
+        content, style = style, content
     contents, styles = adapters_of(run, content), adapters_of(run, style)
     rewrites: dict[str, Rewrite] = {}
     taken, whole = dict.fromkeys(content, 0.0), dict.fromkeys(content, 0.0)
