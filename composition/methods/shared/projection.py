@@ -21,24 +21,24 @@ def projected(run: Run, live: Sequence[str], mu: float, energy: float = 1.0, pro
     if not content or not style:
         run.notes["np-lora"] = f"nothing is projected: it takes a style LoRA and one of another category, and here are {_counted(content, style)}"
         return {}
-    if protect == "content":
-        content, style = style, content
-    contents, styles = adapters_of(run, content), adapters_of(run, style)
+    projected_names, guarded = (content, style) if protect == "style" else (style, content)
+    projecting, guarding = adapters_of(run, projected_names), adapters_of(run, guarded)
     rewrites: dict[str, Rewrite] = {}
-    taken, whole = dict.fromkeys(content, 0.0), dict.fromkeys(content, 0.0)
+    taken, whole = dict.fromkeys(projected_names, 0.0), dict.fromkeys(projected_names, 0.0)
     for path, layer in run.adapters.stacks().items():
-        mine, protected = ranks_of(layer, contents), ranks_of(layer, styles)
+        mine, protected = ranks_of(layer, projecting), ranks_of(layer, guarding)
         factors = layer.stored()
         factors = factors._replace(down=factors.down.double().flatten(1), up=factors.up.double())
-        for name, k in zip(content, contents, strict=True):
+        for name, k in zip(projected_names, projecting, strict=True):
             whole[name] += _energy(factors, layer.spans[k])
         if not len(mine) or not len(protected):
             continue
         basis = directions(factors.down[protected], factors.up[:, protected], energy)
-        for name, k in zip(content, contents, strict=True):
+        for name, k in zip(projected_names, projecting, strict=True):
             taken[name] += _energy(factors._replace(down=factors.down @ basis), layer.spans[k])
         rewrites[path] = without(basis, mine, mu / (1 + mu))
-    run.notes["np-lora"] = {"protected": list(style), "shared energy": {name: round(taken[name] / max(whole[name], 1e-30), 4) for name in content}}
+    run.notes["np-lora"] = {
+        "protected": list(guarded), "shared energy": {name: round(taken[name] / max(whole[name], 1e-30), 4) for name in projected_names}}
     return rewrites
 
 
