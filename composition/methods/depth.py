@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from composition.adapters.stack import Product, Rewrite, Stack
 from composition.loop import Predict, Prediction, Step
@@ -78,12 +76,13 @@ def allotted(strengths: Mapping[str, Mapping[int, float]], blocks: list[str], op
 def _strengths(run: Run, step: Step, adapters: list[int]) -> dict[str, dict[int, float]]:
     """The root mean square of the updates of each adapter over the layers of a block, by block, over its mean over the blocks it touches."""
     squares: dict[str, dict[int, list[float]]] = {}
+    like = step.latents.new_empty(0, dtype=torch.promote_types(step.latents.dtype, torch.float32))  # rounding must not decide
     for path, layer in run.adapters.stacks().items():
         if block := run.backbone.block(path):
             here = squares.setdefault(block, {k: [] for k in adapters})
             for k in adapters:
                 if layer.touches(k):
-                    here[k].append(_square(layer, layer.product(step.latents), k))
+                    here[k].append(_square(layer, layer.product(like), k))
     lengths = {block: {k: (sum(each) / len(each)) ** 0.5 if each else 0.0 for k, each in mine.items()} for block, mine in squares.items()}
     touched = {k: [mine[k] for mine in lengths.values() if mine[k] > 0] for k in adapters}
     return {block: {k: length * len(touched[k]) / sum(touched[k]) if length else 0.0 for k, length in mine.items()}
@@ -94,12 +93,9 @@ def _square(layer: Stack, product: Product, k: int) -> float:
     """The squared length of B_k A_k, with the block's factor."""
     span = slice(*layer.spans[k])
 
-    def gram(side: Float[Tensor, "r width"]) -> Float[Tensor, "r r"]:
-        side = side.detach().to(torch.promote_types(side.dtype, torch.float32))
-        return side @ side.T
-
+    down, up = product.down.flatten(1)[span], product.up[:, span]
     factor = float(layer.gates.factors[layer.block, k])
-    return factor**2 * float((gram(product.down.flatten(1)[span]) * gram(product.up[:, span].T)).sum())
+    return factor**2 * float(((down @ down.T) * (up.T @ up)).sum())
 
 
 def _only(layer: Stack, silent: list[int]) -> Rewrite:

@@ -90,9 +90,8 @@ def merged(
     a, b = (share * s.sqrt()) @ v, (share * s.sqrt()) @ u.T
     length = share.abs() @ (2 * s).sqrt()
     grown = length / (a.square().sum(1) + b.square().sum(1)).sqrt() * (mean / len(a)) ** 0.25  # on both sides: the product has sqrt(r / k)
-    lengthened = grown[:, None]
     shared = sum(len(owner[clusters == j].unique()) > 1 for j in range(len(a))) / len(a)
-    return a * lengthened, (b * lengthened).T, {"ranks": len(a), "of": len(s), "shared": shared, "likeness": float(likeness.mean())}
+    return a * grown[:, None], (b * grown[:, None]).T, {"ranks": len(a), "of": len(s), "shared": shared, "likeness": float(likeness.mean())}
 
 
 def cluster(
@@ -104,23 +103,21 @@ def cluster(
     centres = [int(s.argmax())]
     while len(centres) < count:
         centres.append(int((s * (1 - alike[:, centres].max(1).values)).index_fill(0, torch.tensor(centres), -torch.inf).argmax()))
-    members = torch.zeros(count, len(s), dtype=s.dtype).scatter_(1, torch.tensor(centres)[:, None], 1.0)
-    clusters, signs = torch.full((len(s),), -1), torch.ones_like(s)
-    likeness = torch.ones_like(s)
+    members = torch.nn.functional.one_hot(torch.tensor(centres), len(s)).to(s)
+    clusters, signs, likeness = torch.full((len(s),), -1), torch.ones_like(s), torch.ones_like(s)
     for _ in range(ROUNDS):
-        likeness, nearest = (_cosine(inner, members * root) * _cosine(outer, members * root)).max(1)
+        both = _cosine(inner, members * root) * _cosine(outer, members * root)
+        # Ranks of one LoRA are orthogonal: what they have in common is rounding, and the first centre of those that are equal is taken.
+        likeness, nearest = (torch.where(both.abs() < SMALL, 0.0, both) - torch.arange(count) * 1e-9).max(1)
         if torch.equal(nearest, clusters):
             break
-        clusters = nearest.unique(return_inverse=True)[1]  # a cluster that lost all is dropped
-        signs = torch.ones_like(s)
-        for j in range(int(clusters.max()) + 1):
+        clusters = nearest
+        for j in clusters.unique():
             mine = (clusters == j).nonzero()[:, 0]
             medoid = mine[alike[mine][:, mine].sum(1).argmax()]
             toward = inner[mine, medoid] + outer[mine, medoid]
             signs[mine] = torch.where(toward.abs() < SMALL, 1.0, toward.sign())
-        members = torch.nn.functional.one_hot(clusters).T.to(s) * signs
-        if len(members) == nearest.max() + 1:
-            clusters = nearest
+        members = torch.nn.functional.one_hot(clusters, count).T.to(s) * signs
     return clusters.unique(return_inverse=True)[1], signs, likeness
 
 
