@@ -65,7 +65,7 @@ class _Schedule:
         layers = run.adapters.stacks()
         self.flat = torch.ones(sum(layer.spans[-1][1] for layer in layers.values()), device=run.backbone.device)
         parts = self.flat.split([layer.spans[-1][1] for layer in layers.values()])
-        self.by_layer: dict[str, Float[Tensor, "P"]] = dict(zip(layers, parts, strict=True))
+        self.by_layer: dict[str, Tensor] = dict(zip(layers, parts, strict=True))
 
     def gates(self, layer: Stack, step: Step, ranks: Float[Tensor, "rows places P"], gate: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
         return gate * self.by_layer[layer.path].to(gate)

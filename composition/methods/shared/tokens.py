@@ -41,13 +41,13 @@ def highest(scores: Float[Tensor, "*places n"], count: int) -> Bool[Tensor, "*pl
 
 
 class Shares:
-    """Which LoRA each layer's ranks are of, and a running sum of what each LoRA got in it, kept where the layers compute."""
+    """Which LoRA each layer's ranks are of (P, K), and a running sum of what each LoRA got in it (K,), kept where the layers compute."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.device, count = run, run.backbone.device, len(run.adapters.names)
-        self.members: dict[str, Float[Tensor, "P K"]] = {}
-        self.sums: dict[str, Float[Tensor, "K"]] = {}
-        self.counts: dict[str, Float[Tensor, ""]] = {}
+        self.members: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
         for path, layer in run.adapters.stacks().items():
             owner = [k for k, (begin, end) in enumerate(layer.spans) for _ in range(begin, end)]
             self.members[path] = torch.nn.functional.one_hot(torch.tensor(owner), count).float().to(self.device)
