@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.terminal import printable
-from composition import Condition, Request, pictures, prompt_syntax
+from composition import Condition, Request, pictures, prompt_syntax, windows
 
 
 def remarks(notes: Mapping[str, Any]) -> list[str]:
@@ -23,6 +23,11 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
         lines.append(f"the model does not see the end of the prompt: {cut!r}")
     if why := notes.get("negative prompt not read"):
         lines.append(f"the negative prompt was not read: {why}")
+    if why := notes.get("not anchored"):
+        lines.append(f"anchored guidance has no negative row to act on: {why}")
+    if isinstance(note := notes.get(windows.NOTE), Mapping):
+        lines += [f"{name} is on in all steps: {part}" if isinstance(part, str) else f"{name} is on from {part[0]:.0%} to {part[1]:.0%} of the steps, by its category"
+                  for name, part in note.items()]
     if how := notes.get("fold"):
         lines.append(f"the LoRAs were {how}")
     if notes.get("conditions isolated"):

@@ -15,6 +15,7 @@ class Bundle:
     testbed: str
     profiles: str
     conditions: str = ""  # condition LoRAs or ControlNets, "" where there are none
+    gates: str = ""  # AutoLoRA's, "" where there are none
 
 
 BUNDLES: Mapping[str, Bundle] = {

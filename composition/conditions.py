@@ -93,7 +93,7 @@ class Call(NamedTuple):
     """One evaluation of the denoiser.
 
     passes: how many predictions its rows hold, one after the other. segments: of a joined prompt, None for a plain one.
-    skips: says of a layer, by its path, that this evaluation leaves it out.
+    skips: says of a layer, by its path, that this evaluation leaves it out. negative: its rows are negative ones alone.
     """
 
     step: Step
@@ -102,6 +102,7 @@ class Call(NamedTuple):
     passes: int = 1
     segments: Segments | None = None
     skips: Callable[[str], bool] = lambda path: False
+    negative: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +217,7 @@ class Conditions:
         for name in live:
             bank = self._filled[name]
             count = bank.rows
-            picked = range(count) if rows == count else [count - 1] * rows  # the positive row alone
+            picked = range(count) if rows == count else [0 if call.negative else count - 1] * rows  # the one row, or the other
             each = tuple(row for _ in range(call.passes) for row in picked for _ in range(pictures))
             strength = self.reads[name].condition.strength * self.reads[name].lora.settings.factor
             banks.append(Appended(bank, strength, None if count == 1 or each == tuple(range(count)) else each))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from composition import backbones, methods, pictures, prompt_syntax
+from composition import backbones, methods, pictures, prompt_syntax, windows
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone
@@ -151,8 +151,9 @@ class Engine:
         """The request with everything that it leaves open made explicit, and notes on what was decided.
 
         Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; masks and pictures of conditions are
-        read, once, into the request, and what draws the latter is named; the methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A
-        settled request settles to itself. Raises Refused for a LoRA, a mask or a picture that is not there.
+        read, once, into the request, and what draws the latter is named; LoRAs get the steps of their category where it asks for windows; the
+        methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A settled
+        request settles to itself. Raises Refused for a LoRA, a mask or a picture that is not there.
         """
         request, tagged = prompt_syntax.settled(request, self.find)
         notes: dict[str, Any] = {prompt_syntax.TAGGED: tagged} if tagged else {}
@@ -161,6 +162,7 @@ class Engine:
         controls = [replace(control, image=pictures.condition_as_text(control.image, control.name), annotator=self._controls.annotator(control))
                     for control in request.conditions]
         request = replace(request, model=self.name, loras=loras, conditions=controls).settled(*self.backbone.defaults)
+        request = windows.settled(request, lambda lora: lora.category or self.inspect(lora.source).category)
         options = methods.find(request.method).options.__dataclass_fields__
         if not measured_order.concerns(request, options):
             return request, notes
@@ -225,7 +227,7 @@ class Engine:
             with _timed(seconds, "load"):
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
                 receipts, encodings, fold, shelf = self._prepare(own, request, method, loras)
-                conditions = self._controls.opened(request, paths, size, isolated=not _steady(request, method), shelf=shelf)
+                conditions = self._controls.opened(request, paths, size, isolated=not self._steady(request, method), shelf=shelf)
             notes = opening_notes(request, receipts, self.backbone) | settled | ({"fold": fold} if fold else {})
             if conditions is not None:
                 notes |= {**conditions.notes} | ({"conditions isolated": True} if conditions.isolated and request.active else {})
@@ -250,7 +252,7 @@ class Engine:
         self, own: ExitStack, request: Request, method: Method, loras: Sequence[tuple[str, Lora, Path]]
     ) -> "_Prepared":
         """Open the session (and the fold, where it serves) on the group's stack or on this request's own."""
-        fold = _steady(request, method) and self._may_fold(request)
+        fold = self._steady(request, method) and self._may_fold(request)
         key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, reader.stamp(path))
                                                   for name, lora, path in loras))
         if self._group is not None:
@@ -261,6 +263,11 @@ class Engine:
                 self._group_key = key
             return self._group_state
         return self._enter(own, request, loras, fold)
+
+    def _steady(self, request: Request, method: Method) -> bool:
+        """Whether every evaluation has the same LoRAs on at the same weights, in all of its rows."""
+        anchored = request.anchored and self.backbone.scale(request) > 1.0
+        return method.steady and not anchored and not any(lora.scheduled for lora in request.loras)
 
     def _may_fold(self, request: Request) -> bool:
         """Whether weights that stay the same are worth writing."""
@@ -347,11 +354,6 @@ class Engine:
             raise Refused(overflow(error, run.request, self.adapters, self.backbone)) from None
         finally:
             self.backbone.release()
-
-
-def _steady(request: Request, method: Method) -> bool:
-    """Whether every evaluation has the same LoRAs on at the same weights."""
-    return method.steady and not any(lora.scheduled for lora in request.loras)
 
 
 @contextmanager

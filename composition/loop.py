@@ -79,6 +79,10 @@ class Conditioning:
         """The positive row alone: R = 1."""
         return Conditioning({name: value[-1:] for name, value in self.values.items()})
 
+    def negative(self) -> "Conditioning":
+        """The negative row alone: R = 1."""
+        return Conditioning({name: value[:1] for name, value in self.values.items()})
+
     @staticmethod
     def stacked(parts: Sequence["Conditioning"]) -> "Conditioning":
         """K conditionings as one with K * R rows, adapter-major."""

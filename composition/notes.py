@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from composition import methods, prompt_syntax, prompts
+from composition import methods, prompt_syntax, prompts, windows
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone
@@ -23,9 +23,12 @@ def opening_notes(request: Request, receipts: Sequence[Receipt], backbone: Backb
         notes["missing triggers"] = missing
     if cut := backbone.truncated(request.prompt):
         notes["prompt cut"] = cut
-    if request.negative and backbone.scale(request) <= 1.0:
-        notes["negative prompt not read"] = ("guidance was distilled into this model: set true_guidance over 1" if distilled is not None
-                                             else "guidance is off")
+    if backbone.scale(request) <= 1.0:
+        why = "guidance is off" if distilled is None else "guidance was distilled into this model: set true_guidance over 1"
+        notes |= {"negative prompt not read": why} if request.negative else {}
+        notes |= {"not anchored": why} if request.anchored else {}
+    notes |= windows.noted(request, {name: lora.category or receipt.category
+                                     for name, lora, receipt in zip(request.names, request.loras, receipts, strict=True)})
     if not methods.find(request.method).regional:
         placed = [name for name, lora in request.active.items() if lora.binds is not None or lora.region is not None]
         notes |= {"not read by this method": {name: "binds and region" for name in placed}} if placed else {}

@@ -83,6 +83,12 @@ def scene(
         tuple(tuple(spans[name] for _, spans in prompts) for name in bound))
 
 
+def alone(prompt: str, loras: Mapping[str, Lora], triggers: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """For each LoRA the prompt without the words of the others: what they are bound to, else all of their trigger words."""
+    words = {name: [lora.binds] if lora.binds is not None else list(triggers.get(name, ())) for name, lora in loras.items()}
+    return {name: _without(prompt, [each for other, theirs in words.items() if other != name for each in theirs]) for name in loras}
+
+
 def tokens(
     prompt: str, span: Span, offsets: Sequence[Span], *, cut: bool = False
 ) -> tuple[int, ...]:

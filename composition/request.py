@@ -25,6 +25,7 @@ MAX_CONDITIONS = 16
 MAX_IMAGE = 16_000_000  # letters of a picture as a data URL
 SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
 DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
+_LATER = ("anchored", "windows")  # fields of a request that its JSON leaves out where they are False
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)]
@@ -163,6 +164,8 @@ class Request:
     off. Of a model that guidance was distilled into (FLUX.1-dev) it is the number that the model reads, and true_guidance
     over 1 adds guidance against the negative prompt. sampler "default" is the one the model was saved with; a title as A1111 writes it
     ("Euler a") is taken for our name of it.
+    anchored: the negative row of guidance is the base's own prediction, without any LoRA; without guidance there is none. windows: LoRAs that
+    are on in all steps get a part of them by their category: content early, style late (`composition.windows`).
     """
 
     prompt: Annotated[str, Field(max_length=20_000)]
@@ -181,6 +184,8 @@ class Request:
     count: Annotated[int, Field(ge=1, le=1024)] = 1
     batched: bool = True
     allow_partial: bool = False
+    anchored: bool = False
+    windows: bool = False
     schema_version: int = SCHEMA_VERSION
 
     @field_validator("size")
@@ -254,8 +259,11 @@ class Request:
         return replace(self, seed=self.seeds[index], count=1)
 
     def json(self) -> str:
-        """One line of JSON, from which `Request.read` makes an equal request."""
-        return _REQUEST.dump_json(self).decode()
+        """One line of JSON, from which `Request.read` makes an equal request.
+
+        Fields that came later are in it only where they are set: a request without them is written, and named, as it always was.
+        """
+        return _REQUEST.dump_json(self, exclude={name for name in _LATER if not getattr(self, name)}).decode()
 
     @staticmethod
     def read(text: str | bytes) -> "Request":

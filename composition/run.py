@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from composition.adapters import Adapters
-from composition.adapters.gates import Combine, Route, Watch
+from composition.adapters.gates import Combine
+from composition.adapters.stack import Route, Watch
 from composition.backbones.base import Backbone
 from composition.conditions import Acting, Call
 from composition.guidance import guide
@@ -75,6 +76,7 @@ class Run:
     folding: Callable[[ExitStack], str] | None = None
     _shares: dict[Any, float] = field(default_factory=dict)
     _slots: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by name of a cache's slot: the conditions it was filled with
+    _anchor: tuple[Step, Tensor] | None = None  # the last evaluation and the base's negative row there
 
     @property
     def loras(self) -> dict[str, Lora]:
@@ -89,6 +91,11 @@ class Run:
     def live(self, step: Step) -> dict[str, float]:
         """The LoRAs that are on at this step, with their weights: inside start..end and of a weight other than 0."""
         return {name: w for name, lora in self.loras.items() if (w := lora.weight_at(step.index, step.count)) != 0.0}
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the negative row is the base's own, without any LoRA: the request says so, and there is guidance and a LoRA."""
+        return self.request.anchored and self._rows > 1 and bool(self.loras)
 
     def encode(self, prompt: str | None = None, use: Mapping[str, float] | None = None) -> Conditioning:
         """The prompt (None: the request's) and its negative, encoded with the text-encoder part of these LoRAs.
@@ -140,6 +147,8 @@ class Run:
         """
         use = self.live(step) if use is None else use
         cond = self.encode(use=use) if cond is None else cond
+        if rows == "all" and self.anchored and cond.rows > 1:
+            return torch.cat([self._base(step), self.denoise(step, use, cond, "positive", combine=combine, route=route)])
         cond = cond.positive() if rows == "positive" else cond
         if combine is not None:
             with self.adapters.combined(combine, use, step):
@@ -159,8 +168,8 @@ class Run:
             self.backbone.denoise(self.scaled(step), step.t, cond)
 
     def fold(self, stack: ExitStack) -> None:
-        """Write the LoRAs, as they are now, into the weights until `stack` ends, where that can be and every step has them alike."""
-        if self.folding is not None and not any(lora.scheduled for lora in self.request.loras):
+        """Write the LoRAs, as they are now, into the weights until `stack` ends, where that can be and every step and row has them alike."""
+        if self.folding is not None and not self.anchored and not any(lora.scheduled for lora in self.request.loras):
             if sentence := self.folding(stack):
                 self.notes["fold"] = sentence
 
@@ -186,6 +195,9 @@ class Run:
         theirs. A slot that was filled with other conditions than act now is filled anew. Each of the two kinds is then one batch of rows, or
         one by one. Evaluations are counted in whole ones: a cached one counts by its multiply-adds, attention products left out.
         """
+        if rows == "all" and self.anchored and passes[0].cond.rows > 1:
+            base, positive = self._base(step), self.denoise_passes(step, passes, "positive", cache=cache, full=full)
+            return torch.cat([base.expand_as(positive), positive], 1)
         passes = _with(rows, passes)
         if cache is None:
             return self._several(step, passes, 1.0)
@@ -207,6 +219,8 @@ class Run:
         self, step: Step, passes: Sequence[Pass], shares: Float[Tensor, "B N h w"]
     ) -> Float[Tensor, "R B *S"]:
         """One evaluation in which each pass, with its LoRAs and prompt, has its share of every place (shares sum to 1 over N)."""
+        if self.anchored and passes[0].cond.rows > 1:
+            return torch.cat([self._base(step), self.denoise_regional(step, _with("positive", passes), shares)])
         conds = [item.cond for item in passes]
         segments = Segments(shares, conds[0].rows, grid(step, 0), conds[0].values["text"].shape[2])
         weights = {name: weight for item in passes for name, weight in item.use.items()}
@@ -216,6 +230,14 @@ class Run:
                     size=segments.size, tokens=segments.tokens):
             return self._evaluate(step, joined(conds, shares), 1, segments=segments)
 
+    def _base(self, step: Step) -> Float[Tensor, "1 B *S"]:
+        """The base's own negative row, computed once for all that is asked of these latents."""
+        if self._anchor is None or any(a is not b for a, b in zip(self._anchor[0], step, strict=True)):
+            cond = self.encode(use={}).negative()
+            self.adapters.use({})
+            self._anchor = step, self._evaluate(step, cond, 1, negative=True)
+        return self._anchor[1]
+
     # attention maps --------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -224,9 +246,13 @@ class Run:
     ) -> Iterator[Callable[[], Float[Tensor, "N _R B L h w"]]]:
         """While it lasts, evaluations of these passes record what these layers attend to; yields what reads it.
 
-        rows: of the maps, of the guidance rows that the passes have. early: an evaluation ends with AllRecorded once all are recorded.
+        rows: of the maps, of the guidance rows that the passes have; anchored, the positive one, in which LoRAs act. early: an evaluation
+        ends with AllRecorded once all are recorded.
         """
         count, pictures = passes[0].cond.rows, step.latents.shape[0]
+        if self.anchored and count > 1:
+            self._base(step)  # not among what is recorded
+            count = 1
         level = self.backbone.prompt_attention()[layers[0]]
 
         def positive(total: int) -> list[int]:
@@ -243,8 +269,8 @@ class Run:
 
         Each evaluation ends after the last of them. Differentiable in step.latents where gradients are on.
         """
-        passes = _with(rows, passes)
-        cost = self._share_until(tuple(layers), step, passes[0].cond) * passes[0].cond.rows / self._rows
+        passes = _with("positive" if self.anchored else rows, passes)
+        cost = self._share_until(tuple(layers), step, passes[0].cond)
         with self.recording(step, passes, layers, rows, early=True) as read:
             for item in passes:
                 self.adapters.use(item.use)
@@ -309,15 +335,17 @@ class Run:
 
     def _evaluate(
         self, step: Step, cond: Conditioning, predictions: float, *, passes: int = 1, segments: Segments | None = None,
-        skips: Callable[[str], bool] = _none,
+        skips: Callable[[str], bool] = _none, negative: bool = False,
     ) -> Float[Tensor, "R B *S"]:
-        """The denoiser, with the conditions that act at this step. predictions: what it counts for; the others as of a `Call`."""
+        """The denoiser, with the conditions that act at this step. predictions: how many of all guidance rows it counts for, in part where it
+        has not all of them; the others as of a `Call`."""
         self._check_cancel()
         latents = self.scaled(step)
-        self.notes["evaluations"] = self.notes.get("evaluations", 0) + (int(predictions) if predictions % 1 == 0 else predictions)
+        total = self.notes.get("evaluations", 0) + predictions * cond.rows / (passes * self._rows)
+        self.notes["evaluations"] = int(total) if total % 1 == 0 else total
         if self.conditions is None:
             return self.backbone.denoise(latents, step.t, cond)
-        with self.conditions.acting(Call(step, latents, cond, passes, segments, skips)):
+        with self.conditions.acting(Call(step, latents, cond, passes, segments, skips, negative)):
             return self.backbone.denoise(latents, step.t, cond)
 
     def _check_cancel(self) -> None:

@@ -32,7 +32,7 @@ def evaluate(
     manifest: Annotated[Path | None, typer.Argument(help="JSONL with a request or a picture a line, or a folder with "
                                                     "metadata.jsonl; instead of --testbed.")] = None,
     testbed: Annotated[str | None, typer.Option(help="pocket, pocket-flux, or a *_lora_info.json file as ComposLoRA has it.")] = None,
-    methods: Annotated[str | None, typer.Option(help=f"Which, as none,merge,cmlora:cache=false ({METHODS}; a manifest's lines "
+    methods: Annotated[str | None, typer.Option(help=f"Which, as none,merge:anchored=true,cmlora:cache=false ({METHODS}; a manifest's lines "
                                                 "say their own).")] = None,
     loras: Annotated[str, typer.Option(metavar="SIZES", help="Sizes of the sets, as 2,3 or 2-5.")] = "2-5",
     sets: Annotated[str, typer.Option(help="Sets of each size, drawn evenly, or all.")] = "24",

@@ -132,7 +132,8 @@ def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Re
     return merged, drawn
 
 
-_PLAIN = {"prompt", "negative", "model", "method", "sampler", "steps", "guidance", "true_guidance", "seed", "count", "batched", "allow_partial"}
+_PLAIN = {"prompt", "negative", "model", "method", "sampler", "steps", "guidance", "true_guidance", "seed", "count", "batched", "allow_partial", "anchored",
+          "windows"}
 
 
 _HINTS = {  # flags as other tools call them, and how to say it here

@@ -50,6 +50,10 @@ Steps = Annotated[int | None, typer.Option(help="Denoising steps (the model's ow
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale (the model's own); 1 or less is off.")]
 TrueGuidance = Annotated[float | None, typer.Option(help="For guidance-distilled models such as FLUX.1-dev: over 1, "
                                                     "guidance against the negative prompt as well.")]
+Anchored = Annotated[bool | None, typer.Option("--anchored/--no-anchored", help="Guide away from what the base draws of the negative prompt without "
+                                               "any LoRA, by whichever method (no).")]
+Windows = Annotated[bool | None, typer.Option("--windows/--no-windows", help="LoRAs of content are on in the first 70 % of the steps, those of "
+                                              "style in the last 70 %, except where a LoRA has a start or an end (no).")]
 Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels (the model's own).")]
 Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for the pictures.")]
 Triggers = Annotated[bool, typer.Option("--triggers", help="Add a trigger word of every LoRA that has none in the prompt.")]
@@ -90,6 +94,7 @@ def generate(
     method: Annotated[str | None, typer.Option(help="How the LoRAs are composed (merge); see `medley methods`.")] = None,
     option: Option = None, control: Controls = None, model: Model = None, sampler: Sampler = None, negative: Negative = None,
     seed: Seed = None, steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
+    anchored: Anchored = None, windows: Windows = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Add the LoRAs that the prompt calls for, with their trigger words (see `medley suggest`).")] = False,
     out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
@@ -142,6 +147,7 @@ def compare(
     methods: Annotated[str | None, typer.Option(help="Which, as merge,composite (all).")] = None,
     option: Option = None, control: Controls = None, model: Model = None, sampler: Sampler = None, negative: Negative = None,
     seed: Seed = None, steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
+    anchored: Anchored = None, windows: Windows = None,
     out_dir: Out = PICTURES, triggers: Triggers = False,
     allow_partial: Partial = None, picture: From = None, allow_paths: AllowPaths = False, allow_download: AllowDownload = False,
     device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None, lora_dir: Folders = None,

@@ -71,6 +71,7 @@ class Bar:
     steps: int
     step: int
     console: Console
+    what: str = "learning"
     losses: list[float] = field(default_factory=list)
     unread: list[Mapping[str, float]] = field(default_factory=list)
 
@@ -78,7 +79,7 @@ class Bar:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                    TimeRemainingColumn())  # fmt: skip
         self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task = self.progress.add_task("learning", total=self.steps, completed=self.step)
+        self.task = self.progress.add_task(self.what, total=self.steps, completed=self.step)
         self.progress.start()
         self.begun, self.first = time.monotonic(), self.step
         return self

@@ -11,6 +11,7 @@ from app.evaluation.cases import Case
 from composition import Refused, Request, prompt_syntax
 
 NONE, SUPPLIED, EQUAL = "none", "supplied", "@equal"
+OF_REQUEST = ("anchored", "windows")  # options of every method, which are fields of the request
 MANY = 1.05  # times the prompt alone's evaluations, from which a variant is also made at equal evaluations
 
 
@@ -28,7 +29,7 @@ class Row:
 class Variants:
     """Variants with their methods' options, and the factor on every LoRA's weight that tuning found for (variant, size).
 
-    A variant is a method's name, or that and options after it: "cmlora:cache=false".
+    A variant is a method's name, or that and options after it: "cmlora:cache=false", "merge:anchored=true" (OF_REQUEST).
     """
 
     options: Mapping[str, Mapping[str, Any]]
@@ -46,7 +47,7 @@ class Variants:
         assert case.request
         factor = self.factors.get((name, case.size), 1.0) if factor is None else factor
         loras = [lora.scaled(factor) for lora in case.request.loras]
-        return Row(case, name, replace(case.request, loras=loras, method=method_of(name), options=self.options[name]))
+        return Row(case, name, replace(case.request, loras=loras, method=method_of(name), options=self.options[name], **fields_of(name)))
 
 
 def equal(row: Row, settled: Request, evaluations: int, plain: int) -> Row | None:
@@ -63,6 +64,15 @@ def equal(row: Row, settled: Request, evaluations: int, plain: int) -> Row | Non
 def method_of(variant: str) -> str:
     """The method of a variant: "cmlora" of "cmlora:cache=false"."""
     return variant.removesuffix(EQUAL).partition(":")[0]
+
+
+def fields_of(variant: str) -> dict[str, bool]:
+    """The fields of the request that a variant sets: {"anchored": True} of "merge:anchored=true". Raises Refused for what is not yes or no."""
+    pairs = [part.partition("=") for part in variant.removesuffix(EQUAL).split(":")[1:]]
+    texts = {key.strip(): value.strip().lower() for key, _, value in pairs if key.strip() in OF_REQUEST}
+    if strange := [key for key, value in texts.items() if value not in ("true", "false")]:
+        raise Refused(f"{variant:.200}: write {strange[0]}=true or {strange[0]}=false")
+    return {key: value == "true" for key, value in texts.items()}
 
 
 def title(variant: str) -> str:
@@ -88,7 +98,10 @@ def read_methods(text: str, shared: Sequence[str] = ()) -> dict[str, dict[str, A
     variants = dict.fromkeys(name for part in text.split(",") if (name := part.strip()) and name != NONE)
     names = {variant: methods.find(method_of(variant)).name for variant in variants}
     common = options.options_of_each(shared, list(dict.fromkeys(names.values()))) if shared else {}
-    own = {variant: options.options(variant.split(":")[1:], name) for variant, name in names.items()}
+    own = {}
+    for variant, name in names.items():
+        fields_of(variant)  # refused here, before anything is opened
+        own[variant] = options.options([pair for pair in variant.split(":")[1:] if pair.partition("=")[0].strip() not in OF_REQUEST], name)
     return {variant: {**common.get(name, {}), **own[variant]} for variant, name in names.items()}
 
 

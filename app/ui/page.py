@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 Changes = dict[Any, Any]  # component to its new value
 FIELDS = ("prompt", "cards", "controls", "method", "random", "seed", "negative", "steps", "guidance", "true_guidance",
-          "sampler", "size")
+          "sampler", "size", "anchored", "windows")
 LOOK = 0.1  # seconds between two looks at a job
 GRACE = 5.0  # seconds that a client may be away before its job is cancelled
 CARDS = """<div class="loras"><div class="bar"><h2>LoRAs</h2><span class="count"></span>
@@ -94,6 +94,11 @@ class Page:
                 elem_id="true-guidance", visible=self._engine.backbone.embedded_guidance(usual) is not None)
             self.sampler = gr.Dropdown(samplers(), value=usual.sampler, label="Sampler", min_width=160, elem_id="sampler")
         self.size = gr.Textbox(label="Size", placeholder=f"{own[0]}x{own[1]}, the model's own", elem_id="size")
+        with gr.Row():
+            self.anchored = gr.Checkbox(False, label="Anchored guidance", info="Guide away from what the base draws without any LoRA.",
+                                        elem_id="anchored")
+            self.windows = gr.Checkbox(False, label="Content early, style late", info="LoRAs of content are on in the first 70 % of the steps, those "
+                                       "of style in the last 70 %.", elem_id="windows")
 
     def _right(self) -> None:
         with gr.Row():
@@ -186,7 +191,7 @@ class Page:
             options=forms.options(method, self._answers(method.name, answers[len(FIELDS):])),
             sampler=fields["sampler"], steps=fields["steps"], guidance=fields["guidance"],
             true_guidance=fields["true_guidance"],
-            size=_size(fields["size"]),
+            size=_size(fields["size"]), anchored=bool(fields["anchored"]), windows=bool(fields["windows"]),
             seed=secrets.randbelow(2**32) if fields["random"] else fields["seed"])
         self._engine.backbone.size(request)  # refused now, not when its turn comes
         return request

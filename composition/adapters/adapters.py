@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from composition.adapters import fold as folding
 from composition.adapters.fold import Fold
-from composition.adapters.gates import Combine, Gates, Route, Watch
+from composition.adapters.gates import Combine, Gates
 from composition.adapters.layers import Layers, _attached
-from composition.adapters.stack import Rewrite, Stack
+from composition.adapters.stack import Rewrite, Route, Stack, Watch
 from composition.adapters.trainable import Trainable
 from composition.loop import Step
 from composition.loras import reader
@@ -228,6 +228,10 @@ class Adapters:
             if gates is not None:
                 gates.watch = torch.compiler.disable(watch)
             yield
+
+    def layer(self, path: str) -> nn.Linear | nn.Conv2d | None:
+        """The denoiser's linear layer or convolution of this path."""
+        return self._layers[self._denoiser].get(path)
 
     def stacks(self) -> Mapping[str, Stack]:
         """The layers of the denoiser that this set of LoRAs touches, by path, with their factors."""

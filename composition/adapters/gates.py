@@ -1,7 +1,7 @@
 """Gates: what multiplies a rank. One component's gates say which adapters are live, at what weight, in which rows or places."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -9,16 +9,9 @@ from torch import Tensor
 
 from composition.loop import Step
 
-if TYPE_CHECKING:
-    from composition.adapters.stack import Stack
-
 Mode = Literal["off", "one", "dense", "rows", "regional", "routed", "combined"]
 # (layer's path, the step, base output, each adapter's gated output) -> the layer's output
 Combine = Callable[[str, Step, Float[Tensor, "rows *out"], Float[Tensor, "K rows *out"]], Float[Tensor, "rows *out"]]
-# (the layer's stack, the step, A x of its input, the gate as the weights have it) -> the gate of every rank, where it likes by row and place
-Route = Callable[["Stack", Step, Float[Tensor, "rows places P"], Float[Tensor, "P"]], Float[Tensor, "*rows_places P"]]
-# (the layer's stack, A x of its input)
-Watch = Callable[["Stack", Float[Tensor, "rows places P"]], None]
 
 
 class Values(NamedTuple):
@@ -52,9 +45,9 @@ class Gates:
         self.plain = False  # the runs are adapters 0..K-1 in order: no gather needed
         self.even = False  # every run's weight is 1 in every block: nothing to multiply by
         self.combine: Combine | None = None
-        self.route: Route | None = None
+        self.route: Callable[..., Tensor] | None = None
         self.step: Step | None = None  # for `combine` and `route`
-        self.watch: Watch | None = None  # sees every layer's ranks, whatever the gates are
+        self.watch: Callable[..., object] | None = None  # sees every layer's ranks, whatever the gates are
         self.places: Mapping[Any, Float[Tensor, "rows K *place"]] = {}  # by a layer's axis
         self.ready: dict[Any, Tensor] = {}  # gates of ranks made of them, as layers need them
         self._buffers: dict[torch.device, list[Tensor]] = {torch.device("cpu"): [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from composition.adapters import rowwise
 from composition.adapters.gates import Gates
+from composition.loop import Step
 from composition.loras.reader import Factors
 
 
@@ -31,6 +32,12 @@ class Product(NamedTuple):
 
 
 Rewrite = Callable[[Product], Product]  # of single precision or better; as many ranks of the same owners, or ranks of no owner
+
+
+# (the layer's stack, the step, A x of its input, the gate as the weights have it) -> the gate of every rank, as (P,) or by row and place
+Route = Callable[["Stack", Step, Float[Tensor, "rows places P"], Float[Tensor, "P"]], Tensor]
+# (the layer's stack, A x of its input)
+Watch = Callable[["Stack", Float[Tensor, "rows places P"]], None]
 
 
 class Stack:
@@ -76,6 +83,11 @@ class Stack:
             self._product = self._slots = None  # the old copy goes before the new one comes
             held = self._product = self._built(like.device, like.dtype)
         return held
+
+    def stored(self) -> Product:
+        """The factors as their files have them, on the CPU, in float32 or better; nothing is kept."""
+        dtype = torch.float64 if any(part is not None and part.dtype == torch.float64 for part in self._factors) else torch.float32
+        return self._stacked(torch.device("cpu"), dtype)
 
     def rewrite(self, rewrite: Rewrite | None) -> None:
         """From now on the factors are what this makes of them; None: as they are."""

@@ -21,6 +21,7 @@ from composition.hooks import masks
 from composition.loop import Predict, Prediction, Step
 from composition.methods import method
 from composition.methods.shared import concepts as shared
+from composition.methods.shared import fusions
 from composition.run import Pass, Run
 
 READINGS = 3  # steps of the first ones in which every LoRA is evaluated separately
@@ -43,6 +44,7 @@ class Options:
         "Where masks overlap: share the place, or give it to the concept with the strongest map."})
     soft: float = field(default=0.0, metadata={"ge": 0.0, "le": 16.0, "help": "Softness of a mask's edge, in cells of the latent."})
     regions: Literal["replace", "intersect"] = field(default="replace", metadata={"help": "What a LoRA's own region does with its mask."})
+    fusion: fusions.Fusion = field(default="", metadata={"help": fusions.HELP})
 
 
 @method(title="CLoRA fast", about="Every concept has its own mask, in about one evaluation a step.", paper="2403.19776",
@@ -58,6 +60,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
     def predict(step: Step) -> Prediction:
         live = run.live(step)
         concepts = tuple(index for index, name in enumerate(scene.concepts) if name in live)
+        factors.at(step)
         if not concepts:
             return Prediction(run.guide(run.denoise(step)), step.latents)
         passes = shared.passes_of(run, scene, live, concepts)
@@ -80,7 +83,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
         own = [maps[0][:, positions[c][0]] if source == "base" else maps[k][:, positions[c][c + 1]] for k, c in enumerate(concepts)]
         return [masks.blurred(tokens, options.smooth) if options.smooth else tokens for tokens in own]
 
-    with torch.no_grad():
+    with torch.no_grad(), fusions.fused(run, options.fusion) as factors:
         yield predict
 
 

@@ -14,6 +14,7 @@ from composition import prompts
 from composition.hooks import masks
 from composition.loop import Predict, Prediction, Step
 from composition.methods import method
+from composition.methods.shared import fusions
 from composition.run import Pass, Run, grid
 
 
@@ -22,6 +23,7 @@ class Options:
     soft: float = field(default=0.0, metadata={"ge": 0.0, "le": 16.0, "help": "Softness of a region's edge, in cells of the latent."})
     masks_from: float = field(default=0.0, metadata={"ge": 0.0, "le": 1.0, "help":
         "Share of the steps before which every LoRA acts everywhere."})
+    fusion: fusions.Fusion = field(default="", metadata={"help": fusions.HELP})
 
 
 @method(title="Regions", about="Every LoRA that has a region acts there alone; the others act everywhere.", regional=True)
@@ -38,6 +40,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
     def predict(step: Step) -> Prediction:
         live = run.live(step)
         here = [name for name in bounded if name in live]
+        factors.at(step)
         if not here or step.index < options.masks_from * step.count:
             return Prediction(run.guide(run.denoise(step)), step.latents)
         everywhere = {name: weight for name, weight in live.items() if name not in bounded}
@@ -52,4 +55,5 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
         shares = masks.shares(places).expand(step.latents.shape[0], -1, -1, -1)
         return Prediction(run.guide(run.denoise_regional(step, passes, shares)), step.latents)
 
-    yield predict
+    with fusions.fused(run, options.fusion) as factors:
+        yield predict

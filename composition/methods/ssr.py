@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from composition.loop import Predict, Prediction, Step
+from composition.loop import Predict
 from composition.methods import method
 from composition.methods.shared import ssr
+from composition.methods.shared.static import added_up
 from composition.run import Run
 
 
@@ -19,7 +20,7 @@ class Options:
     prompts: ssr.Prompts = field(default="trigger", metadata={"help":
         "What each LoRA is asked for by when the set is measured: its trigger word, the prompt without the other LoRAs' words (own), "
         "or the whole prompt (request)."})
-    ridge: float = field(default=1e-2, metadata={"ge": 1e-8, "le": 10.0, "help":
+    ridge: float = field(default=ssr.RIDGE, metadata={"ge": 1e-8, "le": 10.0, "help":
         "Share of the mean energy of a rank that is added to all: larger keeps nearer to nothing, smaller fits closer."})
 
 
@@ -27,9 +28,5 @@ class Options:
         cost="1, and K once for a set of LoRAs")
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
-    with ssr.Mixed(run, options.prompts, options.ridge) as mixed:
-        def predict(step: Step) -> Prediction:
-            mixed.at(step)
-            return Prediction(run.guide(run.denoise(step)), step.latents)
-
+    with added_up(run, ssr.Rewrites(run, options.prompts, options.ridge)) as predict:
         yield predict

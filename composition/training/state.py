@@ -77,7 +77,7 @@ class State:
         file.parent.mkdir(parents=True, exist_ok=True)
         held = {"plan": repr(vars(self.plan)), "names": self.names, "origins": self.origins, "step": self.step,
                 "leaf": self.trained.leaf.detach(), "optimiser": self.optimiser.state_dict()}  # fmt: skip
-        atomic.write(file, lambda part: _stored(held, part))
+        atomic.write(file, lambda part: stored(held, part))
         self._saved = self.step
 
     @contextmanager
@@ -128,7 +128,7 @@ def advanced(
     return True
 
 
-def _stored(held: Mapping[str, Any], part: BinaryIO) -> None:
+def stored(held: Mapping[str, Any], part: BinaryIO) -> None:
     """torch.save, whose own error for a disk that is full is a RuntimeError."""
     try:
         torch.save(held, part)

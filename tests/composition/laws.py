@@ -170,6 +170,14 @@ def one_set_a_step(engine, method, loras, sampler="heun"):
                 return honest(*passed)
 
             patch.setattr(engine.adapters, name, noted)
+        for name in ("routed", "combined"):
+            plain = getattr(engine.adapters, name)
+
+            def gated(function, weights, at, plain=plain):
+                on.update(key for key, value in weights.items() if value)
+                return plain(function, weights, at)
+
+            patch.setattr(engine.adapters, name, gated)
         with kind.compose(run, kind.read(asked.options)) as predict:
             for (index, stage), t in zip(schedulers.stages(run.scheduler), times, strict=True):
                 on.clear()

@@ -6,7 +6,6 @@ R = Q (G + ridge)^-1, the least squares optimum (arXiv 2606.10617; float64). The
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,10 +17,12 @@ from composition import atomic, prompts
 from composition.adapters.stack import Product, Rewrite, Stack
 from composition.loop import Step
 from composition.loras.safetensors import load_safely
+from composition.methods.shared.factors import adapters_of, ranks_of
 from composition.profiles.mixing import Measured, Mixing
 from composition.refusal import Refused
 from composition.run import Run
 
+RIDGE = 1e-2  # of G's mean diagonal
 SEED = 42  # of the noise, as the reference has it
 Prompts = Literal["trigger", "own", "request"]
 
@@ -62,38 +63,28 @@ class Sums(NamedTuple):
         return float(((up.T @ up) * self.cross * (owner[:, None] == owner)).sum())
 
 
-class Mixed:
-    """The LoRAs that are live, mixed by their R, until `stack` ends. R is measured at the run's first time when its set is first live."""
+class Rewrites:
+    """R A in place of A for a set of LoRAs: as it was measured before, by this process or in the user's store, else measured now.
+
+    All sets of a run are measured at its first time.
+    """
 
     def __init__(self, run: Run, asked: Prompts, ridge: float) -> None:
-        self.run, self.ridge, self.first = run, ridge, None
+        self.run, self.ridge = run, ridge
+        self.first: Step | None = None
         self.texts = dict(zip(run.names, calibration_prompts(run, asked), strict=True)) if len(run.names) > 1 else {}
-        self.names: tuple[str, ...] | None = None
-        self.stack = ExitStack()
 
-    def __enter__(self) -> "Mixed":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
-
-    def at(self, step: Step) -> None:
-        """Mix the LoRAs that are live at this step, and write constant weights into the model, from now on."""
+    def __call__(self, step: Step, names: Sequence[str]) -> dict[str, Rewrite]:
+        """By the path of each layer that two or more of these LoRAs touch."""
         self.first = self.first or step
-        names = tuple(self.run.live(step))
-        if names != self.names:
-            self.stack.close()
-            if len(names) > 1:
-                mixing = self._mixing(names)
-                self.stack.enter_context(self.run.adapters.rewritten(rewrites(self.run, names, mixing)))
-            self.names = names
-            self.run.fold(self.stack)
+        if len(names) < 2:
+            return {}
+        layers, live = self.run.adapters.stacks(), adapters_of(self.run, names)
+        matrices = self._mixing(names, self.first).matrices
+        return {path: mixed(matrix, ranks_of(layers[path], live)) for path, matrix in matrices.items()}
 
-    def _mixing(self, names: Sequence[str]) -> Mixing:
-        """As it was measured before, by this process or in the user's store; else measured now."""
-        run, first = self.run, self.first
-        assert first is not None
-        texts = [self.texts[name] for name in names]
+    def _mixing(self, names: Sequence[str], first: Step) -> Mixing:
+        run, texts = self.run, [self.texts[name] for name in names]
         measured = Measured(
             run.request.model, tuple(run.tensors.get(name, name) for name in names), tuple(texts), run.request.negative if run.guided else None,
             self.ridge, float(first.t), tuple(first.latents.shape[1:]), str(first.latents.dtype))
@@ -105,21 +96,6 @@ class Mixed:
         run.notes.setdefault("ssr", {})[", ".join(names)] = {
             "prompts": texts, "layers": len(mixing.matrices), "error": round(mixing.error, 4), "error of adding up": round(mixing.merged, 4)}
         return mixing
-
-
-def rewrites(run: Run, names: Sequence[str], mixing: Mixing) -> dict[str, Rewrite]:
-    """By path, what puts R A in place of these LoRAs' A."""
-    layers, live = run.adapters.stacks(), _numbers(run, names)
-    return {path: mixed(matrix, ranks_of(layers[path], live)) for path, matrix in mixing.matrices.items()}
-
-
-def _numbers(run: Run, names: Sequence[str]) -> list[int]:
-    return [run.adapters.names.index(name) for name in names]
-
-
-def ranks_of(layer: Stack, adapters: Sequence[int]) -> Int[Tensor, "p"]:
-    """The ranks of these adapters in a layer."""
-    return torch.tensor([rank for k in adapters for rank in range(*layer.spans[k])], dtype=torch.long)
 
 
 def mixed(matrix: Float[Tensor, "p p"], ranks: Int[Tensor, "p"]) -> Rewrite:
@@ -137,7 +113,7 @@ def mixed(matrix: Float[Tensor, "p p"], ranks: Int[Tensor, "p"]) -> Rewrite:
 def measure(run: Run, step: Step, names: Sequence[str], texts: Sequence[str], ridge: float) -> Mixing:
     """R of every layer that two or more of these LoRAs touch, in K evaluations, each asked for by its text."""
     first = Step(0, step.count, step.t, noise(run, step))
-    live = _numbers(run, names)
+    live = adapters_of(run, names)
     exact = step.latents.dtype == torch.float64
     sums: dict[str, Sums] = {}
     for name, text in zip(names, texts, strict=True):
@@ -151,13 +127,12 @@ def measure(run: Run, step: Step, names: Sequence[str], texts: Sequence[str], ri
         run.observe(first, {name: 1.0}, run.encode(text, {name: 1.0}), watch)
     matrices, wrong, merged, whole = {}, 0.0, 0.0, 0.0
     for path, layer in run.adapters.stacks().items():
-        ranks = ranks_of(layer, live)
-        owner = layer.product(first.latents).owner
-        assert owner is not None
-        owner = owner.cpu()[ranks]
+        ranks, factors = ranks_of(layer, live), layer.stored()
+        assert factors.owner is not None
+        owner = factors.owner[ranks]
         if len(owner.unique()) < 2 or path not in sums:
             continue
-        mine, up = sums[path].of(ranks), layer.product(first.latents).up.detach().to("cpu", torch.float64)[:, ranks]
+        mine, up = sums[path].of(ranks), factors.up.double()[:, ranks]
         matrix, own = mine.solved(ridge), mine.alone(up, owner)
         matrices[path] = matrix if exact else matrix.float()
         wrong += mine.error(matrix, up) + own
@@ -173,14 +148,12 @@ def noise(run: Run, step: Step) -> Float[Tensor, "1 *S"]:
 
 
 def calibration_prompts(run: Run, asked: Prompts) -> list[str]:
-    """What each LoRA is asked for by: its first trigger word (its name where it has none); the request's prompt with no other LoRA's trigger
-    words ("own"); or the whole prompt ("request")."""
+    """What each LoRA is asked for by: its first trigger word (its name where it has none); the request's prompt without the words of the
+    others ("own"); or the whole prompt ("request")."""
     if asked == "request":
         return [run.request.prompt] * len(run.names)
     if asked == "own":
-        scene = prompts.scene(run.request.prompt, run.loras, run.categories, run.triggers)
-        own = dict(zip(scene.concepts, scene.prompts[1:], strict=True))
-        return [own.get(name, scene.prompts[0]) for name in run.names]
+        return list(prompts.alone(run.request.prompt, run.loras, run.triggers).values())
     return [next(iter(run.triggers.get(name, ())), name.replace("_", " ")) for name in run.names]
 
 
@@ -200,7 +173,7 @@ def _kept(run: Run, names: Sequence[str], measured: Measured) -> Mixing | None:
 
 def _fits(run: Run, names: Sequence[str], path: str, matrix: Tensor) -> bool:
     layers = run.adapters.stacks()
-    ranks = len(ranks_of(layers[path], _numbers(run, names))) if path in layers else 0
+    ranks = len(ranks_of(layers[path], adapters_of(run, names))) if path in layers else 0
     return ranks > 0 and matrix.shape == (ranks, ranks) and matrix.dtype in (torch.float32, torch.float64)
 
 

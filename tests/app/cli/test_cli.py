@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,23 @@ def test_from_makes_the_same_bytes(make, medley, toy):
     assert changed.seed == 99
     assert (changed.options, changed.loras, changed.sampler) == (before.options, before.loras, before.sampler)
     assert Path("other/0000.png").read_bytes() != Path("pictures/0000.png").read_bytes()
+
+
+def test_anchored_and_windows(make, medley, toy):
+    """Recorded, said, kept by --from, and taken back."""
+    said = make("--anchored", "--windows", "--lora", "ink", "--seed", 3)
+    assert said.code == 0, said.err
+    assert said.out.count("fox is on from 0% to 70% of the steps, by its category") == 1 and said.out.count("ink is on in all steps: its category") == 1
+    before = record.read(Path("pictures/0000.png"))
+    assert before.anchored and before.windows and [lora.end for lora in before.loras] == [0.7, 0.7, 1.0]
+    again = ("generate", "--from", "pictures/0000.png", "--model", toy.model, "--lora-dir", toy.loras)
+    assert medley(*again, "--out", "again").code == 0
+    assert Path("again/0000.png").read_bytes() == Path("pictures/0000.png").read_bytes()
+    assert medley(*again, "--no-anchored", "--out", "other").code == 0
+    assert record.read(Path("other/0000.png")) == replace(before, anchored=False)
+    assert Path("other/0000.png").read_bytes() != Path("pictures/0000.png").read_bytes()
+    said = make("--anchored", "--guidance", 1)
+    assert "anchored guidance has no negative row to act on: guidance is off" in said.out.replace("\n", " ")
 
 
 def test_from_says_when_a_lora_is_another_file(make, medley, toy, tmp_path):

@@ -77,6 +77,12 @@ def test_flags_override_the_request_they_start_from():
     assert flags.request({"method": "merge"}, start)[0].options == {}
 
 
+def test_an_option_of_every_method_is_kept_unless_it_is_taken_back():
+    start = Request(prompt="old", anchored=True)
+    assert flags.request({"anchored": None, "windows": True}, start)[0] == Request(prompt="old", anchored=True, windows=True)
+    assert flags.request({"anchored": False, "windows": None}, start)[0] == Request(prompt="old")
+
+
 def test_a_seed_is_drawn_only_when_none_is_there():
     first, drawn = flags.request({"prompt": "a"})
     second, _ = flags.request({"prompt": "a"})
