@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from composition.adapters.stack import Product, Rewrite, Stack
-from composition.loop import Predict, Prediction, Step
+from composition.loop import Predict, Step
 from composition.methods import method
-from composition.methods.shared.rewriting import Rewritten
+from composition.methods.shared.factors import adapters_of
+from composition.methods.shared.static import added_up
 from composition.run import Run
 
 Shape = Literal["grows", "falls", "hourglass", "diamond"]
@@ -36,18 +35,15 @@ class Options:
 @method(title="Depth", about="More LoRAs act in deep blocks than in shallow ones, each where it changes most.", paper="2402.08562")
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
-    def rewrites(step: Step, live: Mapping[str, float]) -> dict[str, Rewrite]:
-        numbers = {run.adapters.names.index(name): name for name in live}
-        acting = allotted(_strengths(run, step, list(numbers)), blocks_of(run), options)
-        run.notes["depth"] = {block: [numbers[k] for k in ks] for block, ks in acting.items()}
-        return {path: _only(layer, [k for k in numbers if k not in acting[block]]) for path, layer in run.adapters.stacks().items()
-                if (block := run.backbone.block(path)) in acting and len(acting[block]) < len(numbers)}
+    def rewriting(step: Step, live: tuple[str, ...]) -> dict[str, Rewrite]:
+        names = dict(zip(adapters_of(run, live), live, strict=True))
+        acting = allotted(_strengths(run, list(names)), blocks_of(run), options)
+        if names:
+            run.notes["depth"] = {block: [names[k] for k in here] for block, here in acting.items()}
+        return {path: _only(layer, [k for k in names if k not in acting[block]]) for path, layer in run.adapters.stacks().items()
+                if (block := run.backbone.block(path)) in acting and len(acting[block]) < len(names)}
 
-    with Rewritten(run, rewrites) as rewritten:
-        def predict(step: Step) -> Prediction:
-            rewritten.at(step)
-            return Prediction(run.guide(run.denoise(step)), step.latents)
-
+    with added_up(run, rewriting) as predict:
         yield predict
 
 
@@ -73,16 +69,15 @@ def allotted(strengths: Mapping[str, Mapping[int, float]], blocks: list[str], op
     return acting
 
 
-def _strengths(run: Run, step: Step, adapters: list[int]) -> dict[str, dict[int, float]]:
+def _strengths(run: Run, adapters: list[int]) -> dict[str, dict[int, float]]:
     """The root mean square of the updates of each adapter over the layers of a block, by block, over its mean over the blocks it touches."""
     squares: dict[str, dict[int, list[float]]] = {}
-    like = step.latents.new_empty(0, dtype=torch.promote_types(step.latents.dtype, torch.float32))  # rounding must not decide
     for path, layer in run.adapters.stacks().items():
         if block := run.backbone.block(path):
-            here = squares.setdefault(block, {k: [] for k in adapters})
+            here, product = squares.setdefault(block, {k: [] for k in adapters}), layer.stored()
             for k in adapters:
                 if layer.touches(k):
-                    here[k].append(_square(layer, layer.product(like), k))
+                    here[k].append(_square(layer, product, k))
     lengths = {block: {k: (sum(each) / len(each)) ** 0.5 if each else 0.0 for k, each in mine.items()} for block, mine in squares.items()}
     touched = {k: [mine[k] for mine in lengths.values() if mine[k] > 0] for k in adapters}
     return {block: {k: length * len(touched[k]) / sum(touched[k]) if length else 0.0 for k, length in mine.items()}

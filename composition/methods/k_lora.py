@@ -8,7 +8,7 @@ is the content's where S_c / gamma > S_s S(p), else the style's, whole: S(p) = s
 that role's. Without both roles it is Merge.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor
 from composition.adapters.stack import Stack
 from composition.loop import Predict, Prediction, Step
 from composition.methods import method
+from composition.methods.shared.roles import parted
 from composition.run import Run
 
 TURN = 0.775  # what the authors add on FLUX: 0.5 becomes 1.275
@@ -73,8 +74,8 @@ class _Schedule:
     def at(self, step: Step) -> bool:
         """Whether both roles are live at this step; the gates are then set."""
         live = self.run.live(step)
-        style = {name for name in live if self.run.categories.get(name) == "style"}
-        if len(style) in (0, len(live)):
+        content, style = parted(self.run, live)
+        if not content or not style:
             if len(live) > 1:
                 self.run.notes["k-lora"] = {"merged": "K-LoRA needs a LoRA of category style and another: these are added up"}
             return False
@@ -98,7 +99,7 @@ class _Schedule:
             gain = (gain + TURN) % self.options.scale
         return scores.content / self.gamma > scores.style * gain
 
-    def _score(self, live: Mapping[str, float], style: set[str]) -> None:
+    def _score(self, live: Mapping[str, float], style: Collection[str]) -> None:
         """Both roles' scores in every layer that both touch, one layer's updates at a time; and where the layers change in the notes."""
         names = self.run.adapters.names
         weights = {role: [live.get(name, 0.0) if (name in style) is role else 0.0 for name in names] for role in (False, True)}

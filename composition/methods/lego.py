@@ -17,10 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from composition.adapters.stack import Product, Rewrite, Stack
-from composition.loop import Predict, Prediction, Step
+from composition.loop import Predict, Step
 from composition.methods import method
 from composition.methods.shared.canonical import Singular, singular
-from composition.methods.shared.rewriting import Rewritten
+from composition.methods.shared.factors import adapters_of
+from composition.methods.shared.static import added_up
 from composition.run import Run
 
 ROUNDS = 10  # of k-means at most
@@ -38,17 +39,13 @@ class Options:
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     layers: dict[str, dict[str, float]] = {}
 
-    def rewrites(step: Step, live: Mapping[str, float]) -> dict[str, Rewrite]:
-        numbers = {run.adapters.names.index(name): weight for name, weight in live.items()}
+    def rewriting(step: Step, live: tuple[str, ...]) -> dict[str, Rewrite]:
+        weights = dict(zip(adapters_of(run, live), run.live(step).values(), strict=True))
         layers.clear()
-        return {path: _merging(layer, numbers, options.ranks, layers) for path, layer in run.adapters.stacks().items()
-                if sum(layer.touches(k) for k in numbers) > 1}
+        return {path: _merging(layer, weights, options.ranks, layers) for path, layer in run.adapters.stacks().items()
+                if sum(layer.touches(k) for k in weights) > 1}
 
-    with Rewritten(run, rewrites) as rewritten:
-        def predict(step: Step) -> Prediction:
-            rewritten.at(step)
-            return Prediction(run.guide(run.denoise(step)), step.latents)
-
+    with added_up(run, rewriting) as predict:
         yield predict
     if layers:
         means = {name: round(sum(layer[name] for layer in layers.values()) / len(layers), 4) for name in ("ranks", "of", "shared", "likeness")}

@@ -59,7 +59,7 @@ def weights(each: Float[Tensor, "K B C H W"], base: Float[Tensor, "B C H W"], op
     """What to multiply each LoRA's prediction by at every place: they sum to 1."""
     wide = torch.promote_types(base.dtype, torch.float32)
     (count, pictures), size = each.shape[:2], base.shape[-2:]
-    grid = [min(options.patches, side) for side in size]
+    grid = min(options.patches, size[0]), min(options.patches, size[1])
 
     def mean(product: Float[Tensor, "*_ C H W"]) -> Float[Tensor, "N 1 h w"]:
         """Over the channels and places of each patch."""

@@ -18,6 +18,7 @@ from composition.adapters.stack import Stack
 from composition.loop import Predict, Prediction, Step
 from composition.methods import method
 from composition.methods.shared import tokens
+from composition.methods.shared.factors import adapters_of
 from composition.run import Run
 
 
@@ -45,7 +46,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
     live: list[int] = []
     with tokens.canonically(run):
         def predict(step: Step) -> Prediction:
-            live[:] = [run.adapters.names.index(name) for name in run.live(step)]
+            live[:] = adapters_of(run, tuple(run.live(step)))
             whole = len(live) == 1 and options.share >= 1
             return Prediction(run.guide(run.denoise(step, route=None if whole else route)), step.latents)
 
