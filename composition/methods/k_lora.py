@@ -77,7 +77,7 @@ class _Schedule:
         content, style = parted(self.run, live)
         if not content or not style:
             if len(live) > 1:
-                self.run.notes["k-lora"] = {"merged": "K-LoRA needs a LoRA of category style and another: these are added up"}
+                self.run.notes["k-lora"] = "k-lora takes a LoRA of category style and one of another category: these were added up, as by merge"
             return False
         if live != self.live:
             self._score(live, style)

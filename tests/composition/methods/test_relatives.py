@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from composition.adapters.stack import Product
+from app.remarks import remarks
 from composition.loop import Step
 from composition.methods import depth, entropy, k_lora, lego, loratorio
 from composition.methods.shared.canonical import canonical, singular
@@ -344,7 +345,7 @@ def test_k_lora_without_both_roles_is_merge(case):
     engine, loras = case
     alike = [replace(lora, category="object") for lora in loras]
     result = engine.run(laws.request("k-lora", *alike))
-    assert "category style" in result.notes["k-lora"]["merged"]
+    assert "category style" in remarks(result.notes)[-1]
     laws.same(laws.latents(engine, laws.request("k-lora", *alike)), laws.merged(engine, *alike))
 
 
