@@ -65,9 +65,9 @@ def weights(each: Float[Tensor, "K B C H W"], base: Float[Tensor, "B C H W"], op
         """Over the channels and places of each patch."""
         return F.adaptive_avg_pool2d(product.sum(-3, keepdim=True).flatten(0, -4), grid)
 
-    one, other = each.to(wide), base.to(wide)
-    lengths = mean(one.square()).unflatten(0, (count, pictures)) * mean(other.square())
-    cosine = mean(one * other).unflatten(0, (count, pictures)) / lengths.clamp_min(1e-20).sqrt()
+    lone, other = each.to(wide), base.to(wide)
+    lengths = mean(lone.square()).unflatten(0, (count, pictures)) * mean(other.square())
+    cosine = mean(lone * other).unflatten(0, (count, pictures)) / lengths.clamp_min(1e-20).sqrt()
     spread, middle = torch.std_mean(cosine, (0, 2, 3, 4), correction=0, keepdim=True)
     say = (-(cosine - middle) / (options.tau * spread.clamp_min(1e-12))).softmax(0).flatten(0, 1)
     say = F.interpolate(say, size, mode="bilinear", align_corners=False) if options.smooth else F.interpolate(say, size, mode="nearest-exact")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from composition.adapters.stack import Product
 from app.remarks import remarks
+from composition.adapters.stack import Product
 from composition.loop import Step
 from composition.methods import depth, entropy, k_lora, lego, loratorio
 from composition.methods.shared.canonical import canonical, singular
