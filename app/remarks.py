@@ -37,6 +37,7 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
     if notes.get("no regions"):
         lines.append("no LoRA has a region, so method regions is the same as merge: give them as in "
                      '--lora \'{"source": "owl", "region": [0, 0, 0.5, 1]}\' (left, top, right, bottom, in fractions of the picture)')
+    lines += [str(notes[method]) for method in ("k-lora", "np-lora") if isinstance(notes.get(method), str)]
     unread = notes.get("not read by this method")
     if isinstance(unread, Mapping):
         lines += [f"{name}: {what} are not read by method {notes.get('method')}" for name, what in unread.items()]

@@ -161,12 +161,13 @@ def one_set_a_step(engine, method, loras, sampler="heun"):
     kind, used = methods.find(method), {}
     with opened(engine, asked) as (run, times, start), pytest.MonkeyPatch.context() as patch:
         on: set[str] = set()
-        for name in ("use", "rows", "regional"):
+        for name, place in {"use": 0, "rows": 0, "regional": 0, "routed": 1}.items():
             honest = getattr(engine.adapters, name)
 
-            def noted(weights, *rest, honest=honest):
+            def noted(*passed, honest=honest, place=place):
+                weights = passed[place]
                 on.update(key for row in (weights if isinstance(weights, list) else [weights]) for key, value in row.items() if value)
-                return honest(weights, *rest)
+                return honest(*passed)
 
             patch.setattr(engine.adapters, name, noted)
         for name in ("routed", "combined"):
@@ -243,7 +244,7 @@ def half_precision(engine, exact, method, loras, bound, **changes):
             return noise.to(engine.backbone.dtype), honest(asked, scheduler, generators)[1]
 
         patch.setattr(engine.backbone, "start", start)
-        asked = request(method, *loras, steps=7, **changes)
+        asked = request(method, *loras, **({"steps": 7} | changes))
         rounded, right = latents(engine, asked).double(), latents(exact, asked)
     assert rounded.isfinite().all()
     error = float((rounded - right).square().mean().sqrt() / right.std())

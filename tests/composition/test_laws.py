@@ -129,7 +129,9 @@ def test_one_set_a_step(method, sampler, engines, lora_files):
 
 
 HALF = {torch.bfloat16: 0.04, torch.float16: 0.006}  # of the latents' spread, after seven steps at guidance 4
-HARD_MASKS = {"clora-fast": {"seed": 12}}  # masks that all steps keep: of noise that leaves no place so close to an edge that rounding moves it
+# Choices that are hard: masks that all steps keep, of noise that leaves no place so close to an edge that rounding moves it; and LoRAs or
+# ranks chosen token by token, where every step has some that close: of those one step.
+HARD = {"clora-fast": {"seed": 12}, "topk": {"steps": 1, "seed": 13}, "ranks": {"steps": 1}, "entropy": {"steps": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ def half_engines():
     for number, dtype in enumerate(HALF) if (row + column + number) % 2])
 def test_half_precision(method, family, dtype, engines, half_engines, lora_files):
     loras = laws.loras_of(lora_files[family])
-    laws.half_precision(half_engines[family, dtype], engines[family], method, loras, HALF[dtype], **HARD_MASKS.get(method, {}))
+    laws.half_precision(half_engines[family, dtype], engines[family], method, loras, HALF[dtype], **HARD.get(method, {}))
 
 
 @pytest.mark.slow
