@@ -33,9 +33,9 @@ class Known(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Pictures of some LoRAs. asked: their names; latents: as the denoiser sees them."""
+    """Pictures of some LoRAs. names: theirs; latents: as the denoiser sees them."""
 
-    asked: frozenset[str]
+    names: frozenset[str]
     latents: Float[Tensor, "n C H W"]
     prompts: tuple[str, ...]
 
@@ -103,16 +103,16 @@ class FromDrawn:
     def __call__(self, step: int) -> Rows:
         rng = random.Random(f"gates/{self.seed}/{step}")
         first = rng.choice(self.drawn)
-        count = min(len(self.loras), rng.randint(max(2, len(first.asked)), MOST))
-        others = [name for name in self.loras if name not in first.asked]
-        on = [*sorted(first.asked), *rng.sample(others, count - len(first.asked))]
+        count = min(len(self.loras), rng.randint(max(2, len(first.names)), MOST))
+        others = [name for name in self.loras if name not in first.names]
+        on = [*sorted(first.names), *rng.sample(others, count - len(first.names))]
         rng.shuffle(on)
-        fitting = [group for group in self.drawn if group.asked <= set(on)]
+        fitting = [group for group in self.drawn if group.names <= set(on)]
         latents, prompts, contrasts = [], [], []
         for i in range(self.rows):
             group = first if i == 0 else rng.choice(fitting)
             picture = rng.randrange(len(group.prompts))
-            apart = [other for other in fitting if not other.asked & group.asked]
+            apart = [other for other in fitting if not other.names & group.names]
             latents.append(group.latents[picture])
             prompts.append(group.prompts[picture])
             contrasts.append(rng.choice(rng.choice(apart).prompts) if apart else "")
