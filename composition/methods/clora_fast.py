@@ -44,6 +44,8 @@ class Options:
         "Where masks overlap: share the place, or give it to the concept with the strongest map."})
     soft: float = field(default=0.0, metadata={"ge": 0.0, "le": 16.0, "help": "Softness of a mask's edge, in cells of the latent."})
     regions: Literal["replace", "intersect"] = field(default="replace", metadata={"help": "What a LoRA's own region does with its mask."})
+    worn: bool = field(default=False, metadata={"help":
+        "Let clothing and the character before it in the prompt share their places: both LoRAs act in both masks."})
     fusion: fusions.Fusion = field(default="", metadata={"help": fusions.HELP})
 
 
@@ -63,7 +65,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
         factors.at(step)
         if not concepts:
             return Prediction(run.guide(run.denoise(step)), step.latents)
-        passes = shared.passes_of(run, scene, live, concepts)
+        passes = shared.passes_of(run, scene, live, concepts, worn=options.worn)
         names = [scene.concepts[c] for c in concepts]
         reading = concepts not in kept or step.index in readings(options.read, step.count, source)
         values = run.denoise_passes(step, passes) if reading and source == "change" else None

@@ -29,12 +29,31 @@ def scene_of(run: Run) -> prompts.Scene:
     return scene
 
 
-def passes_of(run: Run, scene: prompts.Scene, live: Mapping[str, float], concepts: Sequence[int]) -> list[Pass]:
-    """The base's pass, then one for each of these concepts: its LoRA and those that are everywhere, with its prompt."""
+def passes_of(run: Run, scene: prompts.Scene, live: Mapping[str, float], concepts: Sequence[int], *, worn: bool = False) -> list[Pass]:
+    """The base's pass, then one for each of these concepts: its LoRA and those that are everywhere, with its prompt.
+
+    worn: the LoRAs of clothing and of who wears it are on in each other's pass.
+    """
     everywhere = {name: live[name] for name in scene.everywhere if name in live}
-    uses = [everywhere, *({scene.concepts[c]: live[scene.concepts[c]]} | everywhere for c in concepts)]
+    company = worn_by(scene, run.categories) if worn else {}
+    together = {c: {name: live[name] for name in (scene.concepts[other] for other in sorted({c, *company.get(c, ())})) if name in live} for c in concepts}
+    uses = [everywhere, *(together[c] | everywhere for c in concepts)]
     texts = [scene.prompts[0], *(scene.prompts[c + 1] for c in concepts)]
     return [Pass(use, run.encode(text, use)) for use, text in zip(uses, texts, strict=True)]
+
+
+def worn_by(scene: prompts.Scene, categories: Mapping[str, str]) -> dict[int, set[int]]:
+    """Concept to the concepts at whose places its LoRA acts, too: clothing and the character that the prompt names last before it."""
+    places = [spans[0][0] for spans in scene.spans]
+    kinds = [categories.get(name, "") for name in scene.concepts]
+    company: dict[int, set[int]] = {}
+    for c, kind in enumerate(kinds):
+        wearers = [w for w, other in enumerate(kinds) if other == "character" and places[w] < places[c]]
+        if kind == "clothing" and wearers:
+            wearer = max(wearers, key=lambda w: places[w])
+            company.setdefault(c, set()).add(wearer)
+            company.setdefault(wearer, set()).add(c)
+    return company
 
 
 def token_positions(run: Run, scene: prompts.Scene) -> list[list[list[int]]]:
