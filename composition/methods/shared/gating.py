@@ -123,7 +123,7 @@ class Gating(nn.Module):
 
     @staticmethod
     def features(layer: Stack, h: Float[Tensor, "rows T P"], live: Sequence[int]) -> Float[Tensor, "rows T K F"]:
-        """How each live LoRA acts at each place; no gradient, and the same for every factorisation of an update."""
+        """How each live LoRA acts at each place; given, to the gradient, and the same for every factorisation of an update."""
         with torch.no_grad():
             product = layer.product(h)
             up, owner = product.up.to(h), product.owner
