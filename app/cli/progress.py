@@ -94,13 +94,13 @@ class Bar:
         if not due and len(self.unread) < READ:
             self.progress.update(self.task, completed=step)
             return
-        self.losses = [*self.losses, *(sum(step_losses.values()) / len(step_losses) for step_losses in self.unread)][-LAST:]
+        self.losses = [*self.losses, *(sum(step_losses.values()) / len(step_losses) for step_losses in self.unread if step_losses)][-LAST:]
         self.unread.clear()
-        loss = sum(self.losses) / len(self.losses)
-        self.progress.update(self.task, completed=step, description=f"loss {loss:.4f}")
+        state = f"loss {sum(self.losses) / len(self.losses):.4f}" if self.losses else self.what
+        self.progress.update(self.task, completed=step, description=state)
         if not self.console.is_terminal and due:
             left = (time.monotonic() - self.begun) / (step - self.first) * (self.steps - step)
-            self.console.print(Text(f"step {step} of {self.steps}, loss {loss:.4f}, {_span(left)} left"))
+            self.console.print(Text(f"step {step} of {self.steps}, {state}, {_span(left)} left"))
 
 
 def _span(seconds: float) -> str:
