@@ -22,11 +22,13 @@ class Options:
         "or the whole prompt (request)."})
     ridge: float = field(default=ssr.RIDGE, metadata={"ge": 1e-8, "le": 10.0, "help":
         "Share of the mean energy of a rank that is added to all: larger keeps nearer to nothing, smaller fits closer."})
+    on: ssr.Where = field(default="all", metadata={"help":
+        "The layers that are mixed: all; those that read the prompt alone (text); or the others (picture). Elsewhere LoRAs are added up."})
 
 
 @method(title="SSR-Merge", about="Adds all LoRAs up after parting what they have in common, measured once for a set.", paper="2606.10617",
         cost="1, and K once for a set of LoRAs", static=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
-    with added_up(run, ssr.Rewrites(run, options.prompts, options.ridge)) as predict:
+    with added_up(run, ssr.Rewrites(run, options.prompts, options.ridge, options.on)) as predict:
         yield predict

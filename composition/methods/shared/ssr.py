@@ -25,6 +25,7 @@ from composition.run import Run
 RIDGE = 1e-2  # of G's mean diagonal
 SEED = 42  # of the noise, as the reference has it
 Prompts = Literal["trigger", "own", "request"]
+Where = Literal["all", "text", "picture"]
 
 
 class Sums(NamedTuple):
@@ -69,8 +70,8 @@ class Rewrites:
     All sets of a run are measured at its first time.
     """
 
-    def __init__(self, run: Run, wanted: Prompts, ridge: float) -> None:
-        self.run, self.ridge = run, ridge
+    def __init__(self, run: Run, wanted: Prompts, ridge: float, on: Where = "all") -> None:
+        self.run, self.ridge, self.on = run, ridge, on
         self.first: Step | None = None
         self.texts = dict(zip(run.names, calibration_prompts(run, wanted), strict=True)) if len(run.names) > 1 else {}
 
@@ -81,7 +82,8 @@ class Rewrites:
             return {}
         layers, live = self.run.adapters.stacks(), adapters_of(self.run, names)
         matrices = self._mixing(names, self.first).matrices
-        return {path: mixed(matrix, ranks_of(layers[path], live)) for path, matrix in matrices.items()}
+        return {path: mixed(matrix, ranks_of(layers[path], live)) for path, matrix in matrices.items()
+                if self.on == "all" or (getattr(layers[path].axis, "kind", "") == "text") == (self.on == "text")}
 
     def _mixing(self, names: Sequence[str], first: Step) -> Mixing:
         run, texts = self.run, [self.texts[name] for name in names]
