@@ -25,11 +25,12 @@ MAX_CONDITIONS = 16
 MAX_IMAGE = 16_000_000  # letters of a picture as a data URL
 SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
 DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
-_LATER = ("anchored", "windows")  # fields of a request that its JSON leaves out where they are False
+_LATER = ("anchored", "windows")  # fields of a request that its JSON leaves out where they are not set
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)]
 ConditionKind = Literal["", "spatial", "subject"]
+Windows = Literal["", "both", "style"]
 Category = Literal["", "character", "clothing", "style", "place", "object", "pose", "other"]
 
 _config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -165,7 +166,8 @@ class Request:
     over 1 adds guidance against the negative prompt. sampler "default" is the one the model was saved with; a title as A1111 writes it
     ("Euler a") is taken for our name of it.
     anchored: the negative row of guidance is the base's own prediction, without any LoRA; without guidance there is none. windows: LoRAs that
-    are on in all steps get a part of them by their category: content early, style late (`composition.windows`).
+    are on in all steps get a part of them by their category: content early and style late ("both"), or style late alone ("style";
+    `composition.windows`).
     """
 
     prompt: Annotated[str, Field(max_length=20_000)]
@@ -185,7 +187,7 @@ class Request:
     batched: bool = True
     allow_partial: bool = False
     anchored: bool = False
-    windows: bool = False
+    windows: Windows = ""
     schema_version: int = SCHEMA_VERSION
 
     @field_validator("size")

@@ -1,7 +1,8 @@
 """Content early, style late: a part of the steps for every LoRA that has none, by its category (CRAFT-LoRA, arXiv 2602.18936).
 
-What a picture shows is decided in its first steps, how it is drawn in its last ones. The paper has one LoRA of content and one of style; that
-clothing, places and poses are content, as characters and objects are, is ours.
+What a picture shows is decided in its first steps, how it is drawn in its last ones. The paper has one LoRA of content and one of style ("both"); that
+clothing, places and poses are content, as characters and objects are, is ours, and so is "style", where content stays on to the end: on Pocket characters
+that go before the end are lost again, and a style that comes late costs nothing (docs/results.md).
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +12,8 @@ from typing import Any
 from composition.request import Lora, Request
 
 CONTENT, STYLE = (0.0, 0.7), (0.3, 1.0)  # of the steps
-WINDOWS = dict.fromkeys(("character", "object", "clothing", "place", "pose"), CONTENT) | {"style": STYLE}
+WINDOWS = {"both": dict.fromkeys(("character", "object", "clothing", "place", "pose"), CONTENT) | {"style": STYLE},
+           "style": dict.fromkeys(("character", "object", "clothing", "place", "pose"), (0.0, 1.0)) | {"style": STYLE}}
 NOTE = "windows"  # in Result.notes: by name of a LoRA, the part of the steps that its category has, or why it has none
 _ONE_STEP, _UNKNOWN = "a single step is neither early nor late", "its category is neither content nor style"
 
@@ -23,13 +25,12 @@ def settled(request: Request, category: Callable[[Lora], str]) -> Request:
     """
     if not request.windows or request.length == 1:
         return request
-    return replace(request, loras=[_windowed(lora, category) for lora in request.loras])
+    return replace(request, loras=[_windowed(lora, WINDOWS[request.windows].get(category(lora))) for lora in request.loras])
 
 
-def _windowed(lora: Lora, category: Callable[[Lora], str]) -> Lora:
+def _windowed(lora: Lora, window: tuple[float, float] | None) -> Lora:
     if lora.scheduled or lora.weight == 0.0:
         return lora
-    window = WINDOWS.get(category(lora))
     return replace(lora, start=window[0], end=window[1]) if window else lora
 
 
@@ -42,8 +43,9 @@ def noted(request: Request, categories: Mapping[str, str]) -> dict[str, Any]:
         return {}
     note: dict[str, Any] = {}
     for name, lora in request.active.items():
-        if lora.scheduled and (lora.start, lora.end) == WINDOWS.get(categories[name]):
+        window = WINDOWS[request.windows].get(categories[name])
+        if lora.scheduled and (lora.start, lora.end) == window:
             note[name] = [lora.start, lora.end]
-        elif not lora.scheduled:
+        elif not lora.scheduled and (window != (0.0, 1.0) or request.length == 1):
             note[name] = _ONE_STEP if request.length == 1 else _UNKNOWN
     return {NOTE: note} if note else {}

@@ -116,6 +116,8 @@ def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Re
         fields["conditions"] = tuple(control(text) for text in values["control"])
     if values.get("size"):
         fields["size"] = read_size(values["size"])
+    if fields.get("windows") == "none":
+        fields["windows"] = ""
     before = start or Request(prompt="")
     method = fields.get("method", before.method)
     kept = dict(before.options) if method == before.method else {}

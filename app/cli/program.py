@@ -52,8 +52,8 @@ TrueGuidance = Annotated[float | None, typer.Option(help="For guidance-distilled
                                                     "guidance against the negative prompt as well.")]
 Anchored = Annotated[bool | None, typer.Option("--anchored/--no-anchored", help="Guide away from what the base draws of the negative prompt without "
                                                "any LoRA, by whichever method (no).")]
-Windows = Annotated[bool | None, typer.Option("--windows/--no-windows", help="LoRAs of content are on in the first 70 % of the steps, those of "
-                                              "style in the last 70 %, except where a LoRA has a start or an end (no).")]
+Windows = Annotated[str | None, typer.Option(metavar="both|style|none", help="style: LoRAs of style are on in the last 70 % of the steps; both: and those of "
+                                             "content in the first 70 %; not where a LoRA has a start or an end (none).")]
 Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels (the model's own).")]
 Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for the pictures.")]
 Triggers = Annotated[bool, typer.Option("--triggers", help="Add a trigger word of every LoRA that has none in the prompt.")]

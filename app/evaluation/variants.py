@@ -11,7 +11,8 @@ from app import options
 from app.evaluation.cases import Case
 from composition import Refused, Request, prompt_syntax
 
-OF_REQUEST = ("anchored", "windows")  # options of every method, which are fields of the request
+# Options of every method, which are fields of the request: by what is written, their values.
+OF_REQUEST: dict[str, dict[str, Any]] = {"anchored": {"true": True, "false": False}, "windows": {"both": "both", "style": "style", "none": ""}}
 NONE, LORA_ALONE, SUPPLIED, EQUAL = "none", "lora-alone", "supplied", "@equal"
 REFERENCES = (NONE, LORA_ALONE)  # the variants that methods are compared with: no methods themselves
 MANY = 1.05  # times the prompt alone's evaluations, from which a variant is also made at equal evaluations
@@ -77,13 +78,13 @@ def method_of(variant: str) -> str:
     return variant.removesuffix(EQUAL).partition(":")[0]
 
 
-def fields_of(variant: str) -> dict[str, bool]:
-    """The fields of the request that a variant sets: {"anchored": True} of "merge:anchored=true". Raises Refused for what is not yes or no."""
+def fields_of(variant: str) -> dict[str, Any]:
+    """The fields of the request that a variant sets: {"anchored": True} of "merge:anchored=true". Raises Refused for another value."""
     pairs = [part.partition("=") for part in variant.removesuffix(EQUAL).split(":")[1:]]
     texts = {key.strip(): value.strip().lower() for key, _, value in pairs if key.strip() in OF_REQUEST}
-    if strange := [key for key, value in texts.items() if value not in ("true", "false")]:
-        raise Refused(f"{variant:.200}: write {strange[0]}=true or {strange[0]}=false")
-    return {key: value == "true" for key, value in texts.items()}
+    if strange := [key for key, value in texts.items() if value not in OF_REQUEST[key]]:
+        raise Refused(f"{variant:.200}: write {' or '.join(f'{strange[0]}={value}' for value in OF_REQUEST[strange[0]])}")
+    return {key: OF_REQUEST[key][value] for key, value in texts.items()}
 
 
 def title(variant: str) -> str:

@@ -97,8 +97,8 @@ class Page:
         with gr.Row():
             self.anchored = gr.Checkbox(False, label="Anchored guidance", info="Guide away from what the base draws without any LoRA.",
                                         elem_id="anchored")
-            self.windows = gr.Checkbox(False, label="Content early, style late", info="LoRAs of content are on in the first 70 % of the steps, those "
-                                       "of style in the last 70 %.", elem_id="windows")
+            self.windows = gr.Dropdown([("All the time", ""), ("Style late", "style"), ("Content early, style late", "both")], value="", label="LoRAs are on",
+                                       info="Style in the last 70 % of the steps, content in the first 70 %.", elem_id="windows")
 
     def _right(self) -> None:
         with gr.Row():
@@ -191,7 +191,7 @@ class Page:
             options=forms.options(method, self._answers(method.name, answers[len(FIELDS):])),
             sampler=fields["sampler"], steps=fields["steps"], guidance=fields["guidance"],
             true_guidance=fields["true_guidance"],
-            size=_size(fields["size"]), anchored=bool(fields["anchored"]), windows=bool(fields["windows"]),
+            size=_size(fields["size"]), anchored=bool(fields["anchored"]), windows=fields["windows"] or "",
             seed=secrets.randbelow(2**32) if fields["random"] else fields["seed"])
         self._engine.backbone.size(request)  # refused now, not when its turn comes
         return request

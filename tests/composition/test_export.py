@@ -140,7 +140,7 @@ def test_the_header(engines, sets, tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"method": "composite"}, "method composite is not one LoRA"),
     ({"anchored": True}, "anchored guidance is a way to draw a picture"),
-    ({"windows": True}, "leave out start and end, and windows"),
+    ({"windows": "both"}, "leave out start and end, and windows"),
     ({"schedule": 0.5}, "on from 0.5 to 1"),
     ({"region": (0.0, 0.0, 0.5, 1.0)}, "has a region"),
     ({"weight": 0.0}, "nothing to export"),

@@ -35,7 +35,7 @@ def engine(tmp_path_factory):
 
 
 def asked(*loras, method="merge", **changes):
-    return laws.request(method, *loras, **({"sampler": "euler", "steps": 10, "windows": True} | changes))
+    return laws.request(method, *loras, **({"sampler": "euler", "steps": 10, "windows": "both"} | changes))
 
 
 def schedules(request):
@@ -46,7 +46,16 @@ def test_every_category_has_its_part_of_the_steps(engine):
     request, _ = engine.settle(asked(*map(Lora, (*CATEGORIES, "plain"))))
     content = dict.fromkeys(("character", "object", "clothing", "place", "pose"), CONTENT)
     assert schedules(request) == content | {"style": STYLE, "other": (0.0, 1.0), "plain": (0.0, 1.0)}
-    assert request.windows and engine.settle(request)[0] == request
+    assert request.windows == "both" and engine.settle(request)[0] == request
+
+
+def test_style_late_alone(engine):
+    """Content stays on in all steps, and is not noted."""
+    request, _ = engine.settle(asked(*map(Lora, (*CATEGORIES, "plain")), windows="style"))
+    assert schedules(request) == dict.fromkeys((*CATEGORIES, "plain"), (0.0, 1.0)) | {"style": STYLE}
+    assert engine.settle(request)[0] == request
+    notes = engine.run(asked(Lora("character"), Lora("style"), Lora("plain"), windows="style")).notes["windows"]
+    assert notes == {"style": list(STYLE), "plain": "its category is neither content nor style"}
 
 
 def test_the_requests_category_goes_before_the_files(engine):
@@ -61,7 +70,7 @@ def test_a_schedule_of_its_own_stays(engine):
 
 
 def test_without_it_nothing_is_scheduled(engine):
-    request, _ = engine.settle(asked(Lora("style"), Lora("character"), windows=False))
+    request, _ = engine.settle(asked(Lora("style"), Lora("character"), windows=""))
     assert set(schedules(request).values()) == {(0.0, 1.0)} and not windows.noted(request, {})
 
 
@@ -80,7 +89,7 @@ def test_off_is_as_if_it_were_not_there(method, engine):
     request = asked(*pair, method=method, options=laws.LIGHT.get(method, {}))
     settled, _ = engine.settle(request)
     for index, live in ((0, settled.loras[:1]), (5, settled.loras), (9, settled.loras[1:])):
-        expected = replace(settled, loras=[replace(lora, start=0.0, end=1.0) for lora in live], windows=False)
+        expected = replace(settled, loras=[replace(lora, start=0.0, end=1.0) for lora in live], windows="")
         laws.same(laws.prediction(engine, request, index), laws.prediction(engine, expected, index))
 
 
@@ -93,7 +102,7 @@ def test_what_was_done_is_noted(engine):
     assert engine.run(engine.settle(request)[0]).notes["windows"] == note
     assert "single step" in engine.run(replace(request, steps=1)).notes["windows"]["style"]
     assert "windows" not in engine.run(asked(Lora("pose", end=0.5))).notes
-    assert "windows" not in engine.run(replace(request, windows=False)).notes
+    assert "windows" not in engine.run(replace(request, windows="")).notes
 
 
 def test_they_go_with_an_anchor(engine):
@@ -131,7 +140,7 @@ def test_records_without_them_are_as_they_were(engine):
     assert Request.read(json.dumps(fields)) == plain and not plain.anchored and not plain.windows
     identity = Identity(engine)
     names = set()
-    for changes in ({}, {"anchored": True}, {"windows": True}, {"anchored": True, "windows": True}):
+    for changes in ({}, {"anchored": True}, {"windows": "both"}, {"anchored": True, "windows": "both"}):
         other = replace(plain, **changes)
         assert Request.read(other.json()) == other
         names.add(identity.of(engine.settle(other)[0]))

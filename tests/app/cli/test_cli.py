@@ -57,11 +57,11 @@ def test_from_makes_the_same_bytes(make, medley, toy):
 
 def test_anchored_and_windows(make, medley, toy):
     """Recorded, said, kept by --from, and taken back."""
-    said = make("--anchored", "--windows", "--lora", "ink", "--seed", 3)
+    said = make("--anchored", "--windows", "both", "--lora", "ink", "--seed", 3)
     assert said.code == 0, said.err
     assert said.out.count("fox is on from 0% to 70% of the steps, by its category") == 1 and said.out.count("ink is on in all steps: its category") == 1
     before = record.read(Path("pictures/0000.png"))
-    assert before.anchored and before.windows and [lora.end for lora in before.loras] == [0.7, 0.7, 1.0]
+    assert before.anchored and before.windows == "both" and [lora.end for lora in before.loras] == [0.7, 0.7, 1.0]
     again = ("generate", "--from", "pictures/0000.png", "--model", toy.model, "--lora-dir", toy.loras)
     assert medley(*again, "--out", "again").code == 0
     assert Path("again/0000.png").read_bytes() == Path("pictures/0000.png").read_bytes()

@@ -79,7 +79,7 @@ def test_flags_override_the_request_they_start_from():
 
 def test_an_option_of_every_method_is_kept_unless_it_is_taken_back():
     start = Request(prompt="old", anchored=True)
-    assert flags.request({"anchored": None, "windows": True}, start)[0] == Request(prompt="old", anchored=True, windows=True)
+    assert flags.request({"anchored": None, "windows": "both"}, start)[0] == Request(prompt="old", anchored=True, windows="both")
     assert flags.request({"anchored": False, "windows": None}, start)[0] == Request(prompt="old")
 
 

@@ -8,12 +8,12 @@ from composition import Lora, Refused, Request
 
 
 def test_options_of_every_method_are_fields_of_the_request():
-    read = variants.read_methods("merge,merge:anchored=true,cmlora:cache=false:windows=true:anchored=false")
-    assert read == {"merge": {}, "merge:anchored=true": {}, "cmlora:cache=false:windows=true:anchored=false": {"cache": False}}
+    read = variants.read_methods("merge,merge:anchored=true,cmlora:cache=false:windows=both:anchored=false")
+    assert read == {"merge": {}, "merge:anchored=true": {}, "cmlora:cache=false:windows=both:anchored=false": {"cache": False}}
     case = Case(request=Request("a fox", loras=[Lora("fox")]), group="a fox", seed=0, text="a fox")
     rows = [row.request for row in variants.Variants(read).rows(case)]
     assert [(row.method, row.anchored, row.windows) for row in rows] == [
-        ("merge", False, False), ("merge", False, False), ("merge", True, False), ("cmlora", False, True)]
+        ("merge", False, ""), ("merge", False, ""), ("merge", True, ""), ("cmlora", False, "both")]
     assert variants.title("merge:anchored=true@equal") == "Merge anchored=true, equal evaluations"
 
 

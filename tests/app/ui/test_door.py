@@ -174,7 +174,7 @@ def test_one_client_waits_for_its_own_pictures_alone(place, visitor):
 def test_options_of_every_method_reach_the_picture(place, visitor):
     """Off as the page first is; on, in the record and among the remarks."""
     plain = visitor.picture(prompt="a raccoon", steps=2, loras=[{"key": "raccoon", "weight": 1}])[1]
-    shown, body = visitor.picture(prompt="a raccoon", steps=2, loras=[{"key": "raccoon", "weight": 1}], anchored=True, windows=True)
+    shown, body = visitor.picture(prompt="a raccoon", steps=2, loras=[{"key": "raccoon", "weight": 1}], anchored=True, windows="both")
     before, request = (record.details(_file(place[1].parent / f"{name}.png", data)).request for name, data in (("plain", plain), ("both", body)))
     assert not before.anchored and not before.windows and before.loras[0].end == 1.0
     assert request.anchored and request.windows and request.loras[0].end == 0.7
