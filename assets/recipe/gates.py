@@ -31,7 +31,9 @@ from .world import World
 FIRST = 9 * 10**10  # scene numbers of the first step; the next has them a hundred on
 PICTURES = 8  # of a step
 PLAN = gates.Plan(noise=(CENTRE, WIDTH), half=True, steps=1500)
-KINDS = {"layer": {"film": False}, "rank": {}, "rank-plain": {"film": False}, "element": {"film": False}, "element-shared": {"film": False, "shared": True}}
+# Kinds of gates by name. What ends in -text has them in the layers that read the prompt alone, where the tokens of one LoRA stand apart.
+KINDS = {"layer": {"film": False}, "layer-text": {"film": False}, "rank": {}, "rank-plain": {"film": False}, "rank-text": {}, "element": {"film": False},
+         "element-shared": {"film": False, "shared": True}}  # fmt: skip
 
 
 class Named(NamedTuple):
@@ -124,7 +126,9 @@ def make(pipe, art: Path, folder: Path, out: Path, work: Path, kind: str, *, ste
 
     loras = {row["file"]: (Lora(str(folder / row["file"])), folder / row["file"], row["category"]) for row in rows if row["split"] == "train"}
     try:
-        return gates.train(backbone, adapters, loras, Scenes(backbone, art, rows, pictures), plan, out, base=base, checkpoint=work / f"gates-{kind}.pt", on_step=on_step,
-                           targets=gates.touched(adapters, dict(list(loras.items())[:2])), pool=pool.RECIPE)  # fmt: skip
+        targets = gates.touched(adapters, dict(list(loras.items())[:2]))
+        targets = [path for path in targets if backbone.axis(path).kind == "text"] if kind.endswith("-text") else targets
+        return gates.train(backbone, adapters, loras, Scenes(backbone, art, rows, pictures), plan, out, base=base, checkpoint=work / f"gates-{kind}.pt",
+                           on_step=on_step, targets=targets, pool=pool.RECIPE)  # fmt: skip
     finally:
         adapters.close()

@@ -10,9 +10,9 @@ from composition.methods.shared.ssr import RIDGE, Rewrites
 from composition.methods.shared.static import Rewriting, Rewritten
 from composition.run import Run
 
-Fusion = Literal["", "ssr", "np-lora"]
+Fusion = Literal["", "ssr", "ssr-text", "np-lora"]
 MU = 0.5  # of NP-LoRA's projection, as the paper has it
-HELP = "What is done to the LoRAs' factors beforehand: ssr or np-lora, with the defaults of these methods; empty: nothing."
+HELP = "What is done to the LoRAs' factors beforehand: ssr (ssr-text: in the layers of the prompt alone) or np-lora; empty: nothing."
 
 
 def fused(run: Run, fusion: Fusion) -> Rewritten:
@@ -21,8 +21,8 @@ def fused(run: Run, fusion: Fusion) -> Rewritten:
 
 
 def _rewriting(run: Run, fusion: Fusion) -> Rewriting:
-    if fusion == "ssr":
-        return Rewrites(run, "trigger", RIDGE)
+    if fusion in ("ssr", "ssr-text"):
+        return Rewrites(run, "trigger", RIDGE, "text" if fusion == "ssr-text" else "all")
     if fusion == "np-lora":
         return lambda step, live: projected(run, live, MU)
     return _nothing
