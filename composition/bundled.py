@@ -19,7 +19,8 @@ class Bundle:
 
 
 BUNDLES: Mapping[str, Bundle] = {
-    "pocket": Bundle("pocket128/sd", "pocket128/loras", "pocket128/testbed.json", "pocket128/profiles", conditions="pocket128"),
+    "pocket": Bundle("pocket128/sd", "pocket128/loras", "pocket128/testbed.json", "pocket128/profiles", conditions="pocket128",
+                     gates="pocket128/gates.safetensors"),
     "pocket-flux": Bundle("pocket/flux", "pocket/flux-loras", "pocket/testbed-flux.json", "pocket/profiles",
                           conditions="pocket/flux-conditions"),
 }
