@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.terminal import printable
-from composition import Condition, Request, pictures, prompt_syntax, windows
+from composition import Condition, Request, named, pictures, prompt_syntax, windows
 
 
 def remarks(notes: Mapping[str, Any]) -> list[str]:
@@ -28,6 +28,8 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
     if isinstance(note := notes.get(windows.NOTE), Mapping):
         lines += [f"{name} is on in all steps: {part}" if isinstance(part, str) else f"{name} is on from {part[0]:.0%} to {part[1]:.0%} of the steps, by its category"
                   for name, part in note.items()]
+    if names := notes.get(named.NOTE):
+        lines.append(f"left out, since the prompt says none of their trigger words: {', '.join(map(str, names))}")
     if how := notes.get("fold"):
         lines.append(f"the LoRAs were {how}")
     if notes.get("conditions isolated"):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from composition import backbones, methods, pictures, prompt_syntax, windows
+from composition import backbones, methods, named, pictures, prompt_syntax, windows
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone
@@ -162,6 +162,7 @@ class Engine:
         controls = [replace(control, image=pictures.condition_as_text(control.image, control.name), annotator=self._controls.annotator(control))
                     for control in request.conditions]
         request = replace(request, model=self.name, loras=loras, conditions=controls).settled(*self.backbone.defaults)
+        request = named.settled(request, lambda lora: lora.triggers or self.inspect(lora.source).triggers)
         request = windows.settled(request, lambda lora: lora.category or self.inspect(lora.source).category)
         options = methods.find(request.method).options.__dataclass_fields__
         if not measured_order.concerns(request, options):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from composition import methods, prompt_syntax, prompts, windows
+from composition import methods, named, prompt_syntax, prompts, windows
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone
@@ -27,6 +27,8 @@ def opening_notes(request: Request, receipts: Sequence[Receipt], backbone: Backb
         why = "guidance is off" if distilled is None else "guidance was distilled into this model: set true_guidance over 1"
         notes |= {"negative prompt not read": why} if request.negative else {}
         notes |= {"not anchored": why} if request.anchored else {}
+    notes |= named.noted(request, {name: lora.triggers or receipt.triggers
+                                   for name, lora, receipt in zip(request.names, request.loras, receipts, strict=True)})
     notes |= windows.noted(request, {name: lora.category or receipt.category
                                      for name, lora, receipt in zip(request.names, request.loras, receipts, strict=True)})
     if not methods.find(request.method).regional:

@@ -25,7 +25,7 @@ MAX_CONDITIONS = 16
 MAX_IMAGE = 16_000_000  # letters of a picture as a data URL
 SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
 DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
-_LATER = ("anchored", "windows")  # fields of a request that its JSON leaves out where they are not set
+_LATER = ("anchored", "windows", "named_only")  # fields of a request that its JSON leaves out where they are not set
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)]
@@ -167,7 +167,7 @@ class Request:
     ("Euler a") is taken for our name of it.
     anchored: the negative row of guidance is the base's own prediction, without any LoRA; without guidance there is none. windows: LoRAs that
     are on in all steps get a part of them by their category: content early and style late ("both"), or style late alone ("style";
-    `composition.windows`).
+    `composition.windows`). named_only: LoRAs of whose trigger words the prompt says none are off (`composition.named`).
     """
 
     prompt: Annotated[str, Field(max_length=20_000)]
@@ -188,6 +188,7 @@ class Request:
     allow_partial: bool = False
     anchored: bool = False
     windows: Windows = ""
+    named_only: bool = False
     schema_version: int = SCHEMA_VERSION
 
     @field_validator("size")

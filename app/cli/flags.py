@@ -135,7 +135,7 @@ def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Re
 
 
 _PLAIN = {"prompt", "negative", "model", "method", "sampler", "steps", "guidance", "true_guidance", "seed", "count", "batched", "allow_partial", "anchored",
-          "windows"}
+          "windows", "named_only"}
 
 
 _HINTS = {  # flags as other tools call them, and how to say it here

@@ -54,6 +54,7 @@ Anchored = Annotated[bool | None, typer.Option("--anchored/--no-anchored", help=
                                                "any LoRA, by whichever method (no).")]
 Windows = Annotated[str | None, typer.Option(metavar="both|style|none", help="style: LoRAs of style are on in the last 70 % of the steps; both: and those of "
                                              "content in the first 70 %; not where a LoRA has a start or an end (none).")]
+NamedOnly = Annotated[bool | None, typer.Option("--named-only/--no-named-only", help="Leave out LoRAs of whose trigger words the prompt says none (no).")]
 Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels (the model's own).")]
 Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for the pictures.")]
 Triggers = Annotated[bool, typer.Option("--triggers", help="Add a trigger word of every LoRA that has none in the prompt.")]
@@ -94,7 +95,7 @@ def generate(
     method: Annotated[str | None, typer.Option(help="How the LoRAs are composed (merge); see `medley methods`.")] = None,
     option: Option = None, control: Controls = None, model: Model = None, sampler: Sampler = None, negative: Negative = None,
     seed: Seed = None, steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
-    anchored: Anchored = None, windows: Windows = None,
+    anchored: Anchored = None, windows: Windows = None, named_only: NamedOnly = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="Add the LoRAs that the prompt calls for, with their trigger words (see `medley suggest`).")] = False,
     out_dir: Out = PICTURES, triggers: Triggers = False, allow_partial: Partial = None, picture: From = None,
@@ -147,7 +148,7 @@ def compare(
     methods: Annotated[str | None, typer.Option(help="Which, as merge,composite (all).")] = None,
     option: Option = None, control: Controls = None, model: Model = None, sampler: Sampler = None, negative: Negative = None,
     seed: Seed = None, steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
-    anchored: Anchored = None, windows: Windows = None,
+    anchored: Anchored = None, windows: Windows = None, named_only: NamedOnly = None,
     out_dir: Out = PICTURES, triggers: Triggers = False,
     allow_partial: Partial = None, picture: From = None, allow_paths: AllowPaths = False, allow_download: AllowDownload = False,
     device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None, lora_dir: Folders = None,

@@ -12,7 +12,9 @@ from app.evaluation.cases import Case
 from composition import Refused, Request, prompt_syntax
 
 # Options of every method, which are fields of the request: by what is written, their values.
-OF_REQUEST: dict[str, dict[str, Any]] = {"anchored": {"true": True, "false": False}, "windows": {"both": "both", "style": "style", "none": ""}}
+OF_REQUEST: dict[str, dict[str, Any]] = {"anchored": {"true": True, "false": False}, "windows": {"both": "both", "style": "style", "none": ""},
+                                         "named": {"true": True, "false": False}}
+FIELDS = {"named": "named_only"}  # of the request, where its name is another
 NONE, LORA_ALONE, SUPPLIED, EQUAL = "none", "lora-alone", "supplied", "@equal"
 REFERENCES = (NONE, LORA_ALONE)  # the variants that methods are compared with: no methods themselves
 MANY = 1.05  # times the prompt alone's evaluations, from which a variant is also made at equal evaluations
@@ -84,7 +86,7 @@ def fields_of(variant: str) -> dict[str, Any]:
     texts = {key.strip(): value.strip().lower() for key, _, value in pairs if key.strip() in OF_REQUEST}
     if strange := [key for key, value in texts.items() if value not in OF_REQUEST[key]]:
         raise Refused(f"{variant:.200}: write {' or '.join(f'{strange[0]}={value}' for value in OF_REQUEST[strange[0]])}")
-    return {key: OF_REQUEST[key][value] for key, value in texts.items()}
+    return {FIELDS.get(key, key): OF_REQUEST[key][value] for key, value in texts.items()}
 
 
 def title(variant: str) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 Changes = dict[Any, Any]  # component to its new value
 FIELDS = ("prompt", "cards", "controls", "method", "random", "seed", "negative", "steps", "guidance", "true_guidance",
-          "sampler", "size", "anchored", "windows")
+          "sampler", "size", "anchored", "windows", "named_only")
 LOOK = 0.1  # seconds between two looks at a job
 GRACE = 5.0  # seconds that a client may be away before its job is cancelled
 CARDS = """<div class="loras"><div class="bar"><h2>LoRAs</h2><span class="count"></span>
@@ -99,6 +99,7 @@ class Page:
                                         elem_id="anchored")
             self.windows = gr.Dropdown([("All the time", ""), ("Style late", "style"), ("Content early, style late", "both")], value="", label="LoRAs are on",
                                        info="Style in the last 70 % of the steps, content in the first 70 %.", elem_id="windows")
+            self.named_only = gr.Checkbox(False, label="Only LoRAs that the prompt names", info="By their trigger words.", elem_id="named-only")
 
     def _right(self) -> None:
         with gr.Row():
@@ -191,7 +192,7 @@ class Page:
             options=forms.options(method, self._answers(method.name, answers[len(FIELDS):])),
             sampler=fields["sampler"], steps=fields["steps"], guidance=fields["guidance"],
             true_guidance=fields["true_guidance"],
-            size=_size(fields["size"]), anchored=bool(fields["anchored"]), windows=fields["windows"] or "",
+            size=_size(fields["size"]), anchored=bool(fields["anchored"]), windows=fields["windows"] or "", named_only=bool(fields["named_only"]),
             seed=secrets.randbelow(2**32) if fields["random"] else fields["seed"])
         self._engine.backbone.size(request)  # refused now, not when its turn comes
         return request

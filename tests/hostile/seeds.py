@@ -64,7 +64,7 @@ REQUEST: dict[str, Any] = {
     "conditions": [{"source": "edges", "image": "a.png", "annotator": "canny", "kind": "spatial", "weight": 1, "strength": 0.8,
                     "start": 0, "end": 0.5}],
     "model": "pocket", "method": "merge", "options": {"a": 1}, "sampler": "Euler a", "steps": 5, "guidance": 4, "true_guidance": 1, "size": [64, 64],
-    "seed": 1, "count": 1, "batched": True, "allow_partial": False, "anchored": True, "windows": "both", "schema_version": 1,
+    "seed": 1, "count": 1, "batched": True, "allow_partial": False, "anchored": True, "windows": "both", "named_only": False, "schema_version": 1,
 }  # fmt: skip
 DOCUMENT: dict[str, Any] = {
     "schema_version": 1, "request": REQUEST, "receipts": {"owl": {"sha256": "0" * 64, "tensor_sha256": "1" * 64}},
