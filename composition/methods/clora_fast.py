@@ -44,7 +44,7 @@ class Options:
         "Where masks overlap: share the place, or give it to the concept with the strongest map."})
     soft: float = field(default=0.0, metadata={"ge": 0.0, "le": 16.0, "help": "Softness of a mask's edge, in cells of the latent."})
     regions: Literal["replace", "intersect"] = field(default="replace", metadata={"help": "What a LoRA's own region does with its mask."})
-    worn: bool = field(default=False, metadata={"help":
+    worn: bool = field(default=True, metadata={"help":
         "Let clothing and the character before it in the prompt share their places: both LoRAs act in both masks."})
     fusion: fusions.Fusion = field(default="", metadata={"help": fusions.HELP})
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from composition.methods.shared import projection, ssr
+from composition import Lora, prompts
+from composition.methods.shared import concepts, projection, ssr
 from composition.profiles.store import ProfileStore
 from tests.composition import laws
 
@@ -232,3 +233,31 @@ def test_prompts_that_a_set_is_measured_by(case):
         assert ssr.calibration_prompts(run, "trigger") == ["fox", two.replace("_", " ")]
         assert ssr.calibration_prompts(run, "request") == [run.request.prompt] * 2
         assert ssr.calibration_prompts(run, "own") == ["the fox and on the moon", "and the owl on the moon"]
+
+
+def test_clothing_shares_its_wearers_places():
+    """The character that the prompt names last before it; none before it, or no clothing: nobody shares."""
+    kinds = {"fox": "character", "hat": "clothing", "rose": "object", "owl": "character", "scarf": "clothing"}
+    words = {"fox": "fox", "hat": "hat", "rose": "rose", "owl": "owl", "scarf": "scarf"}
+
+    def company(prompt):
+        loras = {name: Lora(name, binds=words[name]) for name in words if name in prompt}
+        scene = prompts.scene(prompt, loras, kinds, {})
+        return {scene.concepts[c]: {scene.concepts[w] for w in others} for c, others in concepts.worn_by(scene, kinds).items()}
+
+    assert company("a fox wearing a hat and a rose") == {"fox": {"hat"}, "hat": {"fox"}}
+    assert company("a fox, a hat, an owl and a scarf") == {"fox": {"hat"}, "hat": {"fox"}, "owl": {"scarf"}, "scarf": {"owl"}}
+    assert company("a hat and a fox") == {} and company("a fox and a rose") == {}
+
+
+def test_worn_passes_have_both_loras(case):
+    """In each other's pass, at their weights; without, each alone."""
+    engine, loras = case
+    one, two = loras[:2]
+    with laws.opened(engine, laws.request("clora-fast", one, two)) as (run, times, start):
+        run.categories = dict(zip(run.names, ("character", "clothing"), strict=True))
+        scene = concepts.scene_of(run)
+        live = run.live(laws.Step(0, 4, times[0], start))
+        alone, worn = (concepts.passes_of(run, scene, live, (0, 1), worn=flag) for flag in (False, True))
+        assert [set(item.use) for item in alone] == [set(), {run.names[0]}, {run.names[1]}]
+        assert [item.use for item in worn] == [{}, live, live]
