@@ -71,7 +71,6 @@ class _Course:
         self.rewritten: Rewritten | None = None
         if gates is None:
             return
-        self.gates = gates.to(run.backbone.device, torch.float64 if run.backbone.dtype == torch.float64 else torch.float32)
         self.categories = [run.categories.get(name, "") for name in run.adapters.names]
         if gates.design.base != run.request.model:
             run.notes["gates of"] = gates.design.base

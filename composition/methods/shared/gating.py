@@ -18,6 +18,7 @@ LoRAs, P ranks, L layers, T places, D width of a layer's output.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -63,6 +64,7 @@ class Gating(nn.Module):
     def __init__(self, design: Design) -> None:
         super().__init__()
         self.design, self.places = design, {path: number for number, path in enumerate(design.layers)}
+        self._held: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}  # the parameters where activations are
         count, names = len(design.layers), len(CATEGORIES)
         if design.kind == "element":
             self.widths = list(design.layers.values())
@@ -80,6 +82,16 @@ class Gating(nn.Module):
             self.times = nn.Parameter(torch.zeros(2 * TIMES, HIDDEN))
             self.last = nn.Parameter(torch.zeros(HIDDEN))
 
+    def on(self, like: Tensor) -> dict[str, Tensor]:
+        """The parameters in the device and dtype of `like`; moved once, and at every call while they are in training."""
+        values = dict(self.named_parameters())
+        if any(value.requires_grad for value in values.values()):
+            return {name: value.to(like) for name, value in values.items()}
+        key = like.device, like.dtype
+        if key not in self._held:
+            self._held[key] = {name: value.detach().to(like) for name, value in values.items()}
+        return self._held[key]
+
     # layer and rank --------------------------------------------------------------------------------------------------
 
     def route(self, categories: Sequence[str], seen: Seen | None = None) -> Route:
@@ -92,8 +104,8 @@ class Gating(nn.Module):
             live = [k for k, (begin, end) in enumerate(layer.spans) if begin < end and bool(gate[begin:end].any())]
             if len(live) < 2:
                 return gate
-            with torch.autocast(ranks.device.type, enabled=False):
-                factor = self.constant(layer.path, known[live]) if self.design.kind == "layer" else self._answer(layer, step, ranks * gate, live, known)
+            with exact(ranks.device):
+                factor = self.constant(layer.path, known[live], ranks) if self.design.kind == "layer" else self._answer(layer, step, ranks * gate, live, known)
             if seen is not None:
                 seen(layer.path, step, factor.detach().flatten(0, -2).mean(0) if factor.ndim > 1 else factor.detach())
             whole = factor.new_ones(*factor.shape[:-1], len(layer.spans)).index_copy(factor.ndim - 1, torch.tensor(live, device=factor.device), factor)
@@ -103,22 +115,24 @@ class Gating(nn.Module):
 
         return gates
 
-    def constant(self, path: str, categories: Int[Tensor, "K"]) -> Float[Tensor, "K"]:
-        """The gate of each of K live LoRAs of these categories (numbers) in a layer, of the kind "layer"."""
-        return relative(self.table[self.places[path]].index_select(0, categories.to(self.table.device)))
+    def constant(self, path: str, categories: Int[Tensor, "K"], like: Tensor | None = None) -> Float[Tensor, "K"]:
+        """The gate of each of K live LoRAs of these categories (numbers) in a layer, of the kind "layer". like: on whose device it is wanted."""
+        wide = self.table if like is None else torch.empty(0, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        table = self.on(wide)["table"]
+        return relative(table[self.places[path]].index_select(0, categories.to(table.device)))
 
     def _answer(self, layer: Stack, step: Step, h: Float[Tensor, "rows T P"], live: Sequence[int], known: Int[Tensor, "all"]) -> Float[Tensor, "rows T K"]:
         """The gate of each live LoRA at each place of each row; h: A x times the weights."""
         wide = torch.promote_types(h.dtype, torch.float32)
         features = self.features(layer, h.to(wide), live)
-        place, kinds = self.places[layer.path], known[list(live)].to(self.table.device)
-        hidden = features @ self.first.to(features) + (self.bias[place] + self.kinds[kinds]).to(features)
+        held, place, kinds = self.on(features), self.places[layer.path], known[list(live)].to(features.device)
+        hidden = features @ held["first"] + (held["bias"][place] + held["kinds"][kinds])
         if self.design.film:
             s = step.t.to(features).view(-1, 1, 1) / 1000.0  # of all rows, or of each
             time = torch.stack([s, (math.pi * s).sin()], -1)
-            scale, shift = (time @ part.to(features) for part in self.times.split(TIMES))
+            scale, shift = (time @ part for part in held["times"].split(TIMES))
             hidden = hidden * (1 + scale) + shift
-        answer = F.silu(hidden) @ self.last.to(features) + self.table[place].index_select(0, kinds).to(features)
+        answer = F.silu(hidden) @ held["last"] + held["table"][place].index_select(0, kinds)
         return relative(answer)
 
     @staticmethod
@@ -153,7 +167,7 @@ class Gating(nn.Module):
                 directions = bases(path).to(h)
                 h = torch.cat([h, ((h.sum(0) @ directions) @ directions.T)[None]])
             w_l, w_c, w_o, beta, *norms = self._rows(path, h.to(wide))
-            with torch.autocast(h.device.type, enabled=False):
+            with exact(h.device):
                 n_0 = F.layer_norm(h_0.to(wide), h_0.shape[-1:], norms[1], norms[0], EPS)
                 n = F.layer_norm(h.to(wide), h.shape[-1:], norms[3], norms[2], EPS)
                 gate = torch.sigmoid(n * (w_l + w_c * n_0) + beta) * w_o
@@ -167,7 +181,12 @@ class Gating(nn.Module):
     def _rows(self, path: str, like: Tensor) -> tuple[Tensor, ...]:
         """w_l, w_c, w_o, beta, then bias and weight of the norms of the base's output and of the LoRAs', (D,) each."""
         begin = sum(self.widths[: self.places[path]])
-        return self.table[:, begin : begin + self.design.layers[path]].to(like).unbind(0)
+        return self.on(like)["table"][:, begin : begin + self.design.layers[path]].unbind(0)
+
+
+def exact(device: torch.device) -> AbstractContextManager[object]:
+    """Without the autocast that trainings run in."""
+    return torch.autocast(device.type, enabled=False) if torch.is_grad_enabled() else nullcontext()
 
 
 def relative(answer: Float[Tensor, "*places K"]) -> Float[Tensor, "*places K"]:
