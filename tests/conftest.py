@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 os.environ["MEDLEY_HOME"] = home = tempfile.mkdtemp(prefix="medley-tests-")  # never what a user keeps
 atexit.register(shutil.rmtree, home, ignore_errors=True)
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -83,3 +84,14 @@ def path_of(item) -> str:
 
 def parameters_of(item) -> tuple:
     return tuple(item.callspec.params.values()) if hasattr(item, "callspec") else ()
+
+
+@pytest.fixture(autouse=True)
+def gates_for_toys(monkeypatch):
+    """AutoLoRA without a file takes drawn gates for whatever toy it runs on: no gates are bundled with toys."""
+    from composition.bundled import BUNDLES
+    from composition.methods import autolora
+    from tests.gates import drawn_gates
+
+    honest = autolora.gates_of
+    monkeypatch.setattr(autolora, "gates_of", lambda run, file: honest(run, file) if file or run.request.model in BUNDLES else drawn_gates(run))

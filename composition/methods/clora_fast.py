@@ -46,7 +46,7 @@ class Options:
     regions: Literal["replace", "intersect"] = field(default="replace", metadata={"help": "What a LoRA's own region does with its mask."})
     worn: bool = field(default=True, metadata={"help":
         "Let clothing and the character before it in the prompt share their places: both LoRAs act in both masks."})
-    fusion: fusions.Fusion = field(default="", metadata={"help": fusions.HELP})
+    fusion: fusions.Fusion = field(default="none", metadata={"help": fusions.HELP})
 
 
 @method(title="CLoRA fast", about="Every concept has its own mask, in about one evaluation a step.", paper="2403.19776",

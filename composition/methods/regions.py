@@ -23,7 +23,7 @@ class Options:
     soft: float = field(default=0.0, metadata={"ge": 0.0, "le": 16.0, "help": "Softness of a region's edge, in cells of the latent."})
     masks_from: float = field(default=0.0, metadata={"ge": 0.0, "le": 1.0, "help":
         "Share of the steps before which every LoRA acts everywhere."})
-    fusion: fusions.Fusion = field(default="", metadata={"help": fusions.HELP})
+    fusion: fusions.Fusion = field(default="none", metadata={"help": fusions.HELP})
 
 
 @method(title="Regions", about="Every LoRA that has a region acts there alone; the others act everywhere.", regional=True)

@@ -23,6 +23,9 @@ from tests.composition import laws
 from tests.composition.conftest import FAMILIES
 
 ONE_ROW = ("merge", "composite", "cmlora", "clora-fast", "regions")  # asked again of the model without a negative row
+# Methods that change nothing but the factors or the gates of ranks: of these every law on one of the two families, and on one of the others.
+FUSIONS = ("autolora", "depth", "entropy", "k-lora", "lego", "loratorio", "np-lora", "ranks", "ssr", "topk")
+METHODS = [*(name for name in methods.all() if name not in FUSIONS), *FUSIONS]
 CASES = [(family, name) for family in FAMILIES for name in methods.all() if family != "flux-dev" or name in ONE_ROW]
 
 
@@ -75,17 +78,15 @@ LAWS = (laws.none_is_plain, laws.seeds, laws.batch, laws.loop_or_batch, laws.wei
         laws.no_leak, laws.order, laws.one_is_merge)  # fmt: skip
 WHOLE = ("sd", "flux")  # families on which every law is checked of every method; of the others every pair of two of the three
 EVERY = 3
-# Methods that change nothing but the factors or the gates of ranks: of these every law on one of the two families, and on one of the others.
-FUSIONS = ("autolora", "depth", "entropy", "k-lora", "lego", "loratorio", "np-lora", "ranks", "ssr", "topk")
 
 
 def combinations():
     """Every law with every method, every law with every family, every method with every family; all three together on two families."""
     for family, name in CASES:
         for number, law in enumerate(LAWS):
-            turn = list(FAMILIES).index(family) + list(methods.all()).index(name) + number
+            turn = list(FAMILIES).index(family) + METHODS.index(name) + number
             due = law is not laws.one_is_merge or methods.find(name).single
-            whole = family in WHOLE and (name not in FUSIONS or (WHOLE.index(family) + list(methods.all()).index(name) + number) % 2 == 0)
+            whole = family in WHOLE and (name not in FUSIONS or (WHOLE.index(family) + METHODS.index(name) + number) % 2 == 0)
             if due and (whole or family not in WHOLE and turn % (2 * EVERY if name in FUSIONS else EVERY) == 0):
                 yield pytest.param(family, name, law, id=f"{family}-{name}-{law.__name__}")
 
@@ -143,7 +144,7 @@ def half_engines():
 
 
 @pytest.mark.parametrize(("method", "family", "dtype"), [  # every pair of two of the three
-    (method, family, dtype) for row, method in enumerate(methods.all()) for column, family in enumerate(["sd", "flux"])
+    (method, family, dtype) for row, method in enumerate(METHODS) for column, family in enumerate(["sd", "flux"])
     for number, dtype in enumerate(HALF) if (row + column + number) % 2])
 def test_half_precision(method, family, dtype, engines, half_engines, lora_files):
     loras = laws.loras_of(lora_files[family])

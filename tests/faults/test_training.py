@@ -115,7 +115,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_no_lora_in_part(tmp_path, monkeyp
 def test_a_checkpoint_over_the_limit_of_a_files_size_is_an_oserror_and_leaves_nothing(tmp_path):
     code = ("import resource, sys, torch; from pathlib import Path; from composition import atomic; from composition.training import state\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-            "try: atomic.write(Path(sys.argv[1]) / 'x.training', lambda part: state._stored({'a': torch.zeros(100_000)}, part))\n"
+            "try: atomic.write(Path(sys.argv[1]) / 'x.training', lambda part: state.stored({'a': torch.zeros(100_000)}, part))\n"
             "except OSError as error: print('OSError', error.filename)")
     said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["OSError", str(tmp_path / "x.training")] and list(tmp_path.iterdir()) == []

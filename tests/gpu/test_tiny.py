@@ -67,7 +67,9 @@ def test_nothing_fails_and_every_number_is_one(chapters):
 def test_every_method_is_compared_with_the_processor(chapters):
     decibels = columns(chapters["a-methods"], "bf16 dB")
     assert {f"pocket {name}" for name in methods.all()} <= set(decibels)
-    assert all(value > 25 for value in decibels.values()), "bfloat16 makes the same picture, with some noise"
+    hard = {f"pocket {name}" for name in ("topk", "ranks", "entropy")}  # which LoRAs or ranks a token takes flips where two are close
+    low = {name: value for name, value in decibels.items() if value <= (10 if name in hard else 25)}
+    assert not low, "bfloat16 makes the same picture, with some noise"
     assert any(value != "equal" and value < 60 for value in decibels.values()), "bfloat16 was not what was compared"
 
 

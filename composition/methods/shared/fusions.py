@@ -10,9 +10,9 @@ from composition.methods.shared.ssr import RIDGE, Rewrites
 from composition.methods.shared.static import Rewriting, Rewritten
 from composition.run import Run
 
-Fusion = Literal["", "ssr", "ssr-text", "np-lora"]
+Fusion = Literal["none", "ssr", "ssr-text", "np-lora"]
 MU = 0.5  # of NP-LoRA's projection, as the paper has it
-HELP = "What is done to the LoRAs' factors beforehand: ssr (ssr-text: in the layers of the prompt alone) or np-lora; empty: nothing."
+HELP = "What is done to the LoRAs' factors beforehand: ssr (ssr-text: in the layers of the prompt alone) or np-lora."
 
 
 def fused(run: Run, fusion: Fusion) -> Rewritten:

@@ -11,7 +11,7 @@ from composition import Refused, methods
 from composition.methods import autolora
 from composition.methods.shared import gating
 from tests.composition import laws
-from tests.composition.conftest import drawn_gates
+from tests.gates import drawn_gates
 
 KINDS = [("layer", {"film": False}), ("rank", {"film": True}), ("rank", {"film": False}), ("element", {"film": False}), ("element", {"film": False, "shared": True})]
 NAMES = ["layer", "rank with time", "rank", "element", "element with global LoRA"]
