@@ -80,7 +80,7 @@ def _strengths(run: Run, adapters: list[int]) -> dict[str, dict[int, float]]:
                     here[k].append(_square(layer, product, k))
     lengths = {block: {k: (sum(each) / len(each)) ** 0.5 if each else 0.0 for k, each in mine.items()} for block, mine in squares.items()}
     touched = {k: [mine[k] for mine in lengths.values() if mine[k] > 0] for k in adapters}
-    return {block: {k: length * len(touched[k]) / sum(touched[k]) if length else 0.0 for k, length in mine.items()}
+    return {block: {k: length * len(touched[k]) / sum(touched[k]) if length > 0 else 0.0 for k, length in mine.items()}
             for block, mine in lengths.items()}
 
 
@@ -88,7 +88,7 @@ def _square(layer: Stack, product: Product, k: int) -> float:
     """The squared length of B_k A_k, with the block's factor."""
     span = slice(*layer.spans[k])
 
-    down, up = product.down.flatten(1)[span], product.up[:, span]
+    down, up = product.down.flatten(1)[span].double(), product.up[:, span].double()
     factor = float(layer.gates.factors[layer.block, k])
     return factor**2 * float(((down @ down.T) * (up.T @ up)).sum())
 
