@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -42,10 +42,10 @@ def gates_of(run: Run, file: str) -> gating.Gating | None:
     """The gates of this file, else the bundled ones; None for fewer than two LoRAs. Raises Refused where there are none for this model."""
     if len(run.names) < 2 and not file:
         return None
-    bundle = bundled.BUNDLES.get(run.request.model)
-    if not file and (bundle is None or not bundle.gates):
+    own = bundled.BUNDLES[run.request.model].gates if run.request.model in bundled.BUNDLES else ""
+    if not file and not own:
         raise Refused(f"no gates are bundled with {run.request.model}: train some with `medley train gates`, and name their file with option gates")
-    path = Path(file) if file else bundled.path(bundle.gates)  # type: ignore[union-attr]
+    path = Path(file) if file else bundled.path(own)
     gates = gating.read(path)
     check(gates, run, path)
     return gates
@@ -67,7 +67,6 @@ class _Course:
 
     def __init__(self, run: Run, gates: gating.Gating | None, stack: ExitStack) -> None:
         self.run, self.gates = run, gates
-        self.sums: dict[tuple[int, str], list[Any]] = {}
         self.rewritten: Rewritten | None = None
         if gates is None:
             return

@@ -13,7 +13,7 @@ ENDING = ".ssr.safetensors"
 
 @dataclass(frozen=True)
 class Measured:
-    """What the matrices depend on. loras: the hash of each LoRA's tensors, in order; prompts: what each was asked for; negative: what
+    """What the matrices depend on. loras: the hash of each LoRA's tensors, in order, with its factors by block and of its text part where it has any; prompts: what each was asked for; negative: what
     all of them were, None without guidance; time, shape, kind: of the noisy latents that were evaluated, their number type in words."""
 
     model: str

@@ -88,7 +88,7 @@ class Rewrites:
     def _mixing(self, names: Sequence[str], first: Step) -> Mixing:
         run, texts = self.run, [self.texts[name] for name in names]
         measured = Measured(
-            run.request.model, tuple(run.tensors.get(name, name) for name in names), tuple(texts), run.request.negative if run.guided else None,
+            run.request.model, tuple(_identity(run, name) for name in names), tuple(texts), run.request.negative if run.guided else None,
             self.ridge, float(first.t), tuple(first.latents.shape[1:]), str(first.latents.dtype))
         mixing = run.profiles.remembered(measured) or _kept(run, names, measured)
         if mixing is None:
@@ -157,6 +157,14 @@ def calibration_prompts(run: Run, wanted: Prompts) -> list[str]:
     if wanted == "own":
         return list(prompts.alone(run.request.prompt, run.loras, run.triggers).values())
     return [next(iter(run.triggers.get(name, ())), name.replace("_", " ")) for name in run.names]
+
+
+def _identity(run: Run, name: str) -> str:
+    """What of a LoRA its measurement depends on: its tensors, and where it says so the factors of blocks and of the text encoders' part."""
+    lora = run.loras[name]
+    text = 1.0 if lora.text_weight is None else lora.text_weight / lora.weight
+    blocks = "".join(f" {block}={factor!r}" for block, factor in sorted(lora.blocks.items()))
+    return run.tensors.get(name, name) + blocks + (f" text={text!r}" if text != 1.0 else "")
 
 
 def _kept(run: Run, names: Sequence[str], measured: Measured) -> Mixing | None:

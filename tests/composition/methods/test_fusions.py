@@ -261,3 +261,14 @@ def test_worn_passes_have_both_loras(case):
         alone, worn = (concepts.passes_of(run, scene, live, (0, 1), worn=flag) for flag in (False, True))
         assert [set(item.use) for item in alone] == [set(), {run.names[0]}, {run.names[1]}]
         assert [item.use for item in worn] == [{}, live, live]
+
+
+def test_factors_of_blocks_are_measured_apart(case):
+    """A set with other factors is another measurement: what was measured before does not stand for it."""
+    engine, loras = case
+    block = engine.backbone.block(next(path for path in engine.backbone.prompt_attention()))
+    asked = laws.request("ssr", *loras)
+    first = laws.latents(engine, asked)
+    changed = replace(asked, loras=[replace(loras[0], blocks={block: 0.3}), *loras[1:]])
+    assert engine.run(changed).notes["evaluations"] > engine.run(asked).notes["evaluations"]
+    assert torch.equal(laws.latents(engine, asked), first)
