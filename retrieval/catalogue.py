@@ -58,6 +58,8 @@ class Reading(NamedTuple):
 OnFile = Callable[[Card, int, int], None]  # the card, its number from 1, of how many
 OnRead = Callable[[Card, SafeFile, Mapping[str, Factors]], None]
 
+_BEFORE = "SELECT path, size, mtime_ns, inode, beside, iif(json_valid(card), settled, '') FROM files WHERE typeof(path) = 'blob'"
+
 
 class Catalogue:
     """Cards in a file. on_trouble: hears, in a sentence, when it was damaged and is made anew."""
@@ -79,9 +81,9 @@ class Catalogue:
         Raises Cancelled, with what was read so far kept; Refused when the catalogue cannot be written.
         """
         begun = time.perf_counter()
-        with self._store.opened() as db:
+        with self._store.opened(check=True) as db:
             before = {path: ((size, mtime_ns, inode), beside, settled) for path, size, mtime_ns, inode, beside, settled in
-                      db.execute("SELECT path, size, mtime_ns, inode, beside, settled FROM files")}  # before the walk: what others add later stays
+                      db.execute(_BEFORE)}  # before the walk: what others add later stays
             known = library.Known(model, scanning.absolute(folders))
             files = list(scanning.look(known))
             fresh = [seen for seen in files if before.get(os.fsencode(seen.path)) != (seen.stat, seen.beside, cards.FORM)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from composition.refusal import Refused
 
 BUSY = 30.0  # seconds to wait for another process that writes
+DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_FORMAT)
 _FILES = """
 CREATE TABLE files (
     path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, inode INTEGER NOT NULL, beside TEXT NOT NULL,
@@ -32,6 +33,10 @@ CREATE TABLE contents (
 MIGRATIONS: Sequence[str | Callable[[sqlite3.Connection], None]] = (_FILES,)  # from version 0, 1, ... to the next
 
 
+class Damaged(sqlite3.DatabaseError):
+    """A file whose pages SQLite can open and does not find in order."""
+
+
 class Store:
     """A catalogue's file. on_trouble hears of a file that was set aside, in a sentence."""
 
@@ -40,17 +45,18 @@ class Store:
         self._on_trouble = on_trouble or (lambda sentence: None)
 
     @contextmanager
-    def opened(self, *, create: bool = True) -> Iterator[sqlite3.Connection]:
+    def opened(self, *, create: bool = True, check: bool = False) -> Iterator[sqlite3.Connection]:
         """A connection to a file of the present version; without `create`, Refused where there is none.
 
+        check: the whole file is read over first, a few milliseconds a megabyte, so that damage is seen before anything is written.
         Raises Refused for a file that a newer Medley wrote, that is busy for long, or that cannot be written.
         """
         if not create and not self.file.is_file():
             raise Refused(f"there is no catalogue yet ({self.file.name}): make one with medley index FOLDER")
         before = self._identity()
         try:
-            db = self._current()
-        except sqlite3.Error as error:
+            db = self._current(check)
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             if not _damaged(error):
                 raise self._refused(error) from None
             self._set_aside(error, before)
@@ -64,7 +70,7 @@ class Store:
         with closing(db):
             try:
                 yield db
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:
                 with contextlib.suppress(sqlite3.Error):
                     db.rollback()
                 if _damaged(error):
@@ -85,11 +91,13 @@ class Store:
             raise
         db.commit()
 
-    def _current(self) -> sqlite3.Connection:
+    def _current(self, check: bool = False) -> sqlite3.Connection:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(self.file, timeout=BUSY, isolation_level=None)
         try:
             db.execute("PRAGMA synchronous = NORMAL")
+            if check and db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise Damaged("its pages do not belong together")
             if _version(db) != len(MIGRATIONS):
                 self._migrate(db)
         except BaseException:
@@ -118,7 +126,7 @@ class Store:
             return 0, 0
         return status.st_dev, status.st_ino
 
-    def _set_aside(self, error: sqlite3.Error, damaged: tuple[int, int]) -> None:
+    def _set_aside(self, error: Exception, damaged: tuple[int, int]) -> None:
         """Rename a damaged file and its journal, so that whoever wants to can look at it; not the new one that another process has put there."""
         if self._identity() != damaged:
             return
@@ -128,7 +136,7 @@ class Store:
                 os.replace(f"{self.file}{ending}", f"{aside}{ending}")
         self._on_trouble(f"the catalogue {self.file} is damaged ({error}): it was renamed to {aside.name} and is made anew")
 
-    def _refused(self, error: sqlite3.Error) -> Refused:
+    def _refused(self, error: Exception) -> Refused:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return Refused(f"the catalogue {self.file} is in use by another process for over {BUSY:.0f} seconds: wait for its end and try again")
@@ -141,5 +149,7 @@ def _version(db: sqlite3.Connection) -> int:
     return db.execute("PRAGMA user_version").fetchone()[0]
 
 
-def _damaged(error: sqlite3.Error) -> bool:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "no such table" in str(error)
+def _damaged(error: Exception) -> bool:
+    """Whether the file is at fault: bytes that lie about a length are "too big", and a schema that reads as another lacks what is asked for."""
+    return (isinstance(error, Damaged | UnicodeDecodeError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGE
+            or any(words in str(error) for words in ("no such table", "no such column", "Could not decode")))
