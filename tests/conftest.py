@@ -1,5 +1,6 @@
-"""For every test: one thread (toy models gain nothing from more, and lose much when the cores are busy), every
-shape written in a signature of composition is checked, and nothing is read from or kept in the user's own folder.
+"""For every test: one thread (toy models gain nothing from more, and lose much when the cores are busy), and nothing is read from or kept
+in the user's own folder. The shapes written in composition's signatures are checked in one test of CHECKED, since checking takes a third of
+a toy's run, and wherever a test says so (test_laws.test_shapes: every method on every family).
 
 `--quick` (make check) leaves out what takes long: tests marked slow, those in a browser, those of bundled models and recipe, and of
 the families of toys all but Stable Diffusion and FLUX, of the methods' laws all but Merge's and Composite's.
@@ -10,6 +11,7 @@ import os
 import shutil
 import signal
 import tempfile
+import zlib
 from functools import cache
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -18,6 +20,7 @@ atexit.register(shutil.rmtree, home, ignore_errors=True)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from jaxtyping import config as shapes  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 import tests.shapes  # noqa: E402, F401  the hook looks it up in the package
@@ -28,6 +31,7 @@ for stop, answer in ((signal.SIGINT, signal.default_int_handler), (getattr(signa
 torch.set_num_threads(1)
 install_import_hook("composition", "tests.shapes.check")
 
+CHECKED = 4  # of so many tests, one checks shapes; which ones, their names say, so that it is the same ones every time
 QUICK_FAMILIES = {"sd", "flux"}
 FAMILIES = {"sd", "sdxl", "sd3", "flux", "flux-dev"}
 LONG = ("tests/assets/", "tests/app/", "tests/test_pocket", "tests/test_readme", "tests/gpu/", "tests/composition/devices/", "tests/composition/test_sessions",
@@ -84,6 +88,22 @@ def path_of(item) -> str:
 
 def parameters_of(item) -> tuple:
     return tuple(item.callspec.params.values()) if hasattr(item, "callspec") else ()
+
+
+@pytest.fixture
+def shapes_unchecked():
+    """Without the check of shapes, which is no part of what is compiled."""
+    shapes.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        shapes.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def some_shapes_checked(request):
+    if request.node.originalname != "test_shapes" and zlib.crc32(request.node.nodeid.encode()) % CHECKED:
+        request.getfixturevalue("shapes_unchecked")
 
 
 @pytest.fixture(autouse=True)

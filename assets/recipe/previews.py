@@ -15,6 +15,8 @@ from retrieval.judge import Judge
 from .loras import CARDS, judge_phrase, stem
 from .testbed import alone
 
+STEPS, GUIDANCE = 25, 4.5
+
 
 def make(pipe: Any, names: Sequence[str], folder: Path, judge: Judge, *, base: str = "pocket", count: int = 8,
          report: Callable[[str], None] = print) -> None:  # fmt: skip
@@ -23,7 +25,7 @@ def make(pipe: Any, names: Sequence[str], folder: Path, judge: Judge, *, base: s
         for name in names:
             file = folder / f"{stem(name)}.safetensors"
             prompt = alone(name, CARDS[name])
-            pictures = engine.run(Request(prompt, loras=[Lora(str(file))], steps=25, guidance=4.5, count=count)).images
+            pictures = engine.run(Request(prompt, loras=[Lora(str(file))], steps=STEPS, guidance=GUIDANCE, count=count)).images
             scores = judge.cosine(pictures, [judge_phrase(name)])[:, 0]
             describe(file, {"preview": thumbnail(pictures[int(scores.argmax())])})
             report(f"{name}: preview of \"{prompt}\", cosine {scores.max():.3f}")

@@ -2,12 +2,15 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 from diffusers import FluxPipeline, StableDiffusionPipeline
 from safetensors import safe_open
 
+from assets.recipe import controlled, judge, measure, previews
 from assets.recipe.__main__ import main
+from composition.profiling import frequency
 from retrieval.judge import Judge
 from tests.assets import art
 
@@ -15,6 +18,10 @@ from tests.assets import art
 @pytest.mark.slow
 def test_all_stages_run_in_an_empty_folder(tmp_path, monkeypatch):
     art.draw(tmp_path / "work/art", more=[("1f993", "zebra"), ("1f994a", "pony")])
+    for module in (measure, controlled, previews):
+        monkeypatch.setattr(module, "STEPS", 2)
+    monkeypatch.setattr(frequency, "measure", partial(frequency.measure, steps=4, seeds=1))
+    monkeypatch.setattr(judge, "settle", partial(judge.settle, count=2))
     monkeypatch.setattr(sys, "argv", [
         "recipe", "all", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--budget", "0.1", "--size", "32",
         "--objects", "20", "--places", "3", "--variants", "3", "--blocks", "32,64", "--batch", "4", "--workers", "2", "--no-compile",

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from jaxtyping import config
 
 from tests import toys
 
@@ -36,13 +35,3 @@ def engines():
 
 
 SHAPED = ("sd", "flux")  # one UNet and one transformer: where the tests of a method check shapes
-
-
-@pytest.fixture
-def shapes_unchecked():
-    """Without the check of shapes, which takes half the time of a toy's run and is no part of what is compiled."""
-    config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        config.update("jaxtyping_disable", False)

@@ -15,6 +15,7 @@ from composition.adapters.stack import Stack
 from composition.loras.kinds.lora import Factors
 from tests import toys
 from tests.composition import laws
+from tests.composition.test_laws import FUSIONS
 from tests.composition.devices import offloading
 from tests.composition.devices.pretended import DEVICE, move, pretended
 
@@ -23,14 +24,17 @@ FAMILIES = {"sd": toys.sd, "flux": toys.flux}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 METHODS = tuple(methods.all())
 # Each method with each way of offloading, on the families by turns; the dtypes in turn, too: each meets every method, way of offloading and family.
+# Methods that change nothing but factors or the gates of ranks meet every other way of offloading, and both families.
 CASES = [(list(FAMILIES)[(row + column) % 2], method, offload, DTYPES[(row + column) % 3]) for row, method in enumerate(METHODS)
-         for column, offload in enumerate(offloading.OFFLOADS)]
+         for column, offload in enumerate(offloading.OFFLOADS) if method not in FUSIONS or (row + column // 2) % 2 == 0]
 
 
 def test_the_cases_are_all_pairs():
     for first, second in itertools.combinations(range(4), 2):
         values = [FAMILIES, METHODS, offloading.OFFLOADS, DTYPES]
-        assert {(case[first], case[second]) for case in CASES} == set(itertools.product(values[first], values[second]))
+        pairs = {(case[first], case[second]) for case in CASES}
+        for pair in set(itertools.product(values[first], values[second])) - pairs:
+            assert pair[0] in FUSIONS and pair[1] not in FAMILIES or pair[1] in FUSIONS and pair[0] not in FAMILIES, pair
 
 
 @pytest.fixture(scope="module")
