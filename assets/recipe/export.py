@@ -1,4 +1,7 @@
-"""The export: stock Stable Diffusion and FLUX folders in half precision that need none of this project's code."""
+"""The export: stock Stable Diffusion and FLUX folders in half precision that need none of this project's code.
+
+The second base's weights keep bfloat16's 8 significant bits of float16's 11, so that the package, which is compressed, is 5 MB smaller.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from . import flux
 from .base import Denoiser, scheduler
 from .flux import Flow
+
+BITS = 7  # of float16's 10 explicit bits of a number: as many as bfloat16 has
 
 
 def export(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -30,7 +35,7 @@ def export(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder
 
 
 def export_flux(model: Flow, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, folder: Path) -> None:
-    """Write ``folder``, a stock FluxPipeline; the models' weights are rounded to half precision in place.
+    """Write ``folder``, a stock FluxPipeline; the models' weights are rounded to half precision of few bits in place.
 
     The transformer is cut into files of at most 15 MB.
     """
@@ -38,11 +43,25 @@ def export_flux(model: Flow, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Toke
         vae=vae, text_encoder=model.text.clip, tokenizer=clip, text_encoder_2=model.text.t5, tokenizer_2=t5,
         transformer=model.transformer, scheduler=flux.scheduler(),
     )  # fmt: skip
-    pipe.to(torch.float16).save_pretrained(folder, max_shard_size="15MB")
+    pipe.to(torch.float16)
+    with torch.no_grad():
+        for part in (vae, model.text, model.transformer):
+            for weight in part.parameters():
+                weight.copy_(short(weight))
+    pipe.save_pretrained(folder, max_shard_size="15MB")
     settle_text(folder / "text_encoder")
     config = folder / "text_encoder_2" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
     tidy(folder)
+
+
+def short(weights: torch.Tensor, bits: int = BITS) -> torch.Tensor:
+    """float16 weights rounded to the nearest number whose last 10 - bits explicit bits are zero, ties to even."""
+    drop = 10 - bits
+    whole = weights.contiguous().view(torch.int16).int() & 0xFFFF
+    size, sign = whole & 0x7FFF, whole & 0x8000
+    size = (size + (1 << drop - 1) - 1 + (size >> drop & 1)) >> drop << drop
+    return (sign | size).to(torch.int16).view(torch.float16)
 
 
 def tidy(folder: Path) -> None:
