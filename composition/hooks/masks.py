@@ -18,6 +18,7 @@ from composition import pictures
 from composition.request import Lora
 
 EPSILON = 1e-6
+TIE = 1e-6  # strengths nearer than this are equal: which of them is greater would be the order of the LoRAs' doing
 
 
 def normalised(maps: Float[Tensor, "... h w"]) -> Float[Tensor, "... h w"]:
@@ -51,8 +52,8 @@ def standing(strength: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
 
 
 def leading(strength: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
-    """1 for the concept of greatest strength at a place (the first, when equal), 0 for the others."""
-    return torch.zeros_like(strength).scatter_(1, strength.argmax(1, keepdim=True), 1.0)
+    """1 for the concept of greatest strength at a place, or for each of several equal ones, 0 for the others and for strengths of -inf."""
+    return ((strength >= strength.amax(1, keepdim=True) - TIE) & (strength > -torch.inf)).to(strength.dtype)
 
 
 def closed(masks: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
@@ -67,7 +68,7 @@ def grown(masks: Float[Tensor, "B K h w"], places: int) -> Float[Tensor, "B K h 
 
 
 def parted(masks: Float[Tensor, "B K h w"], strength: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
-    """Where several claim a place, only the one of greatest strength keeps it (the first, when equal)."""
+    """Where several claim a place, only the one of greatest strength keeps it, or each of several equal ones."""
     return masks * leading(torch.where(masks > 0, strength, -1.0))
 
 

@@ -89,6 +89,16 @@ def test_parted_gives_a_place_to_the_strongest():
     assert masks.parted(found, strength).tolist() == [[[[1, 0, 0]], [[0, 1, 1]]]]
 
 
+def test_equal_claims_share_a_place_whatever_their_order():
+    strength = torch.tensor([0.7, 0.7 + 1e-12, 0.6, 0.7]).view(1, 4, 1, 1)
+    claims = torch.tensor([1.0, 1.0, 1.0, 0.0]).view(1, 4, 1, 1)
+    assert masks.parted(claims, strength).flatten().tolist() == [1, 1, 0, 0]
+    assert masks.parted(claims.flip(1), strength.flip(1)).flatten().tolist() == [0, 0, 1, 1]
+    assert masks.shares(masks.parted(claims, strength)).flatten().tolist() == [0, 0.5, 0.5, 0, 0]
+    outside = torch.full((1, 2, 1, 1), -torch.inf)
+    assert not masks.leading(outside).any() and masks.leading(outside.index_fill(1, torch.tensor(1), torch.inf)).flatten().tolist() == [0, 1]
+
+
 def test_a_box_covers_places_in_part():
     mask = masks.region(Lora("a", region=(0.0, 0.25, 0.375, 1.0)), (4, 4))
     assert torch.allclose(mask, torch.tensor([0.0, 1, 1, 1])[:, None] * torch.tensor([1, 0.5, 0, 0])[None])
