@@ -95,11 +95,13 @@ class Page:
             self.sampler = gr.Dropdown(samplers(), value=usual.sampler, label="Sampler", min_width=160, elem_id="sampler")
         self.size = gr.Textbox(label="Size", placeholder=f"{own[0]}x{own[1]}, the model's own", elem_id="size")
         with gr.Row():
-            self.anchored = gr.Checkbox(False, label="Anchored guidance", info="Guide away from what the base draws without any LoRA.",
-                                        elem_id="anchored")
-            self.windows = gr.Dropdown([("All the time", ""), ("Style late", "style"), ("Content early, style late", "both")], value="", label="LoRAs are on",
-                                       info="Style in the last 70 % of the steps, content in the first 70 %.", elem_id="windows")
-            self.named_only = gr.Checkbox(False, label="Only LoRAs that the prompt names", info="By their trigger words.", elem_id="named-only")
+            with gr.Column(min_width=200):
+                self.windows = gr.Dropdown([("All the time", ""), ("Style late", "style"), ("Content early, style late", "both")], value="", label="LoRAs are on",
+                                           info="Style in the last 70 % of the steps, content in the first 70 %.", elem_id="windows")
+            with gr.Column(min_width=200):
+                self.named_only = gr.Checkbox(False, label="Only LoRAs that the prompt names", info="By their trigger words.", elem_id="named-only")
+                self.anchored = gr.Checkbox(False, label="Anchored guidance", info="Guide away from what the base draws without any LoRA.",
+                                            elem_id="anchored")
 
     def _right(self) -> None:
         with gr.Row():
