@@ -17,7 +17,7 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
         lines.append(prompt_syntax.sentence(pieces))
     missing = notes.get("missing triggers")
     if isinstance(missing, Mapping):
-        lines += [f"the prompt has none of {name}'s trigger words ({', '.join(words)}); --triggers adds one"
+        lines += [f"the prompt has none of {name}'s trigger words ({', '.join(words)}); --triggers adds one, --named-only leaves the LoRA out"
                   for name, words in missing.items()]
     if cut := notes.get("prompt cut"):
         lines.append(f"the model does not see the end of the prompt: {cut!r}")
@@ -29,7 +29,7 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
         lines += [f"{name} is on in all steps: {part}" if isinstance(part, str) else f"{name} is on from {part[0]:.0%} to {part[1]:.0%} of the steps, by its category"
                   for name, part in note.items()]
     if names := notes.get(named.NOTE):
-        lines.append(f"left out, since the prompt says none of their trigger words: {', '.join(map(str, names))}")
+        lines.append(f"left out, as none of their trigger words is in the prompt: {', '.join(map(str, names))}")
     if how := notes.get("fold"):
         lines.append(f"the LoRAs were {how}")
     if notes.get("conditions isolated"):

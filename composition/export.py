@@ -80,7 +80,8 @@ def export(
             engine.backbone.release()
     if not layers:
         raise Refused("these LoRAs change nothing at their weights: there is nothing to export")
-    header = _header(engine, request, method, receipts, title)
+    plain = isinstance(run.notes.get(method.name), str)  # why it did nothing that Merge does not
+    header = _header(engine, request, methods.find("merge") if plain else method, receipts, title)
     write_ranked(file, layers, header, kohya="unet" in engine.adapters.components)
     ranks, components = Counter(len(layer.down) for layer in layers), Counter(layer.component for layer in layers)
     return Exported(file, dict(sorted(ranks.items())), dict(components), kept, receipts, run.notes, header)

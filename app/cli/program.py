@@ -51,10 +51,10 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale (the model'
 TrueGuidance = Annotated[float | None, typer.Option(help="For guidance-distilled models such as FLUX.1-dev: over 1, "
                                                     "guidance against the negative prompt as well.")]
 Anchored = Annotated[bool | None, typer.Option("--anchored/--no-anchored", help="Guide away from what the base draws of the negative prompt without "
-                                               "any LoRA, by whichever method (no).")]
+                                               "any LoRA, by whichever method (off).")]
 Windows = Annotated[str | None, typer.Option(metavar="both|style|none", help="style: LoRAs of style are on in the last 70 % of the steps; both: and those of "
                                              "content in the first 70 %; not where a LoRA has a start or an end (none).")]
-NamedOnly = Annotated[bool | None, typer.Option("--named-only/--no-named-only", help="Leave out LoRAs of whose trigger words the prompt says none (no).")]
+NamedOnly = Annotated[bool | None, typer.Option("--named-only/--no-named-only", help="Leave out every LoRA none of whose trigger words is in the prompt (off).")]
 Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels (the model's own).")]
 Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for the pictures.")]
 Triggers = Annotated[bool, typer.Option("--triggers", help="Add a trigger word of every LoRA that has none in the prompt.")]
@@ -70,7 +70,7 @@ Quantize = Annotated[str | None, typer.Option("--quantize", "--quantise", metava
 Denoiser = Annotated[str | None, typer.Option(metavar="FILE", help="A .gguf or .safetensors file of FLUX's or SD3's transformer alone, in "
                                               "place of the model's own.")]
 Folders = Annotated[list[Path] | None, typer.Option("--lora-dir", help="A folder in which LoRAs are found by name.")]
-Masks = Annotated[bool, typer.Option("--masks", help="Also save where each concept is, for regional methods, or autolora's gates.")]
+Masks = Annotated[bool, typer.Option("--masks", help="Also save where each concept is (clora, clora-fast, regions), or the gates of autolora as a heat map.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PICTURES = Path("pictures")
 
@@ -135,7 +135,7 @@ def generate(
     for path, result in results:
         out.print(Text(f"{path}  seed {result.request.seed}, {sum(result.seconds.values()):.1f} s"))
     for sheet in filter(None, drawn_places):
-        out.print(Text(f"{sheet}  where each LoRA acts"))
+        out.print(Text(f"{sheet}  {'how far each LoRA is let through, by layer and step' if sheet.stem.endswith('-gates') else 'where each LoRA acts'}"))
     if masks and (names := remarks.everywhere(results[0][1].notes)):
         out.print(Text(f"on everywhere: {', '.join(names)}"))
     if masks and not any(drawn_places) and not results[0][1].notes.get("no regions"):

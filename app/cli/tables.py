@@ -140,7 +140,7 @@ def methods(console: Console, known: Mapping[str, "Method"]) -> None:
     parts = []
     for method in known.values():
         parts.append(Text.assemble((method.name, "bold"), f"  {method.title}. {method.about}"))
-        evaluations = "1 evaluation a step" if method.cost == "1" else f"{method.cost} evaluations a step (K LoRAs)"
+        evaluations = "1 evaluation a step" if method.cost == "1" else f"evaluations a step, of K LoRAs: {method.cost}"
         paper = f"; https://arxiv.org/abs/{method.paper}" if method.paper else ""
         one_file = "; medley export writes it as one LoRA file" if method.static else ""
         parts.append(Text(f"    {evaluations}{paper}{one_file}", style="dim"))

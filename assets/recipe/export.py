@@ -17,8 +17,6 @@ from . import flux
 from .base import Denoiser, scheduler
 from .flux import Flow
 
-BITS = 7  # of float16's 10 explicit bits of a number: as many as bfloat16 has
-
 
 def export(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write ``folder``; the models' weights are rounded to half precision in place.
@@ -35,7 +33,7 @@ def export(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder
 
 
 def export_flux(model: Flow, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Tokenizer, folder: Path) -> None:
-    """Write ``folder``, a stock FluxPipeline; the models' weights are rounded to half precision of few bits in place.
+    """Write ``folder``, a stock FluxPipeline; the models' weights are rounded in place, to bfloat16's numbers in float16.
 
     The transformer is cut into files of at most 15 MB.
     """
@@ -47,21 +45,12 @@ def export_flux(model: Flow, vae: AutoencoderKL, clip: CLIPTokenizer, t5: T5Toke
     with torch.no_grad():
         for part in (vae, model.text, model.transformer):
             for weight in part.parameters():
-                weight.copy_(short(weight))
+                weight.copy_(weight.bfloat16())
     pipe.save_pretrained(folder, max_shard_size="15MB")
     settle_text(folder / "text_encoder")
     config = folder / "text_encoder_2" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
     tidy(folder)
-
-
-def short(weights: torch.Tensor, bits: int = BITS) -> torch.Tensor:
-    """float16 weights rounded to the nearest number whose last 10 - bits explicit bits are zero, ties to even."""
-    drop = 10 - bits
-    whole = weights.contiguous().view(torch.int16).int() & 0xFFFF
-    size, sign = whole & 0x7FFF, whole & 0x8000
-    size = (size + (1 << drop - 1) - 1 + (size >> drop & 1)) >> drop << drop
-    return (sign | size).to(torch.int16).view(torch.float16)
 
 
 def tidy(folder: Path) -> None:

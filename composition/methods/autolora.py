@@ -31,7 +31,7 @@ class Options:
     gates: str = field(default="", metadata={"help": "A file that `medley train gates` wrote for this model; empty: the bundled one."})
 
 
-@method(title="AutoLoRA", about="Adds all LoRAs up through gates that were learned for this model.", paper="2508.02107", single=False)
+@method(title="AutoLoRA", about="Adds all LoRAs up, each scaled layer by layer through gates that were learned for this model.", paper="2508.02107", single=False)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     with torch.no_grad(), ExitStack() as stack:

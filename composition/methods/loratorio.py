@@ -29,7 +29,7 @@ class Options:
     smooth: bool = field(default=True, metadata={"help": "Interpolate the weights between patches instead of a step at each edge."})
 
 
-@method(title="LoRAtorio", about="Weighs the LoRAs' predictions patch by patch, by how far each departs from the base.", paper="2508.11624",
+@method(title="LoRAtorio", about="Weighs the LoRAs' predictions patch by patch, the less weight the nearer to the base's.", paper="2508.11624",
         cost="K + 1", single=False)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:

@@ -28,7 +28,7 @@ class Options:
         "Share of the protected energy whose strongest directions are protected; 1 protects all, as the paper does."})
 
 
-@method(title="NP-LoRA", about="Content LoRAs leave alone what the style LoRA reads; then all are added up.", paper="2511.11051",
+@method(title="NP-LoRA", about="Adds all LoRAs up after the content's are turned away from the inputs that the style LoRA uses; needs both.", paper="2511.11051",
         static=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:

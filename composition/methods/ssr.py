@@ -26,8 +26,8 @@ class Options:
         "The layers that are mixed: all; those that read the prompt alone (text); or the others (picture). Elsewhere LoRAs are added up."})
 
 
-@method(title="SSR-Merge", about="Adds all LoRAs up after parting what they have in common, measured once for a set.", paper="2606.10617",
-        cost="1, and K once for a set of LoRAs", static=True)
+@method(title="SSR-Merge", about="Adds all LoRAs up after a matrix per layer, measured once for a set, has taken out what they do twice.", paper="2606.10617",
+        cost="1 (and K more, once for a set of LoRAs)", static=True)
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     with added_up(run, ssr.Rewrites(run, options.prompts, options.ridge, options.on)) as predict:

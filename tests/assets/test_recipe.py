@@ -251,6 +251,7 @@ def test_a_second_base_begins_with_the_weights_of_a_folder(tmp_path):
     export.export_flux(held, vae, clip, t5, tmp_path / "flux")
     flux.load(other, tmp_path / "flux")
     assert all(torch.equal(mine.half(), theirs) for mine, theirs in zip(other.parameters(), held.parameters(), strict=True))
+    assert all(torch.equal(weight.bfloat16().float(), weight) for weight in other.parameters())
 
 
 def test_a_shortened_lora_is_the_nearest_of_its_rank(tmp_path):

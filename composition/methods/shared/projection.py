@@ -19,7 +19,7 @@ def projected(run: Run, live: Sequence[str], mu: float, energy: float = 1.0, pro
     directions. protect: "style" or "content"."""
     content, style = parted(run, live)
     if not content or not style:
-        run.notes["np-lora"] = f"nothing is projected: it takes a style LoRA and one of another category, and here are {_counted(content, style)}"
+        run.notes["np-lora"] = f"nothing is projected, so it is the same as merge: it takes a style LoRA and one of another category, and here are {_counted(content, style)}"
         return {}
     projected_names, guarded = (content, style) if protect == "style" else (style, content)
     projecting, guarding = adapters_of(run, projected_names), adapters_of(run, guarded)

@@ -15,8 +15,8 @@ def test_a_cell_has_the_colour_of_its_gate():
     assert sheet.getpixel((gate_map.LEFT + quarter, top)) == gate_map.MORE == gate_map.colour(2.0)
     assert sheet.getpixel((ink + half, top)) == gate_map.LESS == gate_map.colour(0.0)
     assert sheet.getpixel((ink + quarter, top)) == gate_map.colour(0.25)
-    assert sheet.getpixel((gate_map.LEFT + half, top + gate_map.CELL)) == gate_map.colour(0.5)
-    assert sheet.getpixel((gate_map.LEFT + half, top + 2 * gate_map.CELL)) == (238, 238, 238), "no gate of as many LoRAs"
+    assert sheet.getpixel((gate_map.LEFT + half, top + gate_map.height(3))) == gate_map.colour(0.5)
+    assert sheet.getpixel((gate_map.LEFT + half, top + 2 * gate_map.height(3))) == (238, 238, 238), "no gate of as many LoRAs"
 
 
 def test_notes_without_gates_have_no_map():

@@ -15,9 +15,9 @@ from composition.adapters.stack import Stack
 from composition.loras.kinds.lora import Factors
 from tests import toys
 from tests.composition import laws
-from tests.composition.test_laws import FUSIONS
 from tests.composition.devices import offloading
 from tests.composition.devices.pretended import DEVICE, move, pretended
+from tests.composition.test_laws import FUSIONS
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 FAMILIES = {"sd": toys.sd, "flux": toys.flux}
