@@ -22,7 +22,7 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.")],
     lora: Annotated[list[str] | None, typer.Option("--lora", metavar="NAME[:WEIGHT]", help="A LoRA by name or path, with its weight (1). Repeat for more. JSON "
                                                    "with the fields of a Lora works too.")] = None,
-    method: Annotated[str | None, typer.Option(help="How the LoRAs are composed (merge): merge, ssr, np-lora or another that is the same in every step and place.")] = None,
+    method: Annotated[str | None, typer.Option(help="How the LoRAs are composed (merge): depth, lego, merge, np-lora or ssr, which are the same in every step and place of the picture.")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the method. Repeat for more.")] = None,
     prompt: Annotated[str | None, typer.Option(help="For methods that measure with a prompt: what the pictures will be of (ssr asks for each LoRA by its trigger "
                                                "word unless told otherwise).")] = None,

@@ -143,6 +143,12 @@ def figures(pipe: Any, judge: Judge, world: World, own: Sequence[str], files: Pa
                 drawn = [maker.compared(case, [], [name]) for case in cases]
                 table[f"{name}, {label}"] = {"pictures": count} | _scores(name, judge, cases, drawn)
                 _sheet(sheets, f"{name}-{label}", cases, drawn)
+        if {"canny", "layout"} <= set(there):  # trained alone: what each adds where the other is on
+            cases = [scene_case(world, own, 10**5 + n, own_size, ["canny", "layout"]) for n in range(share(EACH))]
+            drawn = [maker.compared(case, [], ["canny"], ["layout"], ["canny", "layout"]) for case in cases]
+            table["canny beside layout"] = {"pictures": len(cases)} | _scores("canny", judge, cases, [row[2:] for row in drawn])
+            table["layout beside canny"] = {"pictures": len(cases)} | _scores("layout", judge, cases, [row[1::2] for row in drawn])
+            _sheet(sheets, "edges and colours", cases, drawn)
         if {"canny", "subject"} <= set(there):
             cases = [both_case(world, n, own_size, side) for n in range(share(EACH))]
             drawn = [maker.compared(case, [], ["canny", "subject"]) for case in cases]
