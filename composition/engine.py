@@ -30,7 +30,7 @@ from composition.loop import NotFinite, Step, sample
 from composition.loras import library, reader
 from composition.methods import Method
 from composition.methods.shared import measured_order
-from composition.notes import opening_notes, overflow
+from composition.notes import opening_notes, overflow, unranked
 from composition.profiles.store import ProfileStore
 from composition.refusal import Refused
 from composition.request import Lora, Receipt, Request, Result
@@ -230,6 +230,7 @@ class Engine:
                 receipts, encodings, fold, shelf = self._prepare(own, request, method, loras)
                 conditions = self._controls.opened(request, paths, size, isolated=not self._steady(request, method), shelf=shelf)
             notes = opening_notes(request, receipts, self.backbone) | settled | ({"fold": fold} if fold else {})
+            notes |= unranked(request, method, self.adapters)
             if conditions is not None:
                 notes |= {**conditions.notes} | ({"conditions isolated": True} if conditions.isolated and request.active else {})
             rows = list(zip(request.names, request.loras, receipts, strict=True))
@@ -317,7 +318,7 @@ class Engine:
         if not self.backbone.writable:
             return "computed live: offloaded weights come layer by layer"
         if not self.adapters.foldable:
-            return "computed live: the weights are quantized"
+            return "computed live: the weights are quantized, or a LoRA changes a bias that its layer does not have"
         keep = self.adapters.keep(placement.available)
         if keep.device is None:
             return keep.why

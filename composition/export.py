@@ -72,6 +72,9 @@ def export(
             tensors={name: receipt.tensor_sha256 for name, _, receipt in rows}, profiles=engine.profiles)
         latents, times = engine.backbone.start(request, scheduler, run.generators)
         first = Step(0, request.length, times[0], latents)
+        if names := engine.adapters.unranked():
+            raise Refused(f"{', '.join(names)} changes layers in a way that is no LoRA of a small rank (as LoKr, DoRA or a full difference does): convert it "
+                          "to a LoRA of a rank first (`medley convert`), then export")
         try:
             with method.compose(run, options) as predict:
                 predict(first)

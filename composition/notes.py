@@ -8,6 +8,7 @@ from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone
 from composition.loop import NotFinite
+from composition.refusal import Refused
 from composition.request import DISTILLED_NOTE, SAMPLER_NOTE, Receipt, Request
 
 
@@ -35,6 +36,17 @@ def opening_notes(request: Request, receipts: Sequence[Receipt], backbone: Backb
         placed = [name for name, lora in request.active.items() if lora.binds is not None or lora.region is not None]
         notes |= {"not read by this method": {name: "binds and region" for name in placed}} if placed else {}
     return notes
+
+
+def unranked(request: Request, method: methods.Method, adapters: Adapters) -> dict[str, Any]:
+    """What a method of ranks does with LoRAs of kinds that have none. Raises Refused where it takes none of those beside others."""
+    names = [name for name in adapters.unranked() if name in request.active]
+    if not names or not method.ranks or len(request.active) < 2:
+        return {}
+    if method.ranks == "all":
+        raise Refused(f"method {method.name} works on the ranks of LoRAs, and {', '.join(names)} changes layers without ranks (as LoKr, DoRA or a full "
+                      "difference does): choose another method, as merge or composite, or convert it to a LoRA first (`medley convert`)")
+    return {"without ranks": {name: "added at its weight alone in layers where it has no ranks" for name in names}}
 
 
 def _missing_triggers(request: Request, receipts: Sequence[Receipt]) -> dict[str, list[str]]:

@@ -287,9 +287,9 @@ class Receipt:
     family: the kind of base the file was made for, from its keys and shapes ("sd", "sd2", "sdxl", "sd3", "flux",
     "unknown"); layout: how its keys are written ("diffusers", "kohya", ...). components: tensors applied and modules
     reached in the denoiser and in each text encoder. ignored: reason to the raw keys left out for it. no_effect:
-    modules whose update is exactly zero. ranks and alphas: value to the number of modules that have it. alpha_from: who states
-    alpha, to the number of modules. remarks: what a user should know of how the file was read. A receipt from a header alone has
-    neither alphas nor hashes.
+    modules whose update is exactly zero. kinds: of update ("LoRA", "LoKr", "DoRA", ...), to the number of the file's modules. ranks and
+    alphas: value to the number of modules that have it. alpha_from: who states alpha, to the number of modules. remarks: what a user should
+    know of how the file was read. A receipt from a header alone has neither alphas nor hashes.
     sha256 is of the whole file, tensor_sha256 of names, shapes, dtypes and bytes of the tensors alone (metadata may
     change without changing it), data_sha256 of the bytes after the header: what A1111 and Civitai (AutoV3) call a LoRA's hash, of
     which they write the first 12 digits.
@@ -306,6 +306,7 @@ class Receipt:
     components: Mapping[str, Mapping[str, int]] = Field(default_factory=dict)
     ignored: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
     no_effect: tuple[str, ...] = ()
+    kinds: Mapping[str, int] = Field(default_factory=dict)
     ranks: Mapping[int, int] = Field(default_factory=dict)
     alphas: Mapping[float, int] = Field(default_factory=dict)
     alpha_from: Mapping[str, int] = Field(default_factory=dict)
@@ -327,6 +328,8 @@ class Receipt:
         ranks = "/".join(str(rank) for rank in sorted(self.ranks))
         text = f"{self.name}: applied {self.applied}/{self.tensors} tensors" + (f" ({parts})" if parts else "")
         text += f", rank {ranks}" if ranks else ""
+        if set(self.kinds) - {"LoRA"}:
+            text += ", kinds: " + " + ".join(f"{count} {kind}" for kind, count in self.kinds.items())
         if self.no_effect:
             text += f", {len(self.no_effect)} modules with no effect"
         for reason, keys in self.ignored.items():

@@ -109,12 +109,12 @@ def training_tags(header: Mapping[str, str]) -> Iterator[str]:
 def _built(path: Path, raw: SafeFile) -> Card:
     """What the names and shapes of a file's tensors say."""
     updates, ignored = keys.modules(raw.tensors)
-    usable = [module for module in updates if not module.blocked and reader.is_pair(module, raw.tensors)]
+    usable = [module for module in updates if reader.is_whole(module, raw.tensors)]
     blocked = Counter(module.blocked for module in updates if module.blocked)
     layouts = Counter(module.layout for module in updates).most_common()
     return Card(
         path, family=family.detect(updates, raw.tensors).family, layout=" + ".join(layout for layout, _ in layouts), tensors=len(raw.tensors),
-        ranks=dict(Counter(raw.tensors[module.keys["down"]].shape[0] for module in usable)),
+        ranks=dict(Counter(ranked[0] for module in usable if (ranked := reader.ranked(module, raw.tensors)))),
         coverage=dict(Counter(module.component or "unknown" for module in usable)),
         trouble=_obstacle(path, raw, bool(usable), blocked, ignored),
         remarks=tuple(f"{count} of its layers cannot be applied: {reason}" for reason, count in blocked.most_common()) if usable else ())

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from composition import untrusted
 from composition.loras import reader
+from composition.loras.kinds.base import Update
 from composition.loras.kinds.lora import Factors
 from composition.loras.safetensors import SafeFile, load_safely
 from retrieval.singular import Figures, spectrum
@@ -107,9 +108,10 @@ def sketch(
     return sketched(named(lora.factors), lora.receipt.family, raw.tensor_sha256, side)
 
 
-def named(factors: Mapping[str, Mapping[str, Factors]]) -> dict[str, Factors]:
-    """The factors of a read file by the names of a sketch, which no version of transformers changes."""
-    return {f"{component}.{path.removeprefix('text_model.')}": layer for component, inside in factors.items() for path, layer in inside.items()}
+def named(updates: Mapping[str, Mapping[str, Update]]) -> dict[str, Factors]:
+    """The factors of a read file by the names of a sketch, which no version of transformers changes. Updates without exact factors are left out."""
+    return {f"{component}.{path.removeprefix('text_model.')}": factors for component, inside in updates.items() for path, update in inside.items()
+            if (factors := update.factors) is not None}
 
 
 def sketched(factors: Mapping[str, Factors], family: str = "unknown", tensor_sha256: str = "", side: int = SIDE) -> Sketch:

@@ -1,7 +1,7 @@
 """Adapters: the LoRAs a backbone holds, which of them are live, and with what gates.
 
-One forward hook on every linear layer and convolution, attached once, reads `module.stack`; with no stack it does
-nothing. Loading parses a file once and keeps its factors by hash; a session lays the factors of one set of LoRAs into
+One forward hook on every linear layer, convolution and norm, attached once, reads `module.stack`; with no stack it does
+nothing. Loading parses a file once and keeps its updates by hash; a session lays the updates of one set of LoRAs into
 stacks; `use`, `rows`, `regional`, `routed` and `combined` write the gates; `rewritten` changes the factors for a while; `folded` writes the
 sum into the weights and gives them back.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -160,18 +160,19 @@ class Adapters:
         largest: dict[str, tuple[float, str]] = {}
         for component, stacks in self._model.current.stacks.items():
             for path, stack in stacks.items():
-                weight = self._layers[component][path].weight
+                weight = cast(Tensor, self._layers[component][path].weight)
                 plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
                 length = float(torch.linalg.vector_norm(weight.detach().double().cpu())) if plain else weight.numel() ** 0.5
+                values = weight.detach().double().cpu() if plain else None
                 for k, name in enumerate(self.names):
-                    largest[name] = max(largest.get(name, (0.0, "")), (stack.size(k) / max(length, 1e-30), f"{component}.{path}"))
+                    largest[name] = max(largest.get(name, (0.0, "")), (stack.size(k, values) / max(length, 1e-30), f"{component}.{path}"))
         return largest
 
     def placeless(self) -> tuple[str, ...]:
         """The adapters that change layers of the denoiser whose rows have no place, as time embeddings: `regional` cannot bound them."""
         stacks = [stack for path, module in self._layers[self._denoiser].items()
                   if (stack := _attached(module)) is not None and getattr(self._axis(path), "kind", "") == "none"]
-        return tuple(name for k, name in enumerate(self.names) if any(stack.touches(k) for stack in stacks))
+        return tuple(name for k, name in enumerate(self.names) if any(stack.changes(k) for stack in stacks))
 
     @contextmanager
     def rows(self, weights: Sequence[Mapping[str, float]]) -> Iterator[None]:
@@ -231,11 +232,17 @@ class Adapters:
 
     def layer(self, path: str) -> nn.Linear | nn.Conv2d | None:
         """The denoiser's linear layer or convolution of this path."""
-        return self._layers[self._denoiser].get(path)
+        layer = self._layers[self._denoiser].get(path)
+        return layer if isinstance(layer, nn.Linear | nn.Conv2d) else None
 
     def stacks(self) -> Mapping[str, Stack]:
-        """The layers of the denoiser that this set of LoRAs touches, by path, with their factors."""
-        return self._model.current.stacks.get(self._denoiser, {})
+        """The layers of the denoiser in which this set of LoRAs has ranks, by path, with their factors."""
+        return {path: stack for path, stack in self._model.current.stacks.get(self._denoiser, {}).items() if stack.ranked}
+
+    def unranked(self) -> tuple[str, ...]:
+        """The adapters that change layers by updates without small exact factors, as LoKr or DoRA: rank by rank nothing can be done to those."""
+        stacks = [stack for by_path in self._model.current.stacks.values() for stack in by_path.values()]
+        return tuple(name for k, name in enumerate(self.names) if any(stack.operators.of(k) for stack in stacks))
 
     @contextmanager
     def rewritten(self, rewrites: Mapping[str, Rewrite]) -> Iterator[None]:
@@ -259,7 +266,7 @@ class Adapters:
             if mine and gates.mode == "off":
                 continue
             table = gates.values.dense[0] if mine else gates.factors * gates.factors.new_tensor(self._vector(text))
-            for path, stack in stacks.items():
+            for path, stack in (row for row in stacks.items() if row[1].ranked):
                 yield component, path, *stack.constant(table[stack.block], like.device, dtype)
 
     def _live(self, what: str) -> None:

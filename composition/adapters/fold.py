@@ -1,4 +1,5 @@
-"""The fold: W + sum w B A written into the layers' weights, the originals kept beside and put back.
+"""The fold: W + sum w D written into the layers' weights, and into their biases; the originals kept beside and put back. D is B A, or what
+another kind of update makes of W.
 
 A forward then costs what the bare base costs. The originals are copied, never subtracted from, to where there is room: the device
 that holds the weights, else main memory; with room in neither, nothing is folded and the adapters stay live.
@@ -34,9 +35,11 @@ class Keep(NamedTuple):
 
 def foldable(layers: Layers) -> bool:
     """True when these are plain floating-point weights that may be written: not quantized, not coming and going layer by layer."""
-    for module, _ in layers.values():
+    for module, stack in layers.values():
         weight = module.weight
-        if type(module) not in (nn.Linear, nn.Conv2d) or not isinstance(weight, nn.Parameter) or hasattr(module, "_hf_hook"):
+        if module.bias is None and stack.operators.shifting:
+            return False  # there is nowhere to write it
+        if type(module) not in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm) or not isinstance(weight, nn.Parameter) or hasattr(module, "_hf_hook"):
             return False
         # A wrapper is a tensor with a format of its own: torchao's say that they are floating-point.
         if is_traceable_wrapper_subclass(weight) or not weight.is_floating_point() or weight.itemsize < 2 or weight.is_meta:
@@ -45,8 +48,8 @@ def foldable(layers: Layers) -> bool:
 
 
 def size(layers: Layers) -> tuple[int, torch.device]:
-    """Bytes of these layers' weights, and where they are."""
-    weights = [cast(Tensor, module.weight) for module, _ in layers.values()]
+    """Bytes of these layers' weights that are written, and where they are."""
+    weights = [cast(Tensor, getattr(module, name)) for module, stack in layers.values() for name in _written(stack)]
     return sum(weight.numel() * weight.itemsize for weight in weights), weights[0].device if weights else CPU
 
 
@@ -69,27 +72,32 @@ class Fold:
     def __init__(self, layers: Layers, weights: Sequence[float], device: torch.device | None = None) -> None:
         """device: where the originals are kept; None: where each weight is."""
         self.layers, self.weights, self._device = dict(layers), tuple(weights), device
-        self._originals: dict[str, Tensor] = {}
+        self._originals: dict[tuple[str, str], Tensor] = {}  # by path and name
         self.whole = False  # the sum is in all of the weights
 
     @torch.no_grad()
     def write(self) -> None:
         """The sum is in the weights. Raises whatever the copying raises; `lift` then gives the originals back."""
         for path, (module, stack) in self.layers.items():
-            weight = cast(Tensor, module.weight)
-            if path not in self._originals:
-                self._originals[path] = _copied(weight.detach(), self._device or weight.device)
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            update = stack.delta(self.weights, weight.device, wide).view(weight.shape)
-            weight.copy_(self._originals[path].to(weight.device, wide) + update)
+            for name in _written(stack):
+                weight = cast(Tensor, getattr(module, name))
+                if (path, name) not in self._originals:
+                    self._originals[path, name] = _copied(weight.detach(), self._device or weight.device)
+                original = self._originals[path, name].to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+                change = stack.change(self.weights, original) if name == "weight" else stack.operators.shift(self.weights, original)
+                weight.copy_(original + change)
         self.whole = True
 
     @torch.no_grad()
     def lift(self) -> None:
         """The originals are in the weights, wherever these are by now."""
         self.whole = False
-        for path, original in self._originals.items():
-            cast(Tensor, self.layers[path][0].weight).copy_(original)
+        for (path, name), original in self._originals.items():
+            cast(Tensor, getattr(self.layers[path][0], name)).copy_(original)
+
+
+def _written(stack: Stack) -> tuple[str, ...]:
+    return ("weight", "bias") if stack.operators.shifting else ("weight",)
 
 
 def _copied(weight: Tensor, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""The model's layers: a forward hook each, and the stacks of one set of LoRAs at a time attached to them."""
+"""The model's layers, norms among them: a forward hook each, and the stacks of one set of LoRAs at a time attached to them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,8 @@ from composition.adapters.fold import Fold
 from composition.adapters.gates import Gates
 from composition.adapters.stack import Rewrite, Stack
 from composition.adapters.trainable import Shape, Trainable, TrainableStack
-from composition.loras.reader import Factors
+from composition.loras.kinds.base import Update
+from composition.loras.layers import Norm
 from composition.refusal import Refused
 from composition.request import Lora
 
@@ -37,7 +38,7 @@ class Laid:
 
 
 class Layers:
-    """Every linear layer and convolution of the components, by component and path; the first component is the denoiser.
+    """Every linear layer, convolution and norm of the components, by component and path; the first component is the denoiser.
 
     block: layer path of the denoiser to its block; axis: to what its tokens are. current: the set that is attached.
     """
@@ -47,8 +48,9 @@ class Layers:
     ) -> None:
         self.components = dict(components)
         self.denoiser = next(iter(self.components))
-        self.modules: dict[str, dict[str, nn.Linear | nn.Conv2d]] = {
-            component: {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+        self.modules: dict[str, dict[str, nn.Linear | nn.Conv2d | Norm]] = {
+            component: {path: module for path, module in model.named_modules()
+                        if isinstance(module, nn.Linear | nn.Conv2d) or isinstance(module, Norm) and module.weight is not None}
             for component, model in self.components.items()}
         self._block, self._axis = block, axis
         self.current = Laid()
@@ -68,8 +70,8 @@ class Layers:
 
     # laying out ----------------------------------------------------------------------------------------------------
 
-    def lay(self, names: Sequence[str], loras: Sequence[Lora], parts: Sequence[Mapping[str, Mapping[str, Factors]]]) -> Laid:
-        """Stacks of each LoRA's factors, by component and path; every gate is closed. Nothing is attached yet."""
+    def lay(self, names: Sequence[str], loras: Sequence[Lora], parts: Sequence[Mapping[str, Mapping[str, Update]]]) -> Laid:
+        """Stacks of each LoRA's updates, by component and path; every gate is closed. Nothing is attached yet."""
         live = tuple(frozenset(c for c in part if c != self.denoiser and part[c]) for part in parts)
         laid = Laid(tuple(names), tuple(loras), live)
         for component in self.components if parts else ():
@@ -84,7 +86,7 @@ class Layers:
         self, names: Sequence[str], rank: int, paths: Mapping[str, Sequence[str]], device: torch.device | None,
     ) -> tuple[Laid, Trainable]:
         """The same for new adapters of one rank, whose factors are one leaf. device: of the leaf; None: where the denoiser's weights are."""
-        shapes = {c: {path: Shape.of(self.modules[c][path]) for path in paths[c]} for c in self.components if paths.get(c)}
+        shapes = {c: {path: Shape.of(self._trained(c, path)) for path in paths[c]} for c in self.components if paths.get(c)}
         rest = next((weight.device for weight in self.components[self.denoiser].parameters()), torch.device("cpu"))
         trained, slots = Trainable(names, rank, shapes, device or rest), count()
         laid = Laid(tuple(names), tuple(Lora(name) for name in names), (frozenset(shapes) - {self.denoiser},) * len(names), learning=True)
@@ -94,6 +96,11 @@ class Layers:
                 path: TrainableStack(trained, next(slots), gates, blocks[self._block_of(component, path)], self._axis(path), path)
                 for path in mine}
         return laid, trained
+
+    def _trained(self, component: str, path: str) -> nn.Linear | nn.Conv2d:
+        module = self.modules[component][path]
+        assert not isinstance(module, Norm), "norms have no LoRA"
+        return module
 
     def _block_of(self, component: str, path: str) -> str:
         return self._block(path) if component == self.denoiser else ""
@@ -154,7 +161,7 @@ class Layers:
             for module, stack in self.touched().values():
                 weight = module.weight
                 if isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta:
-                    stack.prepare(weight)
+                    stack.prepare(module, weight)
 
     @contextmanager
     def rewritten(self, rewrites: Mapping[str, Rewrite]) -> Iterator[None]:
@@ -201,7 +208,7 @@ def _hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     stack = cast(Stack | None, module.stack)
     if stack is None:
         return output
-    if stack.gates.watch is not None:
+    if stack.gates.watch is not None and stack.ranked:
         stack.gates.watch(stack, stack.ranks(module, args[0], output))
     return output if stack.gates.mode == "off" else stack(module, args[0], output)
 

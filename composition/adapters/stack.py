@@ -4,7 +4,8 @@ All adapters of a layer are one stack of factors: `down` A (P, in, ...) and `up`
 alpha/rank is folded into `up`; a weight is always a gate. Which form is computed follows from the gates:
 one adapter in every row (its own slice), dense (two products whatever K is), one adapter per row (a row pays its own
 rank and not P), token by token by masks, rank by rank by a `route` function that sees A x, or each adapter's output apart, for a
-`combine` function. The factors may be rewritten for a while: whatever the gates are, they then act on other ones.
+`combine` function. The factors may be rewritten for a while: whatever the gates are, they then act on other ones. Updates without small
+exact factors stand beside them (`operators`).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from composition.adapters import rowwise
 from composition.adapters.gates import Gates
+from composition.adapters.operators import Operators
 from composition.loop import Step
-from composition.loras.reader import Factors
+from composition.loras.kinds.base import Update, parted
 
 
 class Product(NamedTuple):
@@ -41,40 +43,58 @@ Watch = Callable[["Stack", Float[Tensor, "rows places P"]], None]
 
 
 class Stack:
-    """A layer's factors and the gates that act on them.
+    """A layer's updates and the gates that act on them.
 
-    factors: of each adapter, None where it leaves this layer alone; they rest where they are, on the CPU and shared with whoever
+    updates: of each adapter, None where it leaves this layer alone; they rest where they are, on the CPU and shared with whoever
     read them. One copy in the device and dtype of the activations is made when the first one passes, and another in its place when
     the activations are of another kind. axis: what the layer's tokens are, a key of the gates' places. path: the layer's.
     """
 
     def __init__(
-        self, factors: Sequence[Factors | None], gates: Gates, block: int, axis: Any = None, path: str = "",
+        self, updates: Sequence[Update | None], gates: Gates, block: int, axis: Any = None, path: str = "",
     ) -> None:
-        self._factors = tuple(factors)
+        parts = [(None, ()) if update is None else parted(update) for update in updates]
+        self._factors = tuple(factors for factors, _ in parts)
+        self.operators = Operators([(k, update) for k, (_, rest) in enumerate(parts) for update in rest], gates, block, axis)
         self.gates, self.block, self.axis, self.path = gates, block, axis, path
-        ends = list(accumulate(0 if part is None else part.rank for part in factors))
+        ends = list(accumulate(0 if part is None else part.rank for part in self._factors))
         self.spans = tuple(zip([0, *ends[:-1]], ends, strict=True))
         self._product: Product | None = None
         self._rewrite: Rewrite | None = None
         self._slots: tuple[Int[Tensor, "K r"], Bool[Tensor, "K r"]] | None = None
 
     def touches(self, k: int) -> bool:
+        """True when adapter k has ranks here."""
         return self.spans[k][0] < self.spans[k][1]
 
-    def size(self, k: int) -> float:
-        """A bound of the length of adapter k's update at weight 1, and near it: the lengths of its factors multiplied, in float64."""
-        part = self._factors[k]
-        if part is None:
-            return 0.0
-        down, up = (float(torch.linalg.vector_norm(factor.double())) for factor in (part.stored_down, part.stored_up))
-        return abs(part.scale) * down * up
+    def changes(self, k: int) -> bool:
+        """True when adapter k changes this layer, by ranks or otherwise."""
+        return self.touches(k) or self.operators.of(k)
 
-    def prepare(self, like: Tensor) -> None:
+    @property
+    def ranked(self) -> bool:
+        """True when any adapter has ranks here."""
+        return self.spans[-1][1] > 0
+
+    def size(self, k: int, weight: Tensor | None) -> float:
+        """A bound of the length of adapter k's update at weight 1, and near it: the lengths of its factors multiplied, in float64. What has
+        no factors counts beside the layer's own weight; without one, it counts nothing.
+        """
+        part, length = self._factors[k], 0.0
+        if part is not None:
+            down, up = (float(torch.linalg.vector_norm(factor.double())) for factor in (part.stored_down, part.stored_up))
+            length = abs(part.scale) * down * up
+        if weight is not None and self.operators.of(k):
+            length += float(torch.linalg.vector_norm(self.operators.delta([float(k == n) for n in range(self.gates.count)], weight)))
+        return length
+
+    def prepare(self, module: nn.Module, like: Tensor) -> None:
         """Make whatever the first activations of the device and dtype of `like` would make."""
-        self.product(like)
         self.gates.on(like.device)
-        self._padded(like.device)
+        self.operators.prepare(module, like)
+        if self.ranked:
+            self.product(like)
+            self._padded(like.device)
 
     def product(self, like: Tensor) -> Product:
         """The factors in the device and dtype of `like`."""
@@ -121,8 +141,13 @@ class Stack:
         # From numbers, and not by operations on a tensor of ranks: a compiler would not know the length, and break the graph here.
         return torch.tensor([k for k, (begin, end) in enumerate(self.spans) for _ in range(begin, end)], dtype=torch.long).to(device)
 
+    def change(self, weights: Sequence[float], weight: Float[Tensor, "out *in"]) -> Float[Tensor, "out *in"]:
+        """What a fold adds to the layer's own weight, where that is and in its dtype: of updates of every kind."""
+        change = self.operators.delta(weights, weight) if self.operators.updates else 0.0
+        return self.delta(weights, weight.device, weight.dtype).view(weight.shape) + change if self.ranked else torch.zeros_like(weight) + change
+
     def delta(self, weights: Sequence[float], device: torch.device, dtype: torch.dtype) -> Float[Tensor, "out in *kernel"]:
-        """sum_k weight_k B_k A_k, computed there in `dtype`: what a fold adds to the weight. No copy of the factors stays."""
+        """sum_k weight_k B_k A_k, computed there in `dtype`: of adapters with ranks. No copy of the factors stays."""
         gate = torch.tensor(weights, dtype=self.gates.factors.dtype) * self.gates.factors[self.block]
         down, up = self.constant(gate, device, dtype)
         flat = up @ down.flatten(1)
@@ -163,13 +188,23 @@ class Stack:
 
     def __call__(self, module: nn.Module, x: Float[Tensor, "rows *in"], y: Float[Tensor, "rows *outs"]) -> Tensor:
         """The layer's output with its adapters, as the gates say, where y is. y may be written in place when no gradient needs it."""
+        gates = self.gates
+        if gates.mode in ("rows", "regional") or gates.mode == "dense" and gates.rows > 1:
+            self._check(x, gates.places[self.axis].shape[0] if gates.mode == "regional" else gates.rows)
+        if gates.mode == "combined":
+            return self._combined(module, x, y)
+        beside = self.operators(module, x, y) if self.operators.updates else None  # before y is written to
+        out = self._with_ranks(module, x, y) if self.ranked else y
+        return out if beside is None else out + beside
+
+    def _with_ranks(self, module: nn.Module, x: Float[Tensor, "rows *in"], y: Float[Tensor, "rows *outs"]) -> Tensor:
+        """y with what the adapters' factors add."""
         gates, conv = self.gates, isinstance(module, nn.Conv2d)
         if gates.mode == "one":
             if not self.touches(gates.only):
                 return y
             return (_conv if conv else _linear)(module, x, y, *self._slice(y, gates.only))
         if gates.mode == "rows":
-            self._check(x, gates.rows)
             # Copies: the buffers may be written before backward.
             down, up = self.each(y, None if gates.plain else gates.on(y.device).index.clone())
             scale = None if gates.even else gates.on(y.device).scale[:, self.block].to(down, copy=True)
@@ -177,22 +212,24 @@ class Stack:
                 return rowwise.conv(module, x.to(y.device), y, down, up, scale)
             return rowwise.linear(x.to(y.device), y, down, up, scale)
         if gates.mode == "dense":
-            if gates.rows > 1:
-                self._check(x, gates.rows)
             down, up, owner = self.product(y)
             return (_conv if conv else _linear)(module, x, y, down, up, self.weights(y, owner))
         if gates.mode == "regional":
-            self._check(x, gates.places[self.axis].shape[0])
             down, up, owner = self.product(y)
             assert owner is not None, "ranks without an owner have no place"
             gate = self._regional_gate(y, owner, conv)
             return (_conv_regional if conv else _linear_regional)(module, x, y, down, up, gate)
-        if gates.mode == "routed":
-            return self._routed(module, x, y)
+        assert gates.mode == "routed"
+        return self._routed(module, x, y)
+
+    def _combined(self, module: nn.Module, x: Float[Tensor, "rows *in"], y: Float[Tensor, "rows *outs"]) -> Tensor:
+        """What `combine` makes of y and of each adapter's update."""
+        gates = self.gates
         assert gates.combine is not None and gates.step is not None
-        update = _conv_update if conv else _linear_update
+        update = _conv_update if isinstance(module, nn.Conv2d) else _linear_update
         none = torch.zeros_like(y)
         each = [update(module, x, *self._slice(y, k)) if self.touches(k) else none for k in range(gates.count)]
+        each = [part + self.operators.alone(module, x, y, k) if self.operators.of(k) else part for k, part in enumerate(each)]
         return gates.combine(self.path, gates.step, y, torch.stack(each))
 
     def _routed(self, module: nn.Module, x: Float[Tensor, "rows *in"], y: Float[Tensor, "rows *outs"]) -> Tensor:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from composition.adapters.gates import Gates
+from composition.adapters.operators import Operators
 from composition.adapters.stack import Product, Stack
 from composition.loras.kinds.lora import Factors
 
@@ -77,6 +78,7 @@ class TrainableStack(Stack):
     def __init__(self, source: Trainable, slot: int, gates: Gates, block: int, axis: Any = None, path: str = "") -> None:
         self.source, self.slot = source, slot
         self.gates, self.block, self.axis, self.path = gates, block, axis, path
+        self.operators = Operators((), gates, block, axis)
         self.spans = tuple((k * source.rank, (k + 1) * source.rank) for k in range(len(source.names)))
 
     def product(self, like: Tensor) -> Product:

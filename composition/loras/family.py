@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from composition.loras import layers as layer_map
 from composition.loras.keys import Module
+from composition.loras.kinds import read
 
 WIDTHS = {768: "sd", 1024: "sd2", 2048: "sdxl"}
 JOINT = ("flux", "sd3")  # transformers, which the width of their text does not tell apart
@@ -36,7 +37,7 @@ def detect(modules: Sequence[Module], tensors: Mapping[str, Tensor]) -> Origin:
     """The origin of a file. family is "unknown" where keys and shapes leave it open."""
     names = [module.module for module in modules]
     second = any(module.component == "text_encoder_2" for module in modules)
-    width = next((_inputs(module, tensors) for module in modules if _reads_text(module)), 0)
+    width = next((width for module in modules if _reads_text(module) and (width := _inputs(module, tensors))), 0)
     if any(_FLUX.search(name) for name in names):
         return Origin("flux", 0, False)
     if any("joint_blocks" in name for name in names):
@@ -83,9 +84,8 @@ def text_width(components: Mapping[str, nn.Module]) -> int:
 def _reads_text(module: Module) -> bool:
     """Number 6 of a first-generation file is attn2's to_k or to_v in every order such files have."""
     reads = module.module == "#6" or bool(_TEXT.search(module.module))
-    return reads and module.component == "unet" and "down" in module.keys
+    return reads and module.component == "unet"
 
 
 def _inputs(module: Module, tensors: Mapping[str, Tensor]) -> int:
-    down = tensors.get(module.keys.get("down", ""))
-    return down.shape[1] if down is not None and down.ndim >= 2 else 0
+    return read.inputs({role: tensors[key] for role, key in module.keys.items()})

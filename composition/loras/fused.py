@@ -23,7 +23,7 @@ class Part(NamedTuple):
     turned: bool = False
 
     def rows(self, up: Tensor) -> Tensor:
-        """This layer's share of an up factor (out, ...)."""
+        """This layer's share of an up factor, or of whatever has the outputs first (out, ...)."""
         share = up[self.start : self.stop]
         return share.roll(share.shape[0] // 2, 0) if self.turned else share
 

@@ -11,8 +11,8 @@
     onetrainer        lora_transformer_<path with underscores>.lora_down.weight
     first-generation  unet:12:down, text_encoder:3:up: layers by number only
 
-Nothing here knows a base: `keymap` finds the layer a module name means. Tensors that change what a pair of factors
-means (DoRA's scale, Tucker's core, a bias) block their whole module: half of an update is another update.
+Nothing here knows a base: `keymap` finds the layer a module name means. What the parts of a module make together is for `kinds`. A part that is
+not known blocks its whole module: half of an update is another update.
 """
 
 import re
@@ -23,13 +23,9 @@ from typing import NamedTuple
 
 from composition.loras.fused import TRANSFORMER
 
-DORA = "DoRA is not supported yet"
-TUCKER = "Tucker factors (lora_mid) are not supported yet"
-LOHA = "LoHa is not supported yet"
-LOKR = "LoKr is not supported yet"
-OFT = "OFT is not supported"
-BIAS = "a LoRA with a bias is not supported"
-FULL = "full weights (diff, norm, bias) are not supported"
+OFT = "OFT as PEFT or the first LyCORIS wrote it is not supported: the file does not say how it rotates"
+BIAS = "a LoRA with a bias before its ranks is not supported"
+FULL = "whole weights in place of the base's are not supported, only differences (diff, diff_b, w_norm, b_norm)"
 TOKEN = "learned tokens (textual inversion) are not supported yet"
 TWICE = "written twice for the same layer"
 PART = "a part of a LoRA that is not known"
@@ -38,7 +34,7 @@ UNKNOWN = "not a LoRA tensor that is known"
 
 
 class Key(NamedTuple):
-    """One raw key. role: down, up, alpha; "whole" blocks its module and "beside" only itself, both for `reason`."""
+    """One raw key. role: down, up, alpha, lokr_w1 and so on (`kinds.read`); "whole" blocks its module and "beside" only itself, both for `reason`."""
 
     component: str
     module: str
@@ -72,16 +68,20 @@ _ROLES = tuple((re.compile(pattern), role, reason) for pattern, role, reason in 
     (r"(?:\.lora_B(?:\.[^.]+)?|\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)\.weight$", "up", ""),
     (r"\.processor\.(?:[qkv]|proj)_loras\.\d{1,4}\.(?:down|up)\.weight$", "beside", CONDITION),
     (r"(?:[._]lora|\.lora_linear_layer)?\.alpha$", "alpha", ""),
-    (r"(?:\.dora_scale|[._]lora_magnitude_vector(?:\.[^.]+){0,2})$", "whole", DORA),
-    (r"\.lora_mid\.weight$", "whole", TUCKER),
-    (r"\.hada_\w+$", "whole", LOHA),
-    (r"\.lokr_\w+$", "whole", LOKR),
-    (r"\.oft_\w+(?:\.weight)?$", "whole", OFT),
-    (r"\.lora_[AB](?:\.[^.]+)?\.bias$|\.lora_(?:down|up)\.bias$", "whole", BIAS),
-    (r"\.(?:diff|diff_b|set_weight|w_norm|b_norm|bias)$", "beside", FULL),
-    (r"\.lora_\w+(?:\.[^.]+){0,2}$|\.scalar$", "whole", PART),
-    (r"\.weight$", "beside", FULL),
+    (r"\.dora_scale$", "dora_scale", ""),
+    (r"[._]lora_magnitude_vector(?:\.[^.]+){0,2}$", "magnitude", ""),
+    (r"\.lora_mid\.weight$", "mid", ""),
+    (r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))$", r"\1", ""),
+    (r"\.(oft_blocks|rescale|on_input|diff|diff_b|w_norm|b_norm)$", r"\1", ""),
+    (r"\.(a1|a2|b1|b2|bm)\.weight$", r"\1", ""),
+    (r"\.oft_\w+(?:\.[^.]+){0,2}$", "whole", OFT),
+    (r"(?:\.lora_B(?:\.[^.]+)?|\.lora_up)\.bias$", "up_bias", ""),
+    (r"(?:\.lora_A(?:\.[^.]+)?|\.lora_down)\.bias$", "whole", BIAS),
+    (r"\.(?:set_weight|bias)$", "beside", FULL),
+    (r"\.lora_\w+(?:\.[^.]+){0,2}$|\.(?:hada|lokr)_\w+$|\.scalar$", "whole", PART),
+    (r"\.weight$", "weight", FULL),
 ))
+_BESIDE = {"weight": "on_input"}  # role to the one without which it is no part of an update
 _TOKENS = re.compile(r"\A<.*>$|bundle_emb\.|(?:emb_params|clip_[lg])$")
 _NUMBERED = re.compile(r"(unet|text_encoder):(\d{1,5}):(up|down)$")
 _PREFIXES = (
@@ -126,7 +126,7 @@ def understand(key: str) -> Key:
     for pattern, role, reason in _ROLES:
         if match := pattern.search(key):
             component, module, layout = _locate(key[: match.start()])
-            return Key(component, module, role, layout, reason)
+            return Key(component, module, match.expand(role), layout, reason)
     return Key("", key, "beside", "", UNKNOWN)
 
 
@@ -171,7 +171,11 @@ def modules(keys: Iterable[str]) -> tuple[list[Module], dict[str, list[str]]]:
             roles[place][key.role] = raw
     grouped = []
     for place, layout in layouts.items():
-        blocked = blocking.get(place, {})
+        mine, blocked = roles.get(place, {}), blocking.get(place, {})
+        for role in [role for role, other in _BESIDE.items() if role in mine and other not in mine]:
+            ignored.setdefault(FULL, []).append(mine.pop(role))
+        if not mine and not blocked:
+            continue
         reason = next(iter(blocked.values()), "")
-        grouped.append(Module(*place, layout, roles.get(place, {}), reason, tuple(blocked)))
+        grouped.append(Module(*place, layout, mine, reason, tuple(blocked)))
     return grouped, ignored

@@ -14,6 +14,7 @@ from composition.loras import fused
 from composition.loras.fused import Part
 
 Layer = nn.Linear | nn.Conv2d
+Norm = nn.LayerNorm | nn.GroupNorm
 _MAX_PARTS = 64  # of a name, at its dots and underscores
 
 # Parts of a residual block and single layers: path in diffusers -> name in the original code.
@@ -22,9 +23,12 @@ _RESIDUAL = {
     "time_emb_proj": "emb_layers.1",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
 }
 _SINGLE = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -50,8 +54,15 @@ def layers(module: nn.Module) -> dict[str, Layer]:
     }
 
 
-def shape(layer: Layer) -> tuple[int, ...]:
-    """(out, in) of a linear, (out, in, height, width) of a convolution: as declared, also when quantized."""
+def norms(module: nn.Module) -> dict[str, Norm]:
+    """Path to norm, for every norm with weights of its own; only full differences can be of one."""
+    return {path: norm for path, norm in module.named_modules() if isinstance(norm, Norm) and norm.weight is not None}
+
+
+def shape(layer: Layer | Norm) -> tuple[int, ...]:
+    """(out, in) of a linear, (out, in, height, width) of a convolution, (channels,) of a norm: as declared, also when quantized."""
+    if isinstance(layer, Norm):
+        return tuple(layer.weight.shape)
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
     return layer.out_channels, layer.in_channels, *layer.kernel_size
@@ -68,9 +79,9 @@ def parts(component: str, module: nn.Module) -> dict[str, tuple[Part, ...]]:
     return {flat(name): parts for name, parts in authored.items()} | {name: (Part(path),) for name, path in names(component, module).items()}
 
 
-def names(component: str, module: nn.Module) -> dict[str, str]:
-    """Flat name to path, for every layer of one component ("unet", "text_encoder", ...) of a base."""
-    paths = list(layers(module))
+def names(component: str, module: nn.Module, of: Collection[str] | None = None) -> dict[str, str]:
+    """Flat name to path, for every layer (or those of these paths) of one component ("unet", "text_encoder", ...) of a base."""
+    paths = list(layers(module) if of is None else of)
     if component.startswith("text_encoder"):
         short = {path.removeprefix("text_model."): path for path in paths}
         return {flat(prefix + name): path for prefix in ("", "text_model.") for name, path in short.items()}

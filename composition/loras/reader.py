@@ -1,7 +1,7 @@
-"""A LoRA file -> its factors by layer of a base, and the receipt of what was applied and what was not, and why.
+"""A LoRA file -> its updates by layer of a base, and the receipt of what was applied and what was not, and why.
 
 Every tensor of the raw file is either applied or listed under a reason; less than all of them is refused unless the
-caller allows it. Factors stay as they are stored, with alpha beside them; a weight is always a gate (`adapters`).
+caller allows it. Updates stay as they are stored, of whatever kind (`kinds`), with alpha beside them; a weight is always a gate (`adapters`).
 """
 
 from collections import Counter
@@ -17,7 +17,9 @@ from composition.loras import family as lora_family
 from composition.loras import layers as layer_map
 from composition.loras.fused import Part
 from composition.loras.keys import TWICE, Module, modules
-from composition.loras.kinds.lora import Factors, fitted
+from composition.loras.kinds import read as kinds
+from composition.loras.kinds.base import Update
+from composition.loras.kinds.lora import Factors
 from composition.loras.safetensors import SafeFile, load_header, load_safely
 from composition.refusal import Refused
 from composition.request import Receipt
@@ -26,25 +28,26 @@ NO_BASE = "no base model given"
 NO_LAYER = "no such layer in this base"
 NO_NAME = "a layer's name in a spelling that is not known"
 NO_PAIR = "incomplete pair (down without up, or up without down)"
+NO_WHOLE = "parts of an update of which some are missing, or which do not go together"
 NO_FLOAT = "not stored as floating-point numbers"
 
 
 @dataclass(frozen=True, eq=False)
 class LoraFile:
-    """factors: component ("unet", "text_encoder", "text_encoder_2") to module path in that component to Factors.
+    """factors: component ("unet", "text_encoder", "text_encoder_2") to module path in that component to its update: `Factors` of a LoRA, or
+    another kind (`kinds.base.Update`), of which `update.factors` is an exact LoRA where one is small.
 
-    outside: what beside the file's own bytes its factors come from, "" for nothing: files of equal bytes with equal `outside` are alike.
+    outside: what beside the file's own bytes they come from, "" for nothing: files of equal bytes with equal `outside` are alike.
     """
 
-    factors: Mapping[str, Mapping[str, Factors]]
+    factors: Mapping[str, Mapping[str, Update]]
     receipt: Receipt
     outside: str = ""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of main memory that its factors hold; memory that several share counts once."""
-        stored = [tensor for inside in self.factors.values() for factors in inside.values()
-                  for tensor in (factors.stored_down, factors.stored_up)]  # fmt: skip
+        """Bytes of main memory that its updates hold; memory that several share counts once."""
+        stored = [tensor for inside in self.factors.values() for update in inside.values() for tensor in update.tensors]
         return sum({(storage := tensor.untyped_storage()).data_ptr(): storage.nbytes() for tensor in stored}.values())
 
 
@@ -74,10 +77,14 @@ def read(
     origin = lora_family.detect(updates, raw.tensors)
     foreign = lora_family.foreign(origin, components, family)
     names = {part: _names(part, module, updates) for part, module in components.items()}
-    layers = {part: layer_map.layers(module) for part, module in components.items()}
-    factors: dict[str, dict[str, Factors]] = {}
+    norms = {part: layer_map.norms(module) for part, module in components.items()}
+    layers = {part: {**layer_map.layers(module), **norms[part]} for part, module in components.items()}
+    normed = {part: layer_map.names(part, module, norms[part]) for part, module in components.items()}
+    factors: dict[str, dict[str, Update]] = {}
     applied: Counter[str] = Counter()
-    places = [names.get(module.component, {}).get(layer_map.flat(module.module), ()) for module in updates]
+    kinds_of: Counter[str] = Counter()
+    alphas: Counter[float] = Counter()
+    places = [_places(module, names.get(module.component, {}), normed.get(module.component, {})) for module in updates]
     claims = Counter((module.component, part.path) for module, parts in zip(updates, places, strict=True) for part in parts)
     known = {part: (layer_map.words(module), names[part].keys()) for part, module in components.items()} if not all(places) else {}
     sources: list[tuple[scale.Alpha, ...]] = []
@@ -89,14 +96,19 @@ def read(
         if reason:
             ignored.setdefault(reason, []).extend(module.all)
             continue
-        sources.append(scale.alphas(module, raw.tensors, stated, path.name))
-        down, up = (raw.tensors[module.keys[role]] for role in ("down", "up"))
+        roles = _roles(module, raw.tensors)
+        stating = _alphas(module, raw.tensors, stated, path.name)
+        alpha = stating[0].value if stating else None
         try:
-            layer_factors = fitted(down, up, sources[-1][0].value, layers[module.component], parts)
+            updated = kinds.fitted(roles, alpha, layers[module.component], parts)
         except ValueError as error:
             raise Refused(f"{path.name}: {foreign or f'{module.component}.{parts[0].path}: {error}'}") from None
-        factors.setdefault(module.component, {}).update(layer_factors)
-        sizes.append(_sizes(module, raw, sources[-1][0].value))
+        factors.setdefault(module.component, {}).update(updated)
+        if alpha is not None:
+            sources.append(stating)
+            alphas[alpha] += len(updated)
+        sizes.append(_sizes(module, raw, alpha))
+        kinds_of[kinds.word(roles)] += 1
         applied[module.component] += len(module.all)
     if ignored and foreign:
         raise Refused(f"{path.name}: {foreign}")
@@ -113,9 +125,7 @@ def read(
         components={part: {"tensors": applied[part], "modules": len(inside)} for part, inside in factors.items()},
         ignored=ignored,
         no_effect=tuple(where for where, layer in flat.items() if not layer.live),
-        ranks=Counter(layer.rank for layer in flat.values()),
-        alphas=Counter(layer.alpha for layer in flat.values() if layer.alpha is not None), sources=sources,
-        sizes=sizes,
+        ranks=Counter(layer.rank for layer in flat.values() if layer.rank), alphas=alphas, sources=sources, sizes=sizes, kinds=kinds_of,
     )
     _covered(receipt, path.name, lora_family.base(components, family), allow_partial)
     return LoraFile(factors, receipt, "".join(repr(statement) for statement in stated if statement.order == scale.BESIDE))
@@ -124,36 +134,34 @@ def read(
 def inspect(path: Path, raw: SafeFile | None = None) -> Receipt:
     """What a LoRA file is, without a base: nothing is applied, and every key is ignored because no base was given.
 
-    Ranks, alphas and modules without effect (by their names in the file) are of its complete pairs. raw: the file, where it was read
+    Kinds, ranks, alphas and modules without effect (by their names in the file) are of its complete modules. raw: the file, where it was read
     already. Raises Refused for a file that is unsafe or broken.
     """
     path = Path(path)
     raw = raw or load_safely(path)
     updates, _ = modules(raw.tensors)
     stated = scale.statements(path, raw.metadata)
-    pairs = [module for module in updates if is_pair(module, raw.tensors)]
-    sources = [scale.alphas(module, raw.tensors, stated, path.name) for module in pairs]
-    no_effect = []
-    for module, (alpha, *_) in zip(pairs, sources, strict=True):
-        if not alpha.value or not all(raw.largest[module.keys[role]] for role in ("down", "up")):
-            no_effect.append(f"{module.component}.{module.module}")
-    sizes = [_sizes(module, raw, rows[0].value) for module, rows in zip(pairs, sources, strict=True)]
-    alphas = Counter(rows[0].value for rows in sources)
-    return _alone(path, raw, updates, pairs, no_effect=tuple(no_effect), alphas=alphas, sources=sources, sizes=sizes)
+    whole = [module for module in updates if is_whole(module, raw.tensors)]
+    sources = [_alphas(module, raw.tensors, stated, path.name) for module in whole]
+    stating = [rows for rows in sources if rows]
+    no_effect = [f"{module.component}.{module.module}" for module, rows in zip(whole, sources, strict=True) if _silent(module, raw, rows)]
+    sizes = [_sizes(module, raw, rows[0].value if rows else None) for module, rows in zip(whole, sources, strict=True)]
+    alphas = Counter(rows[0].value for rows in stating)
+    return _alone(path, raw, updates, whole, no_effect=tuple(no_effect), alphas=alphas, sources=stating, sizes=sizes)
 
 
 def unplaced(path: Path, raw: SafeFile) -> dict[str, Factors]:
     """The factors of a file without a base, by "component.module" with underscores for the dots of the module, the one spelling that layouts
-    share. Of complete pairs alone that nothing blocks and whose ranks agree; alpha as `read` finds it. Raises Refused for one that cannot be read.
+    share. Of complete LoRA pairs alone that nothing blocks and whose ranks agree; alpha as `read` finds it. Raises Refused for one that cannot be read.
     """
     stated = scale.statements(path, raw.metadata)
     factors: dict[str, Factors] = {}
     for module in modules(raw.tensors)[0]:
-        if module.blocked or not is_pair(module, raw.tensors):
+        if module.blocked or not is_pair(module, raw.tensors) or kinds.word(_roles(module, raw.tensors)) != "LoRA":
             continue
         down, up = (raw.tensors[module.keys[role]] for role in ("down", "up"))
         if down.shape[0] == up.shape[1] and down.numel() and up.numel() == up.shape[0] * up.shape[1]:
-            alpha = scale.alphas(module, raw.tensors, stated, path.name)[0].value
+            alpha = _alphas(module, raw.tensors, stated, path.name)[0].value
             factors[f"{module.component}.{layer_map.flat(module.module)}"] = Factors(down, up, alpha)
     return factors
 
@@ -167,7 +175,7 @@ def describe(path: Path) -> Receipt:
     path = Path(path)
     raw = load_header(path)
     updates, _ = modules(raw.tensors)
-    return _alone(path, raw, updates, [module for module in updates if is_pair(module, raw.tensors)])
+    return _alone(path, raw, updates, [module for module in updates if is_whole(module, raw.tensors)])
 
 
 def stamp(path: Path) -> tuple[object, ...]:
@@ -181,11 +189,35 @@ def shown(path: Path | str) -> str:
     return str(path).encode("utf-8", "replace").decode()
 
 
-def _alone(path: Path, raw: SafeFile, updates: Sequence[Module], pairs: Sequence[Module], **more: Any) -> Receipt:
+def _alone(path: Path, raw: SafeFile, updates: Sequence[Module], whole: Sequence[Module], **more: Any) -> Receipt:
     """The receipt of a file for which no base was given."""
     return _receipt(
         path, "", raw, updates, lora_family.detect(updates, raw.tensors).family, components={}, ignored={NO_BASE: sorted(raw.tensors)},
-        ranks=Counter(raw.tensors[module.keys["down"]].shape[0] for module in pairs), **more)
+        ranks=Counter(stated[0] for module in whole if (stated := ranked(module, raw.tensors))),
+        kinds=Counter(kinds.word(_roles(module, raw.tensors)) for module in whole), **more)
+
+
+def _roles(module: Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {role: tensors[key] for role, key in module.keys.items()}
+
+
+def _alphas(module: Module, tensors: Mapping[str, Tensor], stated: Sequence[scale.Statement], file: str) -> tuple[scale.Alpha, ...]:
+    """Every alpha stated for it, the one that counts first; none for a kind without alpha."""
+    rank = ranked(module, tensors)
+    return scale.alphas(module, tensors, stated, file, *rank) if rank else ()
+
+
+def ranked(module: Module, tensors: Mapping[str, Tensor]) -> tuple[int, bool] | None:
+    """The rank that its alpha is divided by, and whether it is of a convolution over more than one pixel; None for kinds without an alpha."""
+    return kinds.ranked(_roles(module, tensors))
+
+
+def _places(module: Module, names: Mapping[str, tuple[Part, ...]], norms: Mapping[str, str]) -> tuple[Part, ...]:
+    """The layers that it is of; only differences can be of a norm."""
+    name = layer_map.flat(module.module)
+    if name in names or name not in norms or kinds.kind(module.keys) not in ("norm", "full"):
+        return names.get(name, ())
+    return (Part(norms[name]),)
 
 
 def _settled(module: Module, components: Mapping[str, nn.Module]) -> Module:
@@ -200,9 +232,33 @@ def _names(component: str, module: nn.Module, updates: Sequence[Module]) -> dict
     return layer_map.parts(component, module) | {number: (Part(path),) for number, path in numbered.items()}
 
 
-def _sizes(module: Module, raw: SafeFile, alpha: float) -> suspicious.Sizes:
-    down, up = module.keys["down"], module.keys["up"]
-    return suspicious.Sizes(module.module, raw.largest[down], raw.largest[up], alpha, raw.tensors[down].shape[0])
+def _sizes(module: Module, raw: SafeFile, alpha: float | None) -> suspicious.Sizes:
+    if {"down", "up"} <= set(module.keys) and alpha is not None:
+        down, up = module.keys["down"], module.keys["up"]
+        return suspicious.Sizes(module.module, raw.largest[down], raw.largest[up], alpha, raw.tensors[down].shape[0])
+    peak = max((raw.largest[key] for role, key in module.keys.items() if role not in ("alpha", "on_input")), default=0.0)
+    return suspicious.Sizes(module.module, peak, 1.0, 1.0 if alpha is None else alpha, max((ranked(module, raw.tensors) or (1,))[0], 1))
+
+
+def _silent(module: Module, raw: SafeFile, alphas: Sequence[scale.Alpha]) -> bool:
+    """Whether it changes nothing, as far as its numbers tell without a base."""
+    roles, zero = set(module.keys), {role for role, key in module.keys.items() if not raw.largest[key]}
+    if roles & {"dora_scale", "magnitude", "rescale", "diff_b", "up_bias"}:
+        return False
+    product = bool(roles & {"down", "hada_w1_a", "lokr_w1", "lokr_w1_a"})  # of which one factor is enough
+    none = bool(zero - {"alpha", "on_input"}) if product else roles - zero <= {"alpha", "on_input"}
+    return none or bool(alphas) and not alphas[0].value
+
+
+def is_whole(module: Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all parts of an update of some kind are there, in floating point."""
+    if not kinds.kind(module.keys) or module.blocked:
+        return False
+    return is_pair(module, tensors) if "down" in module.keys else _floating(module, tensors)
+
+
+def _floating(module: Module, tensors: Mapping[str, Tensor]) -> bool:
+    return all(tensors[key].dtype.is_floating_point for role, key in module.keys.items() if role not in ("alpha", "on_input"))
 
 
 def is_pair(module: Module, tensors: Mapping[str, Tensor]) -> bool:
@@ -223,9 +279,9 @@ def _obstacle(
     """
     if module.blocked:
         return module.blocked
-    if not {"down", "up"} <= set(module.keys):
-        return NO_PAIR
-    if not all(tensors[key].dtype.is_floating_point for role, key in module.keys.items() if role != "alpha"):
+    if not kinds.kind(module.keys):
+        return NO_PAIR if set(module.keys) <= {"down", "up", "alpha"} else NO_WHOLE
+    if not _floating(module, tensors):
         return NO_FLOAT
     if module.component and module.component not in components:
         return f"this base has no {module.component}"
@@ -238,7 +294,7 @@ def _receipt(
     path: Path, name: str, raw: SafeFile, updates: Sequence[Module], family: str, *,
     components: Mapping[str, Mapping[str, int]], ignored: Mapping[str, Sequence[str]],
     ranks: Mapping[int, int], no_effect: tuple[str, ...] = (), alphas: Mapping[float, int] | None = None,
-    sources: Sequence[Sequence[scale.Alpha]] = (), sizes: Sequence[suspicious.Sizes] = (),
+    sources: Sequence[Sequence[scale.Alpha]] = (), sizes: Sequence[suspicious.Sizes] = (), kinds: Mapping[str, int] | None = None,
 ) -> Receipt:
     """The receipt, with the law checked: every tensor of the file is applied or ignored."""
     applied = sum(part["tensors"] for part in components.values())
@@ -254,7 +310,7 @@ def _receipt(
         layout=" + ".join(layout for layout, _ in layouts) or "unknown",
         tensors=len(raw.tensors), applied=applied, components=components,
         ignored={reason: tuple(sorted(keys)) for reason, keys in ignored.items()},
-        no_effect=no_effect, ranks=dict(ranks), alphas=dict(alphas or {}),
+        no_effect=no_effect, kinds=dict(kinds or {}), ranks=dict(ranks), alphas=dict(alphas or {}),
         alpha_from=dict(Counter(rows[0].source for rows in sources)), remarks=remarks,
         title=metadata.title(raw.metadata), category=metadata.category(raw.metadata),
         triggers=metadata.triggers(raw.metadata), metadata=dict(raw.metadata), data_sha256=raw.data_sha256,

@@ -158,13 +158,12 @@ def passed_over(path: Path) -> str:
     return f"{CONFIG} lies beside it and beside other LoRA files: which it belongs to is unknown, so it was not read"
 
 
-def alphas(module: Module, tensors: Mapping[str, Tensor], stated: Sequence[Statement], file: str) -> tuple[Alpha, ...]:
-    """Every alpha stated for a pair of factors, the one that counts first; the rank where there is none.
+def alphas(module: Module, tensors: Mapping[str, Tensor], stated: Sequence[Statement], file: str, rank: int, wide: bool) -> tuple[Alpha, ...]:
+    """Every alpha stated for a module of this rank, the one that counts first; the rank where there is none. wide: of a convolution over more
+    than one pixel.
 
     Raises Refused when the one that counts cannot be read.
     """
-    down = tensors[module.keys["down"]]
-    rank, wide = down.shape[0] if down.ndim else 1, down.ndim == 4 and down.shape[2:] != (1, 1)
     candidates: list[Alpha] = []
     if "alpha" in module.keys:
         value = tensors[module.keys["alpha"]]
@@ -222,8 +221,11 @@ def _json(source: str, order: int, text: str | bytes) -> Statement:
         return Statement(source, order, {}, trouble=f"its {source} {error}, so its alphas are unknown")
     if not isinstance(document, dict):
         return Statement(source, order, {}, trouble=f"its {source} is not a JSON object, so its alphas are unknown")
-    if str(document.get("peft_type") or "LORA").upper().rpartition(".")[2] != "LORA":
+    kind = str(document.get("peft_type") or "LORA").upper().rpartition(".")[2]
+    if kind not in ("LORA", "LOHA", "LOKR"):
         return Statement(source, order, {})  # of another kind of adapter
+    if kind != "LORA" and "alpha" in document:
+        document["lora_alpha"] = document["alpha"]  # as PEFT names it for these
     settings: dict[str, dict[str, Any]] = {}
     for key, value in document.items():
         prefix, _, name = key.rpartition(".")

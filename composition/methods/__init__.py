@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -26,7 +26,8 @@ class Method:
     may have "ge" and "le". cost: evaluations a step, in words. symmetric: the order of the LoRAs does not matter.
     single: with one LoRA it equals Merge. steady: every step uses all live LoRAs at their weights in every row, so the
     Engine may fold them into the weights. regional: it reads what a LoRA binds to and its region. static: the LoRAs amount to one, whose
-    factors are the same in every step, row and place, so that it can be written as a file (`composition.export`).
+    factors are the same in every step, row and place, so that it can be written as a file (`composition.export`). ranks: it works on the
+    ranks of LoRAs; what has none ("some") it adds at its weight alone, or ("all") it does not take beside others.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Method:
     steady: bool = False
     regional: bool = False
     static: bool = False
+    ranks: Literal["", "some", "all"] = ""
 
     def read(self, values: Mapping[str, Any]) -> Any:
         """The options dataclass from plain values. Raises Refused for an unknown name, a wrong type or range."""
@@ -68,14 +70,14 @@ class Method:
 
 def method(
     *, title: str, about: str, paper: str = "", cost: str = "1", symmetric: bool = True, single: bool = True,
-    steady: bool = False, regional: bool = False, static: bool = False,
+    steady: bool = False, regional: bool = False, static: bool = False, ranks: Literal["", "some", "all"] = "",
 ) -> Callable[[Compose], Method]:
     """Declare the generator function below as a composition method; its file's name is its name."""
 
     def declare(compose: Compose) -> Method:
         options = get_type_hints(compose)["options"]
         name = compose.__module__.rpartition(".")[2].replace("_", "-")
-        return Method(name, title, about, compose, options, paper, cost, symmetric, single, steady, regional, static)
+        return Method(name, title, about, compose, options, paper, cost, symmetric, single, steady, regional, static, ranks)
 
     return declare
 

@@ -31,7 +31,7 @@ class Options:
     gates: str = field(default="", metadata={"help": "A file that `medley train gates` wrote for this model; empty: the bundled one."})
 
 
-@method(title="AutoLoRA", about="Adds all LoRAs up, each scaled layer by layer through gates that were learned for this model.", paper="2508.02107", single=False)
+@method(title="AutoLoRA", about="Adds all LoRAs up, each scaled layer by layer through gates that were learned for this model.", paper="2508.02107", single=False, ranks="some")
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     with torch.no_grad(), ExitStack() as stack:
@@ -97,9 +97,13 @@ class _Course:
         else:
             weights = [live.get(name, 0.0) for name in run.adapters.names]
 
+            known = self.gates
+
             @cache
             def bases(path: str) -> Tensor:
-                layer = run.adapters.stacks()[path]
+                layer = run.adapters.stacks().get(path)
+                if layer is None:
+                    return torch.zeros(known.design.layers[path], 0)
                 return gating.directions(layer, torch.tensor([weights[k] for k, (a, b) in enumerate(layer.spans) for _ in range(a, b)]))
 
             rows = run.denoise(step, live, combine=self.gates.combine(bases, seen))

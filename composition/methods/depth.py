@@ -32,7 +32,7 @@ class Options:
     least: int = field(default=1, metadata={"ge": 1, "le": 64, "help": "LoRAs that act where fewest do."})
 
 
-@method(title="Depth", about="More LoRAs act in deep blocks than in shallow ones, each where it changes most.", paper="2402.08562", static=True)
+@method(title="Depth", about="More LoRAs act in deep blocks than in shallow ones, each where it changes most.", paper="2402.08562", static=True, ranks="all")
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     def rewriting(step: Step, live: tuple[str, ...]) -> dict[str, Rewrite]:

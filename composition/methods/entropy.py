@@ -31,7 +31,7 @@ class Options:
     top: int = field(default=1, metadata={"ge": 1, "le": 64, "help": "LoRAs that act on a token below the threshold."})
 
 
-@method(title="Entropy", about="Token by token, the one LoRA that clearly stands out, or else a soft mix of all.", paper="2504.00661")
+@method(title="Entropy", about="Token by token, the one LoRA that clearly stands out, or else a soft mix of all.", paper="2504.00661", ranks="some")
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     shares = tokens.Shares(run)

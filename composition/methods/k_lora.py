@@ -43,7 +43,7 @@ class Scores(NamedTuple):
     ratio: float
 
 
-@method(title="K-LoRA", about="Each layer uses the content LoRA first and goes over to the style LoRA at a step of its own; needs both.", paper="2502.18461")
+@method(title="K-LoRA", about="Each layer uses the content LoRA first and goes over to the style LoRA at a step of its own; needs both.", paper="2502.18461", ranks="all")
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     schedule = _Schedule(run, options)

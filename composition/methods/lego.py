@@ -34,7 +34,7 @@ class Options:
         "Rank of the merged LoRA in each layer, in mean ranks of the LoRAs: as many as there are LoRAs keeps every rank-one."})
 
 
-@method(title="LoRA-LEGO", about="Clusters the rank-ones of all LoRAs into one LoRA of ordinary rank.", paper="2409.16167", static=True)
+@method(title="LoRA-LEGO", about="Clusters the rank-ones of all LoRAs into one LoRA of ordinary rank.", paper="2409.16167", static=True, ranks="some")
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     layers: dict[str, dict[str, float]] = {}

@@ -29,7 +29,7 @@ class Options:
 
 
 @method(title="NP-LoRA", about="Adds all LoRAs up after the content's are turned away from the inputs that the style LoRA uses; needs both.", paper="2511.11051",
-        static=True)
+        static=True, ranks="all")
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     with added_up(run, lambda step, live: projected(run, live, options.mu, options.energy, options.protect)) as predict:

@@ -28,7 +28,7 @@ class Options:
         "Ranks that act on a token in a layer, in ranks of the largest LoRA; as many as there are LoRAs: nearly Merge."})
 
 
-@method(title="Ranks", about="Each token passes through the strongest ranks of all LoRAs, as many as one LoRA has.", paper="2501.15103")
+@method(title="Ranks", about="Each token passes through the strongest ranks of all LoRAs, as many as one LoRA has.", paper="2501.15103", ranks="some")
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     shares = tokens.Shares(run)

@@ -27,7 +27,7 @@ class Options:
 
 
 @method(title="SSR-Merge", about="Adds all LoRAs up after a matrix per layer, measured once for a set, has taken out what they do twice.", paper="2606.10617",
-        cost="1 (and K more, once for a set of LoRAs)", static=True)
+        cost="1 (and K more, once for a set of LoRAs)", static=True, ranks="some")
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     with added_up(run, ssr.Rewrites(run, options.prompts, options.ridge, options.on)) as predict:

@@ -27,7 +27,7 @@ class Options:
         "Scale the weights of those that act so that they add up to the weights of all: a picture as strong as Merge's."})
 
 
-@method(title="Top-k", about="Each token passes through the few LoRAs that would change it most, layer by layer.", paper="2405.13053")
+@method(title="Top-k", about="Each token passes through the few LoRAs that would change it most, layer by layer.", paper="2405.13053", ranks="some")
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     shares = tokens.Shares(run)

@@ -168,6 +168,8 @@ class _Learning:
 
         def bases(path: str) -> Tensor:
             if path not in held:
+                if path not in stacks:
+                    return torch.zeros(self.gates.design.layers[path], 0)
                 spans = stacks[path].spans
                 held[path] = gating.directions(stacks[path], torch.tensor([values[k] for k, (a, b) in enumerate(spans) for _ in range(a, b)]))
             return held[path]

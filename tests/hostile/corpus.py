@@ -30,7 +30,7 @@ class Case(NamedTuple):
 @cache
 def cases() -> tuple[Case, ...]:
     """Every case, always in the same order."""
-    return tuple(case for part in (documents, lora_headers, lora_factors, infotexts, png_chunks, damaged, not_files) for case in part())
+    return tuple(case for part in (documents, lora_headers, lora_factors, lora_kinds, infotexts, png_chunks, damaged, not_files) for case in part())
 
 
 # JSON ------------------------------------------------------------------------------------------------------------------
@@ -134,6 +134,20 @@ def lora_factors() -> Iterator[Case]:
     for shape in ((), (0,), (16,), (0, 16), (2, 0), (2, 16, 3, 3), (2, 16, 1, 1), (2, 16, 1, 1, 1), (1, 1, 1, 1, 1, 1, 1, 1), (16, 2), (500, 16)):
         for role in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale", "lora_mid.weight", "hada_w1_a", "lokr_w1", "diff", "oft_blocks"):
             yield Case("lora", f"{role} of shape {shape}", seeds.lora(seeds.pair(**{role: torch.ones(shape)})))
+
+
+def lora_kinds() -> Iterator[Case]:
+    """Each tensor of each kind of update with each shape and number that it cannot have, and without each of its parts."""
+    for name, ends in seeds.KINDS.items():
+        for end, size in ends.items():
+            for shape in ((0,), (3,), (0, 16), (16, 0), (5, 7), (2, 3, 5), (1, 1, 1, 1, 1, 1)):
+                one = not size and torch.Size(shape).numel() == 1  # a number in whatever shape
+                yield Case("lora", f"{end} of a {name} of shape {shape}", seeds.kind(name, **{end: torch.ones(shape)}), refused=not one)
+            for value in (float("nan"), float("inf"), -1e38):
+                yield Case("lora", f"{end} of a {name} of {value}", seeds.kind(name, **{end: torch.full(size, value)}), refused=value != -1e38)
+            rest = {f"{seeds.Q}.{other}": torch.ones(shape) / 4 for other, shape in ends.items() if other != end}
+            if rest:
+                yield Case("lora", f"a {name} without {end}", seeds.lora(rest, {}))
 
 
 # texts of other tools --------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from composition import manifest, pictures, prompt_syntax, record
 from composition.annotators import annotate
 from composition.log import Log
 from composition.loras import condition, library, reader
+from composition.loras.kinds.lora import Factors
 from composition.profiles.behaviour import Behaviour
 from composition.profiles.frequency import Profile
 from composition.record import infotext
@@ -76,8 +77,10 @@ def _checked(path: Path, allow_partial: bool) -> None:
     receipt = lora.receipt
     assert receipt.applied + sum(map(len, receipt.ignored.values())) == receipt.tensors, "not every tensor is accounted for"
     for layers in lora.factors.values():
-        for factors in layers.values():
-            assert factors.up.isfinite().all() and factors.down.isfinite().all(), "numbers that are not finite were accepted"
+        for update in layers.values():
+            assert all(tensor.isfinite().all() for tensor in update.tensors), "numbers that are not finite were accepted"
+            if isinstance(update, Factors):
+                assert update.up.isfinite().all() and update.down.isfinite().all(), "factors that are not finite were accepted"
     receipt.line()
 
 

@@ -32,6 +32,23 @@ def pair(**changed: Tensor) -> dict[str, Tensor]:
     return tensors | {f"{Q}.{name}": tensor for name, tensor in changed.items()}
 
 
+# Of every kind of update, a module of 16 outputs and 16 inputs: ends of keys to shapes.
+KINDS: dict[str, dict[str, tuple[int, ...]]] = {
+    "loha": {"hada_w1_a": (16, 2), "hada_w1_b": (2, 16), "hada_w2_a": (16, 2), "hada_w2_b": (2, 16), "alpha": ()},
+    "lokr": {"lokr_w1": (4, 4), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 4), "alpha": ()}, "lokr whole": {"lokr_w1": (4, 4), "lokr_w2": (4, 4)},
+    "dora": {"lora_down.weight": (2, 16), "lora_up.weight": (16, 2), "dora_scale": (16, 1), "alpha": ()},
+    "dora peft": {"lora_down.weight": (2, 16), "lora_up.weight": (16, 2), "lora_magnitude_vector": (16,)},
+    "ia3": {"weight": (16,), "on_input": ()}, "oft": {"oft_blocks": (4, 4, 4), "rescale": (16, 1), "alpha": ()}, "boft": {"oft_blocks": (2, 4, 4, 4)},
+    "glora": {"a1.weight": (16, 2), "a2.weight": (2, 16), "b1.weight": (16, 2), "b2.weight": (2, 16), "alpha": ()},
+    "full": {"diff": (16, 16), "diff_b": (16,)}, "biased": {"lora_down.weight": (2, 16), "lora_up.weight": (16, 2), "lora_up.bias": (16,)},
+}  # fmt: skip
+
+
+def kind(name: str, **changed: Tensor) -> bytes:
+    """A file of one module of a kind; changed: by the end of a tensor's name."""
+    return lora({f"{Q}.{end}": changed.get(end, torch.ones(shape) / 4) for end, shape in KINDS[name].items()}, {})
+
+
 def condition(metadata: dict[str, Any] | None = None, **changed: Tensor) -> bytes:
     """A condition LoRA in the released layout, of one double block; changed: by the end of a tensor's name."""
     names = [f"transformer_blocks.0.attn.processor.{role}_loras.0" for role in ("q", "k", "v", "proj")]
@@ -118,7 +135,7 @@ def of(reader: str) -> list[bytes]:
     """The good inputs of one reader."""
     document, request = json.dumps(DOCUMENT).encode(), json.dumps(REQUEST).encode()
     return {
-        "lora": [lora(), lora(metadata={"lora_adapter_metadata": json.dumps(ADAPTER)})],
+        "lora": [lora(), lora(metadata={"lora_adapter_metadata": json.dumps(ADAPTER)}), *(kind(name) for name in KINDS)],
         "condition": [condition()], "infotext": [PARAMETERS.encode()], "manifest": [request + b"\n\n" + request + b"\n"], "request": [request],
         "record": [picture(document), picture(parameters=PARAMETERS.encode())], "config": [json.dumps(ADAPTER).encode()],
         "picture": [png(), png(colour=6), png(chunk(b"tRNS", b"\0\1")), png(colour=2, bits=16)], "mask": [mask().encode()],

@@ -259,7 +259,7 @@ def test_every_layer_of_both_has_a_name_of_its_authors():
 
 
 @pytest.mark.parametrize(("key", "reason"), [
-    ("lora_unet_double_blocks_0_img_attn_proj.dora_scale", "DoRA"), ("lora_unet_double_blocks_0_img_attn_proj.diff", "full weights"),
+    ("lora_unet_double_blocks_0_img_attn_proj.oft_diag", "OFT"), ("lora_unet_double_blocks_0_img_attn_proj.set_weight", "whole weights"),
     ("double_blocks.0.img_attn.norm.query_norm.scale", "not a LoRA tensor"), ("lora_te3_encoder_block_9_layer_0_SelfAttention_q.alpha", "")])
 def test_what_is_not_applied_is_named(key, reason, tmp_path):
     pipe = toys.flux()

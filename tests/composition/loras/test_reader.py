@@ -215,16 +215,16 @@ def test_mutants_are_caught(pipes, tmp_path, monkeypatch):
     made = writers.updates(pipes["sd"], alphas=UNEVEN)
     paths = [writers.save(tmp_path / f"{layout}.safetensors", writers.WRITERS[layout](pipes["sd"], made))
              for layout in ("kohya", "peft-header")]
-    fitted, names, alphas = reader.fitted, layer_map.names, scale.alphas
+    fitted, names, alphas = reader.kinds.fitted, layer_map.names, scale.alphas
 
-    def swapped(component, module):
+    def swapped(component, module, of=None):
         turn = {"to_q": "to_k", "to_k": "to_q"}
         return {name: path.replace(path[-4:], turn.get(path[-4:], path[-4:])) if ".attn1." in path else path
-                for name, path in names(component, module).items()}
+                for name, path in names(component, module, of).items()}
 
     mutants = [
         ("alpha ignored", scale, "alphas", lambda *given: (alphas(*given)[0]._replace(value=2.0),), (0, 1)),
-        ("rank not divided", reader, "fitted", lambda down, up, alpha, *rest: fitted(down, up, 2 * alpha, *rest), (0, 1)),
+        ("rank not divided", reader.kinds, "fitted", lambda tensors, alpha, *rest: fitted(tensors, 2 * alpha, *rest), (0, 1)),
         ("one alpha for all", scale.Statement, "_pattern", lambda *given: None, (1,)),
         ("layers swapped", layer_map, "names", swapped, (0, 1)),
     ]
