@@ -5,6 +5,7 @@ from typing import Any
 
 from app.terminal import printable
 from composition import Condition, Request, named, pictures, prompt_syntax, windows
+from composition.request import ALWAYS_NOTE
 
 
 def remarks(notes: Mapping[str, Any]) -> list[str]:
@@ -30,6 +31,9 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
                   for name, part in note.items()]
     if names := notes.get(named.NOTE):
         lines.append(f"left out, as none of their trigger words is in the prompt: {', '.join(map(str, names))}")
+    if names := notes.get(ALWAYS_NOTE):
+        lines.append(f"always on, whatever the method does with the others: {', '.join(map(str, names))} (another category changes that, as in "
+                     '--lora \'{"source": "lcm", "category": "other"}\')')
     if how := notes.get("fold"):
         lines.append(f"the LoRAs were {how}")
     if notes.get("conditions isolated"):

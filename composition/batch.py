@@ -150,8 +150,9 @@ class _Batch:
             if missing:
                 stack.enter_context(self.engine.group())
             failed: dict[str, Item] = {}  # of equal requests the second fails as the first did
-            for item in planned:
+            for position, item in enumerate(planned):
                 if item.id and not self.store.has(item.id):
+                    self._read_ahead(planned[position + 1 :], item)
                     item = replace(failed[item.id], index=item.index) if item.id in failed else self._make(item)
                 if item.error:
                     failed.setdefault(item.id, item)
@@ -167,6 +168,12 @@ class _Batch:
         except Exception as error:  # one request's trouble is not the next one's
             why = self.sentence(error)
             return [Item(index, request.alone(number), error=why) for number in range(request.count)]
+
+    def _read_ahead(self, later: Sequence[Item], now: Item) -> None:
+        """Let the LoRAs of the next picture that is missing be read while this one is drawn, where they are others."""
+        upcoming = next((item for item in later if item.id and not self.store.has(item.id)), None)
+        if upcoming is not None and upcoming.request.loras != now.request.loras:
+            self.engine.prefetch(upcoming.request)
 
     def _make(self, item: Item) -> Item:
         """Make the picture; the item says so, or why not."""

@@ -8,7 +8,7 @@ or for a whole group of requests.
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,13 @@ from composition.condition_sources import ConditionSources, Control
 from composition.conditions import Shelf
 from composition.hooks import attention, banks, cache, control_lora, controlnet
 from composition.loop import NotFinite, Step, sample
-from composition.loras import library, reader
+from composition.loras import library, reader, speed
 from composition.methods import Method
 from composition.methods.shared import measured_order
 from composition.notes import opening_notes, overflow, unranked
 from composition.profiles.store import ProfileStore
 from composition.refusal import Refused
-from composition.request import Lora, Receipt, Request, Result
+from composition.request import ALWAYS_NOTE, ALWAYS_ON, Lora, Receipt, Request, Result
 from composition.run import Run
 
 _LOCKS: dict[str, threading.RLock] = {}  # one per device: two engines on one device take turns
@@ -145,13 +145,21 @@ class Engine:
         with self._lock:
             return self.adapters.load(self.find(source), Lora(source), allow_partial=True)
 
+    def prefetch(self, request: Request) -> None:
+        """Read the LoRAs of a request that comes soon, in another thread, while this one draws. What is wrong with them is said in its turn."""
+        paths = []
+        for lora in request.loras:
+            with suppress(Refused):
+                paths.append(self.find(lora.source))
+        self.adapters.prefetch(paths, allow_partial=request.allow_partial)
+
     # pictures ------------------------------------------------------------------------------------------------------
 
     def settle(self, request: Request) -> tuple[Request, dict[str, Any]]:
         """The request with everything that it leaves open made explicit, and notes on what was decided.
 
         Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; masks and pictures of conditions are
-        read, once, into the request, and what draws the latter is named; LoRAs get the steps of their category where it asks for windows; the
+        read, once, into the request, and what draws the latter is named; speed LoRAs get the category that says so; LoRAs get the steps of their category where it asks for windows; the
         methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A settled
         request settles to itself. Raises Refused for a LoRA, a mask or a picture that is not there.
         """
@@ -163,6 +171,8 @@ class Engine:
                     for control in request.conditions]
         request = replace(request, model=self.name, loras=loras, conditions=controls).settled(*self.backbone.defaults)
         request = named.settled(request, lambda lora: lora.triggers or self.inspect(lora.source).triggers)
+        request = replace(request, loras=[replace(lora, category=ALWAYS_ON) if not lora.category and speed.is_one(self.find(lora.source)) else lora
+                                          for lora in request.loras])
         request = windows.settled(request, lambda lora: lora.category or self.inspect(lora.source).category)
         options = methods.find(request.method).options.__dataclass_fields__
         if not measured_order.concerns(request, options):
@@ -236,6 +246,8 @@ class Engine:
             rows = list(zip(request.names, request.loras, receipts, strict=True))
             categories = {name: lora.category or receipt.category for name, lora, receipt in rows}
             triggers = {name: lora.triggers or receipt.triggers for name, lora, receipt in rows}
+            always = {name: lora for name, lora, _ in rows if name in self.adapters.always}
+            notes |= {ALWAYS_NOTE: list(always)} if always else {}
             tensors = {name: receipt.tensor_sha256 for name, _, receipt in rows}
             folding = partial(self._fold, request=request) if self._may_fold(request) and not self.adapters.in_weights else None
             images = []
@@ -244,7 +256,7 @@ class Engine:
                 run = Run(
                     self.backbone, self.adapters, request, scheduler, encodings=encodings, cancel=cancel,
                     generators=[Generator().manual_seed(seed) for seed in part], categories=categories, triggers=triggers,
-                    conditions=conditions, tensors=tensors, profiles=self.profiles, folding=folding)
+                    always=always, conditions=conditions, tensors=tensors, profiles=self.profiles, folding=folding)
                 images += self._pictures(run, method, options, first, on_step, seconds)
                 notes |= run.notes if first == 0 else {}
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
@@ -255,16 +267,18 @@ class Engine:
     ) -> "_Prepared":
         """Open the session (and the fold, where it serves) on the group's stack or on this request's own."""
         fold = self._steady(request, method) and self._may_fold(request)
-        key = (fold, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, reader.stamp(path))
+        always = _always(request, method)
+        key = (fold, always, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, reader.stamp(path))
                                                   for name, lora, path in loras))
         if self._group is not None:
-            if key != self._group_key or self.adapters.names != request.names or not self.adapters.whole:
+            intact = sorted((*self.adapters.names, *self.adapters.always)) == sorted(request.names) and self.adapters.whole
+            if key != self._group_key or not intact:
                 self._group_key = None
                 self._group.close()
-                self._group_state = self._enter(self._group, request, loras, fold)
+                self._group_state = self._enter(self._group, request, loras, fold, always)
                 self._group_key = key
             return self._group_state
-        return self._enter(own, request, loras, fold)
+        return self._enter(own, request, loras, fold, always)
 
     def _steady(self, request: Request, method: Method) -> bool:
         """Whether every evaluation has the same LoRAs on at the same weights, in all of its rows."""
@@ -276,10 +290,10 @@ class Engine:
         return self.fold and bool(request.loras) and (self._group is not None or request.length * request.count >= FOLD_FROM)
 
     def _enter(
-        self, stack: ExitStack, request: Request, loras: Sequence[tuple[str, Lora, Path]], fold: bool
+        self, stack: ExitStack, request: Request, loras: Sequence[tuple[str, Lora, Path]], fold: bool, always: tuple[str, ...],
     ) -> "_Prepared":
         self._repair()
-        receipts = stack.enter_context(self.adapters.session(loras, allow_partial=request.allow_partial))
+        receipts = stack.enter_context(self.adapters.session(loras, allow_partial=request.allow_partial, always=always))
         return _Prepared(receipts, Encodings(), self._fold(stack, request) if fold else "", {})
 
     def _repair(self) -> None:
@@ -323,7 +337,7 @@ class Engine:
         if keep.device is None:
             return keep.why
         try:
-            stack.enter_context(self.adapters.folded(request.weights, keep.device))
+            stack.enter_context(self.adapters.folded({name: request.weights[name] for name in self.adapters.names}, keep.device))
         except torch.OutOfMemoryError:
             return f"computed live: {self.device} ran out of memory while they were folded"
         return "" if keep.beside else keep.why
@@ -356,6 +370,11 @@ class Engine:
             raise Refused(overflow(error, run.request, self.adapters, self.backbone)) from None
         finally:
             self.backbone.release()
+
+
+def _always(request: Request, method: Method) -> tuple[str, ...]:
+    """The LoRAs that are a part of the base, whatever the method does with the others; none where it adds all up in every step anyway."""
+    return () if method.steady else tuple(name for name, lora in request.active.items() if lora.category == ALWAYS_ON)
 
 
 @contextmanager

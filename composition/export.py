@@ -26,7 +26,7 @@ from composition.loras.metadata import line
 from composition.loras.writer import Written, write_ranked
 from composition.methods import Method
 from composition.refusal import Refused
-from composition.request import Receipt, Request
+from composition.request import ALWAYS_ON, Receipt, Request
 from composition.run import Run
 from composition.training.header import described
 from composition.version import __version__
@@ -62,13 +62,15 @@ def export(
     request, _ = engine.settle(request.alone(0))
     check(request, method)  # tags of the prompt are LoRAs now
     loras = [(name, lora, engine.find(lora.source)) for name, lora in zip(request.names, request.loras, strict=True)]
-    with engine.exclusive(), torch.no_grad(), engine.adapters.session(loras, allow_partial=request.allow_partial) as receipts:
+    always = () if method.steady else tuple(name for name in request.active if name not in request.composed)
+    with engine.exclusive(), torch.no_grad(), engine.adapters.session(loras, allow_partial=request.allow_partial, always=always) as receipts:
         rows = list(zip(request.names, request.loras, receipts, strict=True))
         scheduler = schedulers.make(request.sampler, engine.backbone.scheduler, request.steps)
         run = Run(
             engine.backbone, engine.adapters, request, scheduler, [Generator().manual_seed(request.seed)], encodings=Encodings(), cancel=cancel,
             categories={name: lora.category or receipt.category for name, lora, receipt in rows},
             triggers={name: lora.triggers or receipt.triggers for name, lora, receipt in rows},
+            always={name: lora for name, lora, _ in rows if name in always},
             tensors={name: receipt.tensor_sha256 for name, _, receipt in rows}, profiles=engine.profiles)
         latents, times = engine.backbone.start(request, scheduler, run.generators)
         first = Step(0, request.length, times[0], latents)
@@ -133,7 +135,9 @@ def _header(engine: Engine, request: Request, method: Method, receipts: Sequence
     title = line(title) or line(f"{' + '.join(receipt.title or name for name, _, receipt in rows)} ({method.title})")
     words = [word for _, lora, receipt in rows for word in lora.triggers or receipt.triggers]
     trigger = ", ".join(dict.fromkeys(words))
-    categories = {lora.category or receipt.category for _, lora, receipt in rows}
+    categories: set[str] = {lora.category or receipt.category for _, lora, receipt in rows}
+    if len(categories) > 1 and ALWAYS_ON in categories:  # with others it is no speed LoRA, whatever its title says
+        categories = categories - {ALWAYS_ON, ""} or {"other"}
     sources = [{"name": name, "sha256": receipt.sha256, "weight": lora.weight}
                | ({} if lora.text_weight is None else {"text_weight": lora.text_weight}) | ({"blocks": dict(lora.blocks)} if lora.blocks else {})
                for name, lora, receipt in rows]

@@ -9,7 +9,7 @@ from composition.backbones import schedulers
 from composition.backbones.base import Backbone
 from composition.loop import NotFinite
 from composition.refusal import Refused
-from composition.request import DISTILLED_NOTE, SAMPLER_NOTE, Receipt, Request
+from composition.request import ALWAYS_ON, DISTILLED_NOTE, SAMPLER_NOTE, Receipt, Request
 
 
 def opening_notes(request: Request, receipts: Sequence[Receipt], backbone: Backbone) -> dict[str, Any]:
@@ -32,9 +32,10 @@ def opening_notes(request: Request, receipts: Sequence[Receipt], backbone: Backb
                                    for name, lora, receipt in zip(request.names, request.loras, receipts, strict=True)})
     notes |= windows.noted(request, {name: lora.category or receipt.category
                                      for name, lora, receipt in zip(request.names, request.loras, receipts, strict=True)})
-    if not methods.find(request.method).regional:
-        placed = [name for name, lora in request.active.items() if lora.binds is not None or lora.region is not None]
-        notes |= {"not read by this method": {name: "binds and region" for name in placed}} if placed else {}
+    regional = methods.find(request.method).regional
+    placed = [name for name, lora in request.active.items()
+              if (lora.binds is not None or lora.region is not None) and not (regional and lora.category != ALWAYS_ON)]
+    notes |= {"not read by this method": {name: "binds and region" for name in placed}} if placed else {}
     return notes
 
 

@@ -25,13 +25,15 @@ MAX_CONDITIONS = 16
 MAX_IMAGE = 16_000_000  # letters of a picture as a data URL
 SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
 DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
+ALWAYS_NOTE = "always on"  # there: the LoRAs that no method touched
 _LATER = ("anchored", "windows", "named_only")  # fields of a request that its JSON leaves out where they are not set
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)]
 ConditionKind = Literal["", "spatial", "subject"]
 Windows = Literal["", "both", "style"]
-Category = Literal["", "character", "clothing", "style", "place", "object", "pose", "other"]
+Category = Literal["", "character", "clothing", "style", "place", "object", "pose", "speed", "other"]
+ALWAYS_ON: Category = "speed"  # of LoRAs that change how a model samples: no method switches, gates or bounds them
 
 _config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -59,7 +61,8 @@ class Lora:
     start, end: the part of the steps in which it is on, as fractions: on while start <= step/steps < end.
     binds: the words of the prompt it belongs to. region: box (x0, y0, x1, y1) in fractions of the picture, or the
     path of a mask image. Both are read by the regional methods; others say so in their notes.
-    category, triggers: what kind of thing it is and the words it was trained on (empty: as its file says).
+    category, triggers: what kind of thing it is and the words it was trained on (empty: as its file says). "speed" is on in every step, row and
+    place whatever the method does with the others; another category lets a method treat it as it treats them.
     """
 
     source: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -240,6 +243,11 @@ class Request:
         count = self.steps or 1000
         return {name: lora for name, lora in zip(self.names, self.loras, strict=True)
                 if any(lora.weight_at(index, count) != 0.0 for index in range(count))}
+
+    @property
+    def composed(self) -> dict[str, Lora]:
+        """Those of them that are not always on, where that is said: what a method composes."""
+        return {name: lora for name, lora in self.active.items() if lora.category != ALWAYS_ON}
 
     @property
     def seeds(self) -> tuple[int, ...]:

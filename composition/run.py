@@ -55,7 +55,8 @@ class Run:
 
     scheduler: this run's own instance. notes: what the method did, plain JSON values. encodings: of prompts
     already encoded, value by value, by prompt and text-LoRA weights. categories, triggers: of each LoRA by name, as the request or else
-    its file says. conditions: those that act in every evaluation; `read_conditions` comes first. tensors: the hash of each LoRA's
+    its file says. always: those that are a part of the base (`Adapters.session`), by name, which no method
+    sees. conditions: those that act in every evaluation; `read_conditions` comes first. tensors: the hash of each LoRA's
     tensors by name. profiles: what was measured of LoRAs. folding: writes the sum of the LoRAs into the weights until a stack of contexts
     ends; None where that may not be.
     """
@@ -70,6 +71,7 @@ class Run:
     cancel: threading.Event | None = None
     categories: Mapping[str, str] = field(default_factory=dict)
     triggers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    always: Mapping[str, Lora] = field(default_factory=dict)
     conditions: Acting | None = None
     tensors: Mapping[str, str] = field(default_factory=dict)
     profiles: ProfileStore = field(default_factory=ProfileStore)
@@ -80,8 +82,9 @@ class Run:
 
     @property
     def loras(self) -> dict[str, Lora]:
-        """The request's LoRAs that are on in at least one step, by name, in order: the others are as if they were not there."""
-        return self.request.active
+        """The request's LoRAs that a method composes, by name, in order: those that are on in at least one step, the others are as if they
+        were not there, without those that are always on."""
+        return {name: lora for name, lora in self.request.active.items() if name not in self.always}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -166,6 +169,7 @@ class Run:
     def observe(self, step: Step, use: Mapping[str, float], cond: Conditioning, watch: Watch) -> None:
         """An evaluation for the sake of what its layers show `watch` (`Adapters.watched`); no condition acts in it."""
         self._check_cancel()
+        self._set_always(step)
         self.notes["evaluations"] = self.notes.get("evaluations", 0) + 1
         self.adapters.use(use)
         with self.adapters.watched(watch):
@@ -344,6 +348,7 @@ class Run:
         """The denoiser, with the conditions that act at this step. predictions: how many of all guidance rows it counts for, in part where it
         has not all of them; the others as of a `Call`."""
         self._check_cancel()
+        self._set_always(step)
         latents = self.scaled(step)
         total = self.notes.get("evaluations", 0) + predictions * cond.rows / (passes * self._rows)
         self.notes["evaluations"] = int(total) if total % 1 == 0 else total
@@ -351,6 +356,10 @@ class Run:
             return self.backbone.denoise(latents, step.t, cond)
         with self.conditions.acting(Call(step, latents, cond, passes, segments, skips, negative)):
             return self.backbone.denoise(latents, step.t, cond)
+
+    def _set_always(self, step: Step) -> None:
+        if self.always:
+            self.adapters.use_always({name: lora.weight_at(step.index, step.count) for name, lora in self.always.items()})
 
     def _check_cancel(self) -> None:
         if self.cancel is not None and self.cancel.is_set():

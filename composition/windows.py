@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from composition.request import Lora, Request
+from composition.request import ALWAYS_ON, Lora, Request
 
 CONTENT, STYLE = (0.0, 0.7), (0.3, 1.0)  # of the steps
 WINDOWS = {"both": dict.fromkeys(("character", "object", "clothing", "place", "pose"), CONTENT) | {"style": STYLE},
@@ -43,6 +43,8 @@ def noted(request: Request, categories: Mapping[str, str]) -> dict[str, Any]:
         return {}
     note: dict[str, Any] = {}
     for name, lora in request.active.items():
+        if categories[name] == ALWAYS_ON:
+            continue
         window = WINDOWS[request.windows].get(categories[name])
         if lora.scheduled and (lora.start, lora.end) == window:
             note[name] = [lora.start, lora.end]

@@ -11,11 +11,11 @@ from app import engines, settings
 from app.cli.trainer import Lesson, TrainConfig, learn
 from app.terminal import err, out
 from composition import Refused, record
-from composition.request import Category
+from composition.request import ALWAYS_ON, Category
 from composition.training import captions
 
 sub = typer.Typer(help="Make LoRAs of your own, and what finds them.", no_args_is_help=True)
-CATEGORIES = tuple(name for name in get_args(Category) if name)
+CATEGORIES = tuple(name for name in get_args(Category) if name not in ("", ALWAYS_ON))
 
 EPILOG = ("Captions: NAME.txt beside NAME.png, or metadata.jsonl with file_name and text. Ctrl-C keeps what was learned; "
           "the same command goes on from there.")  # fmt: skip

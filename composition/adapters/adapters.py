@@ -6,9 +6,8 @@ stacks; `use`, `rows`, `regional`, `routed` and `combined` write the gates; `rew
 sum into the weights and gives them back.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,14 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from composition.adapters import fold as folding
 from composition.adapters.fold import Fold
 from composition.adapters.gates import Combine, Gates
-from composition.adapters.layers import Layers, _attached
+from composition.adapters.held import KEPT_BYTES, Held
+from composition.adapters.layers import Laid, Layers, _attached
 from composition.adapters.stack import Rewrite, Route, Stack, Watch
 from composition.adapters.trainable import Trainable
 from composition.loop import Step
 from composition.loras import reader
 from composition.request import Lora, Receipt
-
-KEPT_BYTES = 2 * 2**30  # main memory for the factors of LoRA files, least recently used first out
 
 
 class Adapters:
@@ -48,12 +46,11 @@ class Adapters:
         self._axis = axis
         self._denoiser = self._model.denoiser
         self._layers = self._model.modules
-        self._kept_bytes = kept_bytes
-        self._files: dict[tuple[str, str, bool], reader.LoraFile] = {}  # by what they hold, the last used last
-        self._stamps: dict[tuple[object, ...], tuple[str, str, bool]] = {}  # state of a file on disk to what it holds
+        self._held = Held(self.components, family, kept_bytes)
 
     def close(self) -> None:
         """Take every hook off again."""
+        self._held.close()
         self._model.close()
 
     @property
@@ -84,39 +81,23 @@ class Adapters:
         """
         return self._read(path, lora, allow_partial).receipt
 
-    def _read(self, path: Path, lora: Lora, allow_partial: bool) -> reader.LoraFile:
-        path = path.absolute()  # as it was named: a link and its target have different files beside them
-        stamp = (allow_partial, *reader.stamp(path)) if path.is_file() else ()
-        key = self._stamps.get(stamp)
-        file = self._files.pop(key, None) if key else None
-        if file is None:
-            file = reader.read(path, self.components, self.family, name=lora.name, allow_partial=allow_partial)
-            key = (file.receipt.sha256, file.outside, allow_partial)
-            file = self._files.pop(key, file)
-        assert key is not None
-        self._files[key] = file  # most recently used last
-        self._stamps[stamp] = key
-        self._forget()
-        return replace(file, receipt=replace(file.receipt, name=lora.name, path=reader.shown(path)))
+    def prefetch(self, paths: Sequence[Path], *, allow_partial: bool = False) -> None:
+        """Read these files in another thread, for `load` and `session` to find them read; what was read ahead and not asked for is let go of."""
+        self._held.prefetch(paths, allow_partial)
 
-    def _forget(self) -> None:
-        """Let go of the files used longest ago until those that stay fit into their memory."""
-        held = {key: file.nbytes for key, file in self._files.items()}
-        total = sum(held.values())
-        for key, size in held.items():
-            if total <= self._kept_bytes:
-                break
-            total -= size
-            del self._files[key]
-        self._stamps = {stamp: key for stamp, key in self._stamps.items() if key in self._files}
+    def _read(self, path: Path, lora: Lora, allow_partial: bool) -> reader.LoraFile:
+        return self._held.read(path, lora.name, allow_partial)
 
     # one set of LoRAs ----------------------------------------------------------------------------------------------
 
     @contextmanager
     def session(
-        self, loras: Sequence[tuple[str, Lora, Path]], *, allow_partial: bool = False
+        self, loras: Sequence[tuple[str, Lora, Path]], *, allow_partial: bool = False, always: Collection[str] = (),
     ) -> Iterator[tuple[Receipt, ...]]:
         """Lay the factors of these LoRAs, as (name, LoRA, file), into stacks; every gate begins closed.
+
+        always: names of those that are a part of the base while it lasts, in every row and place, the text encoders too: on at their weights
+        whatever is done with the others, among which they are not counted (`names`). `use_always` writes their weights in the denoiser.
 
         Yields their receipts, in order. On leaving, every layer is as it was. Sessions nest: while an inner one lasts, its LoRAs
         alone are on the bare base, even where the outer ones are folded, and afterwards the outer ones are as they were.
@@ -124,7 +105,11 @@ class Adapters:
         for name, lora, _ in loras:
             self._model.check_blocks(name, lora)
         read = [self._read(path, lora, allow_partial) for _, lora, path in loras]
-        laid = self._model.lay([name for name, _, _ in loras], [lora for _, lora, _ in loras], [file.factors for file in read])
+        laid, under = (self._model.lay([loras[k][0] for k in some], [loras[k][1] for k in some], [read[k].factors for k in some])
+                       for some in ([k for k, (name, _, _) in enumerate(loras) if (name in always) is apart] for apart in (False, True)))
+        laid.under = under if under.names else None
+        for component, gates in under.gates.items():
+            gates.use([lora.weight if component == self._denoiser or lora.text_weight is None else lora.text_weight for lora in under.loras])
         with self._model.attached(laid):
             yield tuple(file.receipt for file in read)
 
@@ -133,6 +118,19 @@ class Adapters:
     @property
     def names(self) -> tuple[str, ...]:
         return self._model.current.names
+
+    @property
+    def always(self) -> tuple[str, ...]:
+        """The names of those that are a part of the base while the session lasts."""
+        under = self._model.current.under
+        return under.names if under else ()
+
+    def use_always(self, weights: Mapping[str, float]) -> None:
+        """These weights of the denoiser's LoRAs that are a part of the base: for those that are on in some of the steps."""
+        under = self._model.current.under
+        if under is not None and self._denoiser in under.gates:
+            self._model.prepare()
+            under.gates[self._denoiser].use([float(weights[name]) for name in under.names])
 
     def use(self, weights: Mapping[str, float]) -> None:
         """Every row of the denoiser alike: these adapters at these weights, all others off."""
@@ -258,16 +256,20 @@ class Adapters:
         On the device of `like` and in its number type, float32 or better. Raises RuntimeError where rows differ.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
-        for component, stacks in self._model.current.stacks.items():
-            gates = self._model.current.gates[component]
-            mine = component == self._denoiser
-            if mine and gates.mode not in ("off", "one", "dense") or mine and gates.rows > 1:
-                raise RuntimeError("gates that differ by row or place are those of no one LoRA")
-            if mine and gates.mode == "off":
-                continue
-            table = gates.values.dense[0] if mine else gates.factors * gates.factors.new_tensor(self._vector(text))
-            for path, stack in (row for row in stacks.items() if row[1].ranked):
-                yield component, path, *stack.constant(table[stack.block], like.device, dtype)
+        by_layer: dict[tuple[str, str], list[tuple[Stack, Tensor]]] = {}
+        for laid in (self._model.current, self._model.current.under or Laid()):
+            for component, stacks in laid.stacks.items():
+                gates, written = laid.gates[component], component == self._denoiser or laid is not self._model.current
+                if written and gates.mode not in ("off", "one", "dense") or written and gates.rows > 1:
+                    raise RuntimeError("gates that differ by row or place are those of no one LoRA")
+                if written and gates.mode == "off":
+                    continue
+                table = gates.values.dense[0] if written else gates.factors * gates.factors.new_tensor(self._vector(text))
+                for path, stack in (row for row in stacks.items() if row[1].ranked):
+                    by_layer.setdefault((component, path), []).append((stack, table[stack.block]))
+        for (component, path), parts in by_layer.items():
+            downs, ups = zip(*(stack.constant(gate, like.device, dtype) for stack, gate in parts), strict=True)
+            yield component, path, torch.cat(downs), torch.cat(ups, 1)
 
     def _live(self, what: str) -> None:
         if self._model.current.fold is not None:

@@ -24,7 +24,8 @@ class Laid:
     """One set of LoRAs laid out over the layers: what is attached while its session lasts.
 
     stacks, gates: by component. text_live: the text encoders that each of the LoRAs changes. fold: while their sum is in the weights.
-    learning: they are in training. prepared: `Layers.prepare` has seen it.
+    learning: they are in training. prepared: `Layers.prepare` has seen it. under: LoRAs that are a part of the base while it lasts, whatever
+    is done with the others.
     """
 
     names: tuple[str, ...] = ()
@@ -35,6 +36,7 @@ class Laid:
     fold: Fold | None = None
     learning: bool = False
     prepared: bool = False
+    under: "Laid | None" = None
 
 
 class Layers:
@@ -58,7 +60,7 @@ class Layers:
         self._repairs = 0
         self._handles = []
         for module in self._all():
-            _attach(module, None)
+            _attach(module, None, None)
             self._handles.append(module.register_forward_hook(_hook))
 
     def close(self) -> None:
@@ -139,8 +141,9 @@ class Layers:
     def _show(self, laid: Laid) -> None:
         for component, modules in self.modules.items():
             stacks = laid.stacks.get(component, {})
+            under = laid.under.stacks.get(component, {}) if laid.under else {}
             for path, module in modules.items():
-                _attach(module, stacks.get(path))
+                _attach(module, stacks.get(path), under.get(path))
         self.current = laid
 
     def touched(self) -> dict[str, tuple[nn.Module, Stack]]:
@@ -158,10 +161,12 @@ class Layers:
             return
         laid.prepared = True
         if any(module._compiled_call_impl is not None for module in self.components[self.denoiser].modules()):
-            for module, stack in self.touched().values():
-                weight = module.weight
-                if isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta:
-                    stack.prepare(module, weight)
+            for each in (laid, laid.under) if laid.under else (laid,):
+                for path, stack in each.stacks.get(self.denoiser, {}).items():
+                    module = self.modules[self.denoiser][path]
+                    weight = module.weight
+                    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta:
+                        stack.prepare(module, weight)
 
     @contextmanager
     def rewritten(self, rewrites: Mapping[str, Rewrite]) -> Iterator[None]:
@@ -196,7 +201,7 @@ class Layers:
     def repair(self) -> bool:
         """Make the model the bare base, whatever an interrupted session or fold has left; True when anything was left."""
         self._repairs += 1  # a context that was abandoned may be closed any time from now on, and has nothing to undo any more
-        left = bool(self._folds) or any(_attached(module) is not None for module in self._all())
+        left = bool(self._folds) or any(_attached(module) is not None or module.__dict__["under"] is not None for module in self._all())
         while self._folds:
             self._folds[-1].lift()
             self._folds.pop()
@@ -205,7 +210,9 @@ class Layers:
 
 
 def _hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    stack = cast(Stack | None, module.stack)
+    stack, under = cast(Stack | None, module.stack), cast(Stack | None, module.under)
+    if under is not None and under.gates.mode != "off":
+        output = under(module, args[0], output)
     if stack is None:
         return output
     if stack.gates.watch is not None and stack.ranked:
@@ -213,8 +220,9 @@ def _hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output if stack.gates.mode == "off" else stack(module, args[0], output)
 
 
-def _attach(module: nn.Module, stack: Stack | None) -> None:
+def _attach(module: nn.Module, stack: Stack | None, under: Stack | None) -> None:
     module.__dict__["stack"] = stack  # a plain attribute: neither a submodule nor in the state dict
+    module.__dict__["under"] = under  # acts before it, as a part of the base
 
 
 def _attached(module: nn.Module) -> Stack | None:

@@ -50,7 +50,7 @@ _JOINT = {
     }.items() for name, layers in names.items()
 }
 _FLUX_OUTER = {
-    "img_in": "x_embedder", "txt_in": "context_embedder", "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "img_in": "x_embedder", "img_in.proj": "x_embedder", "txt_in": "context_embedder", "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
     "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2", "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
     "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
     "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
@@ -90,6 +90,8 @@ def names(transformer: nn.Module) -> dict[str, tuple[Part, ...]]:
                 layer = layers[path]  # as declared: a quantized weight has another shape
                 ends.append(ends[-1] + (layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels))
             parts[name] = tuple(Part(path, a, b) for path, a, b in zip(paths, ends, ends[1:], strict=False))
+            if len(paths) > 1:  # split, as OneTrainer writes them: the first of qkv is qkv.0
+                parts |= {f"{name}.{index}": (Part(path),) for index, path in enumerate(paths)}
     turned = {"final_layer.adaLN_modulation.1": "norm_out.linear"}
     if joint := len(getattr(transformer, "transformer_blocks", ())) if "pos_embed.proj" in layers else 0:
         turned[f"joint_blocks.{joint - 1}.context_block.adaLN_modulation.1"] = f"transformer_blocks.{joint - 1}.norm1_context.linear"

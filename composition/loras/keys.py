@@ -5,11 +5,15 @@
     processors        <path>.attn1.processor.to_q_lora.down.weight (first diffusers attention processors)
     kohya             lora_unet_<path with underscores>.lora_down.weight, lora_te_, lora_te1_, lora_te2_, .alpha
     kohya-sgm         the same with the names of the original code: lora_unet_input_blocks_1_1_...
-    comfyui           diffusion_model.input_blocks.1.1...
+    lycoris           lycoris_<path with underscores>, which says nothing of the component
+    comfyui           diffusion_model.input_blocks.1.1... or model.diffusion_model...., text_encoders.clip_l.transformer....
     bfl               double_blocks.0.img_attn.qkv... or the same below diffusion_model., FLUX's and SD3's own names
     xlabs             double_blocks.0.processor.qkv_lora1.down.weight
     onetrainer        lora_transformer_<path with underscores>.lora_down.weight
+    omi               unet., transformer., clip_l., clip_g., t5. with the names of the original code, img_attn.qkv.0 for its q
     first-generation  unet:12:down, text_encoder:3:up: layers by number only
+
+What torch leaves in names when a model is compiled or spread over devices (_orig_mod, module) is passed over in all of them.
 
 Nothing here knows a base: `keymap` finds the layer a module name means. What the parts of a module make together is for `kinds`. A part that is
 not known blocks its whole module: half of an update is another update.
@@ -64,8 +68,8 @@ class Module:
 
 
 _ROLES = tuple((re.compile(pattern), role, reason) for pattern, role, reason in (
-    (r"(?:\.lora_A(?:\.[^.]+)?|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight$", "down", ""),
-    (r"(?:\.lora_B(?:\.[^.]+)?|\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)\.weight$", "up", ""),
+    (r"(?:\.lora_A(?:\.[^.]+)?|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight$|\.lora_(?:A|down)$", "down", ""),
+    (r"(?:\.lora_B(?:\.[^.]+)?|\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)\.weight$|\.lora_(?:B|up)$", "up", ""),
     (r"\.processor\.(?:[qkv]|proj)_loras\.\d{1,4}\.(?:down|up)\.weight$", "beside", CONDITION),
     (r"(?:[._]lora|\.lora_linear_layer)?\.alpha$", "alpha", ""),
     (r"\.dora_scale$", "dora_scale", ""),
@@ -91,22 +95,34 @@ _PREFIXES = (
     ("lora_te3_", "text_encoder_3", "kohya"),
     ("lora_te_", "text_encoder", "kohya"),
     ("lora_transformer_", "transformer", "onetrainer"),
+    ("lycoris_", "", "lycoris"),
     ("unet.", "unet", "diffusers"),
     ("text_encoder.", "text_encoder", "diffusers"),
     ("text_encoder_2.", "text_encoder_2", "diffusers"),
     ("text_encoder_3.", "text_encoder_3", "diffusers"),
     ("transformer.", "transformer", "diffusers"),
     ("diffusion_model.", "unet", "comfyui"),
+    ("model.diffusion_model.", "unet", "comfyui"),
     ("text_encoders.clip_l.transformer.", "text_encoder", "comfyui"),
     ("text_encoders.clip_g.transformer.", "text_encoder_2", "comfyui"),
     ("text_encoders.t5xxl.transformer.", "text_encoder_3", "comfyui"),
+    ("clip_l.transformer.", "text_encoder", "comfyui"),
+    ("clip_g.transformer.", "text_encoder_2", "comfyui"),
+    ("t5xxl.transformer.", "text_encoder_3", "comfyui"),
+    ("clip_l.", "text_encoder", "omi"),
+    ("clip_g.", "text_encoder_2", "omi"),
+    ("t5.", "text_encoder_3", "omi"),
 )
 _BARE = (
-    (re.compile(r"(?:down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)(?:\.|$)"), "unet"),
-    (re.compile(r"(?:text_model|encoder\.layers)\."), "text_encoder"),
+    (re.compile(r"(?:down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)(?:[._]|$)"), "unet"),
+    (re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb)[._]\d"), "unet"),
+    (re.compile(r"(?:text_model|encoder[._]layers)[._]"), "text_encoder"),
+    (re.compile(r"encoder[._]block[._]\d"), "text_encoder_3"),
 )
-_SGM = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb)_\d|out_2$")
-_PEFT = "base_model.model."
+_SGM = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb)[._]\d|out[._]2$")
+_AUTHORED = re.compile(r"(?:double|single|joint)_blocks\.\d")
+_UNDERSCORED = ("kohya", "onetrainer", "lycoris")
+_WRAPPERS = re.compile(r"(?:(?:base_model\.model|module)\.|_orig_mod[._])+")  # of PEFT and torch, before the name of a layer
 _XLABS = re.compile(r"(?:diffusion_model\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight$")
 _OURS = re.compile(r"(?:single_)?transformer_blocks\.|time_text_embed|norm_out|proj_out|pos_embed")  # diffusers' own names
 _SIDES = {"1": "img_attn", "2": "txt_attn"}
@@ -132,22 +148,28 @@ def understand(key: str) -> Key:
 
 def _locate(name: str) -> tuple[str, str, str]:
     """(component, module, layout) of a key without its role."""
-    name = name.removeprefix(_PEFT)
+    name = _unwrapped(name)
     prefix, component, layout = next((row for row in _PREFIXES if name.startswith(row[0])), ("", "", "diffusers"))
-    name = name.removeprefix(prefix).removeprefix(_PEFT)
-    if not prefix:
+    name = _unwrapped(name.removeprefix(prefix))
+    if not component:
         component = next((component for pattern, component in _BARE if pattern.match(name)), "")
     if component in ("unet", "") and TRANSFORMER.match(name):
         component = "transformer"
-        layout = layout if layout == "kohya" or _OURS.match(name) else "bfl"
-    if layout in ("kohya", "onetrainer"):
-        return component, name, "kohya-sgm" if component == "unet" and _SGM.match(name) else layout
+        layout = layout if layout in _UNDERSCORED or _OURS.match(name) else "bfl"
+    if layout in _UNDERSCORED:
+        return component, name, "kohya-sgm" if layout == "kohya" and component == "unet" and _SGM.match(name) else layout
+    if prefix in ("unet.", "transformer.") and (_AUTHORED.match(name) or _SGM.match(name)):
+        layout = "omi"
     if ".processor." in name:
         layout, name = "processors", name.replace(".processor.", ".")
     name = re.sub(r"\.to_out$", ".to_out.0", name)
     if component.startswith("text_encoder"):
         name = re.sub(r"\.self_attn\.to_(q|k|v|out)(?:\.0)?$", r".self_attn.\1_proj", name)
     return component, name, layout
+
+
+def _unwrapped(name: str) -> str:
+    return name[match.end() :] if (match := _WRAPPERS.match(name)) else name
 
 
 def modules(keys: Iterable[str]) -> tuple[list[Module], dict[str, list[str]]]:

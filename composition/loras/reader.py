@@ -7,12 +7,13 @@ caller allows it. Updates stay as they are stored, of whatever kind (`kinds`), w
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from composition.loras import controls, metadata, scale, suspicious
+from composition.loras import controls, metadata, scale, speed, suspicious
 from composition.loras import family as lora_family
 from composition.loras import layers as layer_map
 from composition.loras.fused import Part
@@ -22,7 +23,7 @@ from composition.loras.kinds.base import Update
 from composition.loras.kinds.lora import Factors
 from composition.loras.safetensors import SafeFile, load_header, load_safely
 from composition.refusal import Refused
-from composition.request import Receipt
+from composition.request import ALWAYS_ON, Receipt
 
 NO_BASE = "no base model given"
 NO_LAYER = "no such layer in this base"
@@ -44,7 +45,7 @@ class LoraFile:
     receipt: Receipt
     outside: str = ""
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of main memory that its updates hold; memory that several share counts once."""
         stored = [tensor for inside in self.factors.values() for update in inside.values() for tensor in update.tensors]
@@ -125,7 +126,7 @@ def read(
         components={part: {"tensors": applied[part], "modules": len(inside)} for part, inside in factors.items()},
         ignored=ignored,
         no_effect=tuple(where for where, layer in flat.items() if not layer.live),
-        ranks=Counter(layer.rank for layer in flat.values() if layer.rank), alphas=alphas, sources=sources, sizes=sizes, kinds=kinds_of,
+        ranks=Counter(layer.rank for layer in flat.values() if layer.rank), alphas=alphas, sources=sources, sizes=sizes, kinds=kinds_of, stated=stated,
     )
     _covered(receipt, path.name, lora_family.base(components, family), allow_partial)
     return LoraFile(factors, receipt, "".join(repr(statement) for statement in stated if statement.order == scale.BESIDE))
@@ -147,7 +148,7 @@ def inspect(path: Path, raw: SafeFile | None = None) -> Receipt:
     no_effect = [f"{module.component}.{module.module}" for module, rows in zip(whole, sources, strict=True) if _silent(module, raw, rows)]
     sizes = [_sizes(module, raw, rows[0].value if rows else None) for module, rows in zip(whole, sources, strict=True)]
     alphas = Counter(rows[0].value for rows in stating)
-    return _alone(path, raw, updates, whole, no_effect=tuple(no_effect), alphas=alphas, sources=stating, sizes=sizes)
+    return _alone(path, raw, updates, whole, no_effect=tuple(no_effect), alphas=alphas, sources=stating, sizes=sizes, stated=stated)
 
 
 def unplaced(path: Path, raw: SafeFile) -> dict[str, Factors]:
@@ -295,6 +296,7 @@ def _receipt(
     components: Mapping[str, Mapping[str, int]], ignored: Mapping[str, Sequence[str]],
     ranks: Mapping[int, int], no_effect: tuple[str, ...] = (), alphas: Mapping[float, int] | None = None,
     sources: Sequence[Sequence[scale.Alpha]] = (), sizes: Sequence[suspicious.Sizes] = (), kinds: Mapping[str, int] | None = None,
+    stated: Sequence[scale.Statement] = (),
 ) -> Receipt:
     """The receipt, with the law checked: every tensor of the file is applied or ignored."""
     applied = sum(part["tensors"] for part in components.values())
@@ -302,9 +304,11 @@ def _receipt(
     if applied + left_out != len(raw.tensors):
         raise AssertionError(f"{path.name}: {applied} applied + {left_out} ignored != {len(raw.tensors)} tensors")
     layouts = Counter(module.layout for module in updates).most_common()
-    remarks = (*scale.remarks(sources), *suspicious.remarks(sizes))
+    remarks = (*scale.remarks(sources), *scale.training(stated, raw.tensors), *suspicious.remarks(sizes))
     if any(rows[0].source == scale.NOBODY for rows in sources) and (passed := scale.passed_over(path)):
         remarks = (*remarks, passed)
+    fast = speed.recognise(path, raw.metadata, {module.component for module in updates})
+    remarks = (*remarks, fast.advice()) if fast else remarks
     return Receipt(
         name=name or shown(path.stem), path=shown(path), sha256=raw.sha256, tensor_sha256=raw.tensor_sha256, family=family,
         layout=" + ".join(layout for layout, _ in layouts) or "unknown",
@@ -312,7 +316,7 @@ def _receipt(
         ignored={reason: tuple(sorted(keys)) for reason, keys in ignored.items()},
         no_effect=no_effect, kinds=dict(kinds or {}), ranks=dict(ranks), alphas=dict(alphas or {}),
         alpha_from=dict(Counter(rows[0].source for rows in sources)), remarks=remarks,
-        title=metadata.title(raw.metadata), category=metadata.category(raw.metadata),
+        title=metadata.title(raw.metadata), category=metadata.category(raw.metadata) or (ALWAYS_ON if fast else ""),
         triggers=metadata.triggers(raw.metadata), metadata=dict(raw.metadata), data_sha256=raw.data_sha256,
     )
 

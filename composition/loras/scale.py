@@ -15,7 +15,7 @@ file is refused: its strength would be a guess.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from composition import untrusted
 from composition.loras.keys import Module
+from composition.loras.patterns import Patterns
 from composition.loras.safetensors import ENDING
 from composition.refusal import Refused
 
@@ -34,12 +35,12 @@ CONFIG = "adapter_config.json"  # beside the file
 BESIDE = 2  # the order of what it states
 ADAPTER = "lora_adapter_metadata"  # in the header, as diffusers writes it
 MAX_CONFIG_BYTES = 4 * 2**20
-MAX_PATTERN_LETTERS = 500
 MAX_NUMBER_LETTERS = 400  # of a number in a header
 
 _JSON = (ADAPTER, "adapter_config", "peft_config", "lora_config")  # header keys that hold JSON settings
 _NUMBERS = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")
 _DENOISERS = ("unet", "transformer", "diffusion_model", "model", "dit", "denoiser")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # ways of starting that change the base's weights, in PEFT's words
 _ABSENT = ("", "none", "null")
 
 
@@ -100,37 +101,27 @@ class Statement:
         return float(number)
 
     def _pattern(self, prefix: str, name: str, module: str) -> Any:
-        """What the first fitting pattern says: PEFT fits them to the end of a module's name, at a dot."""
-        table = self._tables.get((prefix, name), {})
-        if isinstance(table, str):
-            raise _Unreadable(table)
-        if not table:
-            return None
-        joint = "." if "." in module else "_"  # kohya's names have underscores for dots
-        parts = module[-MAX_PATTERN_LETTERS:].split(joint)  # no pattern is longer, whatever the name is
-        if len(module) > MAX_PATTERN_LETTERS:
-            parts = parts[1:]
-        ends = ["^" + module, *(joint.join(parts[index:]) for index in range(len(parts)))]
-        return min((table[end] for end in ends if end in table), default=(0, None), key=lambda row: row[0])[1]
+        """What the first fitting pattern says, None where there is none."""
+        try:
+            patterns = self._patterns.get((prefix, name))
+            if isinstance(patterns, ValueError):
+                raise patterns
+            return patterns.find(module) if patterns else None
+        except ValueError as error:
+            raise _Unreadable(f"{name} in its {self.source} cannot be read: {error}") from None
 
     @cached_property
-    def _tables(self) -> dict[tuple[str, str], dict[str, tuple[int, Any]] | str]:
-        """(component, kind of pattern) to the patterns by the name they fit, with their order; or why they cannot be read."""
-        return {(prefix, name): self._table(name, settings[name]) for prefix, settings in self.settings.items()
-                for name in ("alpha_pattern", "rank_pattern") if settings.get(name)}  # fmt: skip
-
-    def _table(self, name: str, patterns: Any) -> dict[str, tuple[int, Any]] | str:
-        if not isinstance(patterns, dict):
-            return f"{name} in its {self.source} is not a JSON object"
-        table: dict[str, tuple[int, Any]] = {}
-        for order, (pattern, value) in enumerate(patterns.items()):
-            end = pattern.removesuffix("$").replace("\\.", ".")
-            bare = end.removeprefix("^")
-            if len(bare) > MAX_PATTERN_LETTERS or not all(letter.isalnum() or letter in "._-" for letter in bare):
-                return f"{name} {pattern[:80]!r} in its {self.source} is more than the name of a layer"
-            for spelling in (end, end.replace(".", "_")):
-                table.setdefault(spelling, (order, value))
-        return table
+    def _patterns(self) -> dict[tuple[str, str], Patterns | ValueError]:
+        """(component, kind of pattern) to the patterns, or why they cannot be read."""
+        tables: dict[tuple[str, str], Patterns | ValueError] = {}
+        for prefix, settings in self.settings.items():
+            for name in ("alpha_pattern", "rank_pattern"):
+                if settings.get(name):
+                    try:
+                        tables[prefix, name] = Patterns(settings[name])
+                    except ValueError as error:
+                        tables[prefix, name] = error
+        return tables
 
 
 def statements(path: Path, metadata: Mapping[str, str]) -> tuple[Statement, ...]:
@@ -156,6 +147,19 @@ def passed_over(path: Path) -> str:
     if not configs or any(belongs or _model(config.parent) for config, belongs in configs):
         return ""
     return f"{CONFIG} lies beside it and beside other LoRA files: which it belongs to is unknown, so it was not read"
+
+
+def training(stated: Sequence[Statement], names: Iterable[str]) -> tuple[str, ...]:
+    """Remarks on what PEFT's settings say of how a file was trained, where its numbers alone are something else. names: of its tensors."""
+    sentences: list[str] = []
+    settings = [(statement.source, values) for statement in stated if not statement.plain for values in statement.settings.values()]
+    if not any("magnitude" in name or name.endswith("dora_scale") for name in names):
+        sentences += [f"{source} says use_dora, but the file has no magnitudes: it is applied as a plain LoRA"
+                      for source, values in settings if values.get("use_dora") is True]
+    sentences += [f"{source} says init_lora_weights {_shown(start)}: unless it was converted afterwards, it goes with a base that training "
+                  "changed, and looks wrong on the original" for source, values in settings
+                  if isinstance(start := values.get("init_lora_weights"), str) and start.lower().startswith(_CHANGES_BASE)]
+    return tuple(dict.fromkeys(sentences))
 
 
 def alphas(module: Module, tensors: Mapping[str, Tensor], stated: Sequence[Statement], file: str, rank: int, wide: bool) -> tuple[Alpha, ...]:

@@ -95,7 +95,7 @@ def test_every_receipt_is_of_the_file_that_was_named(pipe, held, sources, tmp_pa
             assert (receipt.name, receipt.path) == (name, str(file))
         with held.session([("copy", Lora("copy"), copy), ("link", Lora("link"), link)]) as receipts:
             assert [(receipt.name, receipt.path) for receipt in receipts] == [("copy", str(copy)), ("link", str(link))]
-    assert len(held._files) == 1
+    assert len(held._held.files) == 1
 
 
 def test_files_of_equal_bytes_and_different_configs_are_different(pipe, held, tmp_path):
@@ -125,16 +125,16 @@ def test_memory_follows_bytes(pipe, tmp_path, dtype):
     held = Adapters(backbone.components, family="sd", block=backbone.block, kept_bytes=3 * size)
     for path in paths[:3]:
         held.load(path, Lora(path.stem))
-    assert sum(file.nbytes for file in held._files.values()) == 3 * size
-    gone = [weakref.ref(factors.stored_up) for file in list(held._files.values())[1:2] for factors in file.factors["unet"].values()]
+    assert sum(file.nbytes for file in held._held.files.values()) == 3 * size
+    gone = [weakref.ref(factors.stored_up) for file in list(held._held.files.values())[1:2] for factors in file.factors["unet"].values()]
     assert gone and all(reference() is not None for reference in gone)
     held.load(paths[0], Lora("0"))  # used again, so the second is the oldest now
     held.load(paths[3], Lora("3"))
-    assert [file.receipt.name for file in held._files.values()] == ["2", "0", "3"] and len(held._stamps) == 3
+    assert [file.receipt.name for file in held._held.files.values()] == ["2", "0", "3"] and len(held._held.stamps) == 3
     gc.collect()
     assert all(reference() is None for reference in gone)
     small = Adapters(backbone.components, family="sd", block=backbone.block, kept_bytes=size - 1)
-    assert small.load(paths[0], Lora("0")).coverage == 1.0 and not small._files and not small._stamps
+    assert small.load(paths[0], Lora("0")).coverage == 1.0 and not small._held.files and not small._held.stamps
     held.close()
     small.close()
 

@@ -22,7 +22,7 @@ def pinned(request: Request, options: Collection[str], profiles: Mapping[str, Pr
     order = request.options.get("order", "")
     if not concerns(request, options):
         return request, ""
-    active = request.active
+    active = request.composed
     if len(active) < 2:
         return replace(request, options={key: value for key, value in request.options.items() if key != "order"}), ""
     measured = {name: profile for name in active if (profile := profiles.get(name)) is not None}

@@ -156,8 +156,8 @@ ABSENT = {  # names as files have them, and whether they are of a layer that thi
     "unet.up_blocks.0.upsamplers.0.conv": None, "lora_unet_add_embedding_linear_1": True, "unet.down_blocks.0.resnets.4.conv_shortcut": True,
     f"unet.{BLOCK}.attn1.toq": False, "lora_unet_down_blocks_0_attentoins_0_transformer_blocks_0_attn1_to_q": False,
     f"unet.{BLOCK}.attn1.to_q.linear": False, f"unet.encoder.{BLOCK}.attn1.to_q": False, f"unet.model.{BLOCK}.attn1.to_q": False,
-    "lora_unet_sformer_blocks_0_attn_to_q": False, f"lycoris_{BLOCK.replace('.', '_')}_attn1_to_q": False, "unet.x" + "_x" * 400: False,
-    f"model.diffusion_model.{BLOCK}.attn1.to_q": False, "lora_te_text_model_encoder_layers_0_self_attn_qproj": False,
+    "lora_unet_sformer_blocks_0_attn_to_q": False, f"lykoris_{BLOCK.replace('.', '_')}_attn1_to_q": False, "unet.x" + "_x" * 400: False,
+    f"models.diffusion_model.{BLOCK}.attn1.to_q": False, "lora_te_text_model_encoder_layers_0_self_attn_qproj": False,
 }  # fmt: skip
 
 
@@ -238,7 +238,7 @@ def test_inspect_without_a_base(pipe, made, tmp_path):
 
 @pytest.mark.parametrize("settings", [
     "not json", "[]", "[" * 100_000, '{"unet.lora_alpha": "4"}', '{"unet.lora_alpha": true}',
-    '{"unet.lora_alpha": NaN}', '{"unet.alpha_pattern": [1]}', '{"unet.alpha_pattern": {".*(a+)+": 3}}',
+    '{"unet.lora_alpha": NaN}', '{"unet.alpha_pattern": [1]}', '{"unet.alpha_pattern": {".*(?=a)": 3}}',
 ])  # fmt: skip
 def test_header_alphas_that_cannot_be_read(settings, pipe, parts, made, tmp_path):
     tensors, _ = writers.metadata_alphas(pipe, made)

@@ -1,6 +1,7 @@
 """Alphas stated outside the tensors: applied, or refused, and what is said where several state one. The truth is the written update."""
 
 import json
+import re
 import time
 
 import pytest
@@ -93,12 +94,39 @@ def test_patterns_and_rank_stabilised_scaling(pipe, parts, tmp_path):
         assert ((layer.up.flatten(1) @ layer.down.flatten(1)).reshape(dense.shape) - dense).abs().max() <= 1e-10 * dense.abs().max()
 
 
+def test_patterns_are_regular_expressions(pipe, parts, tmp_path):
+    """As PEFT reads them, in the config beside a file and in its header; the first that fits counts, whether it is a name or more."""
+    made, tensors = bare(pipe, 2.0)
+    patterns = {r".*\.down_blocks\.[01]\..*\.to_(q|k)": 8, r"down_blocks\.\d+\..*to_q": 16, "to_v": 4, r"attn1\.to_\w+": 1}
+    ranks = {r"attn\d+\.to_(?:q|k|v|out\.0)": 2}
+
+    def expected(path):
+        return next((alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), 32)
+
+    for beside in (True, False):
+        if beside:
+            config(tmp_path, r=64, lora_alpha=32, rank_pattern=ranks, alpha_pattern=patterns)
+        else:
+            (tmp_path / "adapter_config.json").unlink()
+        said = {} if beside else {"lora_adapter_metadata": json.dumps({
+            "unet.r": 64, "unet.lora_alpha": 32, "unet.rank_pattern": ranks, "unet.alpha_pattern": patterns})}
+        lora = reader.read(writers.save(tmp_path / "a.safetensors", (tensors, said)), parts, "sd")
+        assert {path: layer.alpha for path, layer in lora.factors["unet"].items()} == {update.path: expected(update.path) for update in made}
+        assert len(lora.receipt.alphas) >= 3
+        for update in made:
+            layer, dense = lora.factors["unet"][update.path], update.dense() * expected(update.path) / 2
+            assert ((layer.up.flatten(1) @ layer.down.flatten(1)).reshape(dense.shape) - dense).abs().max() <= 1e-10 * dense.abs().max()
+
+
 def test_patterns_fit_names_with_underscores(pipe, parts, tmp_path):
     made, _ = bare(pipe, 2.0)
     tensors = {key: tensor for key, tensor in writers.WRITERS["kohya"](pipe, made)[0].items() if not key.endswith("alpha")}
     config(tmp_path, lora_alpha=2, alpha_pattern={"attn1.to_k": 6})
     lora = reader.read(writers.save(tmp_path / "a.safetensors", (tensors, {})), parts, "sd")
     assert {path.endswith("to_k"): layer.alpha for path, layer in lora.factors["unet"].items()} == {True: 6.0, False: 2.0}
+    config(tmp_path, lora_alpha=2, alpha_pattern={r"attn\d\.to_(k|v)": 6})
+    lora = reader.read(tmp_path / "a.safetensors", parts, "sd")
+    assert {path.endswith(("to_k", "to_v")): layer.alpha for path, layer in lora.factors["unet"].items()} == {True: 6.0, False: 2.0}
 
 
 def test_convolutions_of_lycoris_have_an_alpha_of_their_own(pipe, parts, tmp_path):
@@ -147,7 +175,9 @@ def test_who_wins_is_said(said, beside, alpha, words, pipe, parts, tmp_path):
     ({}, '{"lora_alpha": "many"}', "'many'.*not a number"),
     ({}, '{"lora_alpha": 8, "r": 16}', "rank 16 .*whose factors have rank 2"),
     ({}, '{"lora_alpha": 8, "r": 2, "rank_pattern": {"to_q": 4}}', "rank 4 .*whose factors have rank 2"),
-    ({}, '{"lora_alpha": 8, "alpha_pattern": {"(a+)+": 3}}', "more than the name"),
+    ({}, '{"lora_alpha": 8, "alpha_pattern": {"(a+": 3}}', "ends too early"),
+    ({}, '{"lora_alpha": 8, "alpha_pattern": {"(?=a)b": 3}}', "not read"),
+    ({}, '{"lora_alpha": 8, "alpha_pattern": [1]}', "not a JSON object"),
     ({}, '{"lora_alpha": 1e400}', "a number that is too large"),
     ({"network_alpha": "Dynamic"}, "", "'Dynamic'.*not a number"),
     ({"unet.lora_alpha": "16", "unet.r": "16"}, "", "rank 16"),
