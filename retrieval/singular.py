@@ -12,11 +12,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from composition.loras.kinds.lora import Factors
-
-
-def matrices(factors: Factors) -> tuple[Float64[Tensor, "r in"], Float64[Tensor, "out r"]]:
-    """A and s B in float64; a convolution's kernel lies along its inputs."""
-    return factors.stored_down.flatten(1).double(), factors.stored_up.flatten(1).double() * factors.scale
+from composition.loras.products import inner, matrices
 
 
 def values(factors: Factors) -> Float64[Tensor, "r"]:
@@ -33,14 +29,6 @@ def spectrum(outer: Float64[Tensor, "*n r r"], inner: Float64[Tensor, "*n r r"])
     squares, basis = torch.linalg.eigh(outer)
     half = squares.clamp_min(0).sqrt()[..., None] * basis.mT
     return torch.linalg.eigvalsh(half @ inner @ half.mT).clamp_min(0).flip(-1)
-
-
-def inner(first: Factors, second: Factors) -> float:
-    """<dW1, dW2>, the sum of the products of their entries: tr((B1^T B2) (A2 A1^T)). 0 for updates of different shapes."""
-    (down1, up1), (down2, up2) = matrices(first), matrices(second)
-    if down1.shape[1] != down2.shape[1] or up1.shape[0] != up2.shape[0]:
-        return 0.0
-    return ((up1.mT @ up2) * (down1 @ down2.mT)).sum().item()
 
 
 def cosine(first: Mapping[str, Factors], second: Mapping[str, Factors]) -> float:

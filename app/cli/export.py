@@ -8,11 +8,11 @@ from rich.text import Text
 
 from app import engines, remarks
 from app.cli import flags, tables
+from app.cli.rewritten import NUMBERS, new_file
 from app.terminal import out, printable
 from app.workbench import stoppable
-from composition import Refused, Request, record
+from composition import Refused, Request
 
-NUMBERS = ("float16", "bfloat16", "float32")
 EPILOG = ("The file is a LoRA like any other: medley generate --lora OUT.safetensors, diffusers' load_lora_weights, ComfyUI and A1111 read it. Use it by itself, "
           "at weight 1. `medley methods` says which methods can be exported.")  # fmt: skip
 
@@ -42,8 +42,8 @@ def export(
     lora_dir: Annotated[list[Path] | None, typer.Option("--lora-dir", help="A folder in which LoRAs are found by name.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write several LoRAs, as a method has them, as one LoRA file that any tool reads."""
-    path = _free(file)
+    """Write several LoRAs, as a method has them on a model, as one LoRA file that any tool reads (`medley merge`: their sum, without a model)."""
+    path = new_file(file)
     if precision not in NUMBERS:
         raise Refused(f"--precision {precision:.200}: choose from {', '.join(NUMBERS)}")
     if not lora:
@@ -75,17 +75,3 @@ def export(
     kept = f", {result.kept:.2%} of the updates' energy kept" if rank is not None else ""
     out.print(Text(printable(f"{path}  {document['title']}: {document['layers']} layers of {ranks}, {document['bytes'] / 1e6:.1f} MB{kept}")))
     out.print(Text(printable(f'use it by itself: medley generate "..." --lora {path}')))
-
-
-def _free(file: Path) -> Path:
-    """The file with its ending. Raises Refused for another ending, for one that is there already, and for a folder that cannot be written."""
-    path = file if file.suffix else file.with_name(f"{file.name}.safetensors")
-    if path.suffix.lower() != ".safetensors":
-        raise Refused(f"{file} must end in .safetensors: LoRA files of any other kind are not written")
-    if path.exists():
-        raise Refused(f"{path} is there already and is not overwritten: choose another name, or delete it")
-    try:
-        record.ready(path.parent)
-    except Refused as error:
-        raise Refused(str(error).removeprefix("--out ")) from None
-    return path

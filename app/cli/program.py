@@ -1,5 +1,5 @@
-"""The command line: medley demo, generate, compare, batch, annotate, evaluate, export, profile, train, ui, pull, loras, inspect, index,
-lookup, methods, doctor.
+"""The command line: medley demo, generate, compare, batch, annotate, evaluate, export, merge, convert, profile, train, ui, pull, loras,
+inspect, index, lookup, methods, doctor.
 
 torch and diffusers are imported inside commands only, so that `medley --help` answers at once. Errors are one line on
 stderr and exit code 2; Ctrl-C ends with 130 and leaves nothing half-written.
@@ -18,7 +18,22 @@ from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
 from app import engines, options, remarks, settings, workbench
-from app.cli import annotate, batch, evaluate, export, flags, index, recalled, session, suggest, tables, trainings
+from app.cli import (
+    annotate,
+    batch,
+    convert,
+    evaluate,
+    export,
+    flags,
+    index,
+    inspect,
+    merge,
+    recalled,
+    session,
+    suggest,
+    tables,
+    trainings,
+)
 from app.errors import sentence
 from app.terminal import Terminal, closed, err, forgiving, gone, out, printable
 from composition import Cancelled, Lora, Request, __version__, record
@@ -195,6 +210,8 @@ app.command(epilog=batch.EPILOG)(batch.batch)
 app.command(epilog=annotate.EPILOG)(annotate.annotate)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=export.EPILOG)(export.export)
+app.command(epilog=merge.EPILOG)(merge.merge)
+app.command(epilog=convert.EPILOG)(convert.convert)
 app.command()(suggest.suggest)
 app.command()(suggest.search)
 
@@ -289,34 +306,7 @@ def loras(
         tables.controls(out, controls)
 
 
-@app.command()
-def inspect(
-    file: Annotated[str, typer.Argument(help="A LoRA file, or a name that `medley loras` shows.")], model: Model = None,
-    lora_dir: Folders = None, json: Json = False,
-) -> None:
-    """The receipt of a LoRA file: what it is, and with --model what of it that model applies."""
-    engines.prepare(model or "pocket")
-    from composition import condition_sources
-    from composition.loras import library, reader
-
-    folders = engines.folders(lora_dir or [])
-    if of_condition := condition_sources.described(file, model or "pocket", folders):
-        control, receipt = of_condition
-        out.document(tables.as_json(tables.control_row(control) | asdict(receipt))) if json else tables.control_receipt(out, control, receipt)
-        return
-    path = library.find(file, model or "pocket", folders)
-    base = model or ("pocket" if path in library.files("pocket") else "")
-    if base:
-        with engines.open_engine(base, engines.EngineOptions(folders=folders)) as engine:
-            receipt = engine.inspect(str(path))
-    else:
-        receipt = reader.inspect(path)
-    if json:
-        out.document(tables.as_json(asdict(receipt) | {"model": base}))
-    else:
-        tables.receipt(out, receipt, base)
-
-
+app.command(epilog=inspect.EPILOG)(inspect.inspect)
 app.command()(index.index)
 app.command()(index.lookup)
 

@@ -130,7 +130,8 @@ def _without_numbers(shape: tuple[int, ...], kind: str) -> Tensor:
 @contextmanager
 def _opened(path: Path) -> Iterator[FileIO]:
     if path.suffix.lower() in PICKLES:
-        raise Refused(f"{path.name} is a pickle file: opening it can run code. Get the .safetensors version")
+        raise Refused(f"{path.name} is a pickle file: opening it can run code. Get the .safetensors version, or convert it: "
+                      f"medley convert {path.name} OUT.safetensors --unsafe-pickle")
     try:
         if path.is_dir():
             raise Refused(f"{path.name} is a folder: name the .safetensors file in it")

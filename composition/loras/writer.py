@@ -7,7 +7,8 @@ tools read them: for UNets in kohya's layout, for transformers in diffusers'.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +25,20 @@ _ORIGINAL = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2"
 
 
 class Written(NamedTuple):
-    """A layer as it is to be written. down and up are in the number type of the file; nothing multiplies their product."""
+    """A layer as it is to be written. down and up are in the number type of the file; alpha / r multiplies their product, nothing where it is None.
+
+    path: the layer's own, or the name that the authors' code has for several layers in one.
+    """
 
     component: str
     path: str
     down: Float[Tensor, "r in *kernel"]
     up: Float[Tensor, "out r"]
+    alpha: float | None = None
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / len(self.down)
 
 
 def write(
@@ -62,7 +71,8 @@ def write_ranked(file: Path, layers: Sequence[Written], metadata: Mapping[str, s
     """Write layers of any ranks, in kohya's layout or in diffusers'. The file appears whole or not at all.
 
     In kohya's every alpha is the largest rank, and `up` is divided by alpha / rank: of alphas that differ the stock loader misses some. In
-    diffusers' there is none, and ranks that differ are in the header, which it reads before the tensors.
+    diffusers' there is none, and ranks that differ are in the header, which it reads before the tensors. A layer with an alpha of its own
+    keeps it, in its tensor or in the header.
     """
     if kohya:
         _save(file, _kohya(layers), metadata, {})
@@ -74,26 +84,38 @@ def write_ranked(file: Path, layers: Sequence[Written], metadata: Mapping[str, s
         for name, layer in mine.items():
             tensors[f"{component}.{name}.lora_A.weight"] = layer.down.contiguous()
             tensors[f"{component}.{name}.lora_B.weight"] = _wide(layer).contiguous()
-        ranks = {name.removeprefix("text_model."): len(layer.down) for name, layer in sorted(mine.items())}
-        largest = max(ranks.values())
-        smaller = {name: rank for name, rank in ranks.items() if rank != largest}
+        short = {name.removeprefix("text_model."): layer for name, layer in sorted(mine.items())}
+        ranks = {_pattern(name, short): len(layer.down) for name, layer in short.items()}
+        alphas = {_pattern(name, short): len(layer.down) if layer.alpha is None else layer.alpha for name, layer in short.items()}
+        largest, alpha = max(ranks.values()), Counter(alphas.values()).most_common(1)[0][0]
+        alpha = largest if all(layer.alpha is None for layer in short.values()) else alpha
         settings |= {f"{component}.{key}": value for key, value in {
-            "r": largest, "lora_alpha": largest, "rank_pattern": smaller, "alpha_pattern": smaller, "target_modules": list(ranks)}.items()}
-    differ = any(value for key, value in settings.items() if key.endswith("rank_pattern"))
+            "r": largest, "lora_alpha": alpha, "rank_pattern": {name: rank for name, rank in ranks.items() if rank != largest},
+            "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha}, "target_modules": list(short)}.items()}
+    differ = any(value for key, value in settings.items() if key.endswith("rank_pattern")) or any(layer.scale != 1 for layer in layers)
     _save(file, tensors, metadata, settings if differ else {})
 
 
+def _pattern(name: str, names: Collection[str]) -> str:
+    """A layer's name as a pattern of PEFT, which fits ends of names: with its mark of the beginning where another name ends with it."""
+    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
+
+
 def _kohya(layers: Sequence[Written]) -> dict[str, Tensor]:
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
-    if any(layer.component == "text_encoder_2" for layer in layers):
-        prefixes["text_encoder"] = "lora_te1"
-    alpha = max(len(layer.down) for layer in layers)
+    components = {layer.component for layer in layers}
+    first = "lora_te1" if components & {"text_encoder_2", "text_encoder_3", "transformer"} else "lora_te"
+    prefixes = {"unet": "lora_unet", "transformer": "lora_unet", "text_encoder": first, "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"}
+    largest = max(len(layer.down) for layer in layers)
     tensors: dict[str, Tensor] = {}
     for layer in layers:
         name = f"{prefixes[layer.component]}_{flat(_ORIGINAL.get(layer.path, _named(layer)))}"
+        up, alpha = _wide(layer), layer.alpha
+        if alpha is None:
+            up, alpha = up * (len(layer.down) / largest), float(largest)
         tensors[f"{name}.lora_down.weight"] = layer.down.contiguous()
-        tensors[f"{name}.lora_up.weight"] = (_wide(layer) * (len(layer.down) / alpha)).contiguous()
-        tensors[f"{name}.alpha"] = torch.tensor(float(alpha), dtype=layer.up.dtype)
+        tensors[f"{name}.lora_up.weight"] = up.contiguous()
+        tensors[f"{name}.alpha"] = next(number for dtype in (layer.up.dtype, torch.float32, torch.float64)
+                                        if (number := torch.tensor(alpha, dtype=dtype)).item() == alpha or dtype == torch.float64)
     return tensors
 
 
@@ -113,7 +135,17 @@ def _save(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     if settings:
         header["lora_adapter_metadata"] = json.dumps(settings, sort_keys=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(file, ordered(save(dict(tensors), metadata=header)))
+    atomic.write(file, ordered(save(_apart(tensors), metadata=header)))
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each in memory of its own, which the format wants: parts of one layer may share a factor."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        apart[name] = tensor.clone() if (place := tensor.untyped_storage().data_ptr()) in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def ordered(data: bytes) -> bytes:

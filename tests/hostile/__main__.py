@@ -9,6 +9,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.hostile", description="Fuzz the readers of strangers' files.")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--reader", action="append", default=[], help="of these readers alone (as kinds); repeat for more")
     parser.add_argument("--out", type=Path, default=Path("out/hostile"), help="where inputs that were not treated as they must be are kept")
     parser.add_argument("--replay", type=Path, help="a kept input: its reader is in its name")
     arguments = parser.parse_args()
@@ -18,10 +19,10 @@ def main() -> None:
     from tests.hostile import mutate, run
     from tests.hostile.readers import READERS
 
-    tally = run.fuzz(arguments.seed, 60 * arguments.minutes)
+    tally = run.fuzz(arguments.seed, 60 * arguments.minutes, readers=arguments.reader)
     print(tally.table())
     for trouble in tally.troubles[:100]:
-        content = mutate.case(arguments.seed, trouble.index).content
+        content = mutate.case(arguments.seed, trouble.index, arguments.reader or mutate.FUZZED).content
         assert isinstance(content, bytes)
         path = run.kept(trouble, content, READERS[trouble.reader].suffix, arguments.out)
         print(f"\n{trouble.outcome}: {trouble.why}\nread it again: python -m tests.hostile --replay {path}")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.hostile import seeds
+from tests.hostile import kinds, seeds
 from tests.hostile.values import BAD, ODD, ODDLY_TYPED, TEXTS
 
 Content = bytes | Callable[[Path], object]  # a function makes what is no regular file
@@ -30,7 +30,7 @@ class Case(NamedTuple):
 @cache
 def cases() -> tuple[Case, ...]:
     """Every case, always in the same order."""
-    return tuple(case for part in (documents, lora_headers, lora_factors, lora_kinds, infotexts, png_chunks, damaged, not_files) for case in part())
+    return tuple(case for part in (documents, lora_headers, lora_factors, lora_kinds, lora_disguises, infotexts, png_chunks, damaged, not_files) for case in part())
 
 
 # JSON ------------------------------------------------------------------------------------------------------------------
@@ -150,6 +150,15 @@ def lora_kinds() -> Iterator[Case]:
                 yield Case("lora", f"a {name} without {end}", seeds.lora(rest, {}))
 
 
+def lora_disguises() -> Iterator[Case]:
+    """Broken files of every kind of update, settings of PEFT, and other files under a LoRA's name."""
+    for name, content in (*kinds.bad(), *kinds.disguised()):
+        yield Case("kinds", name, content, refused=True)
+    for name, text in kinds.settings():
+        yield Case("config", name, text.encode())
+        yield Case("kinds", f"settings {name}", seeds.lora(metadata={"lora_adapter_metadata": text}))
+
+
 # texts of other tools --------------------------------------------------------------------------------------------------
 
 
@@ -206,11 +215,11 @@ def png_chunks() -> Iterator[Case]:
 
 def damaged() -> Iterator[Case]:
     """Every good input cut short, with bits turned over, and with bytes put in."""
-    for reader in ("lora", "infotext", "manifest", "record", "request", "config", "picture", "mask", "captions", "profile", "behaviour", "testbed", "thresholds", "log", "sidecar"):
+    for reader in ("lora", "kinds", "infotext", "manifest", "record", "request", "config", "picture", "mask", "captions", "profile", "behaviour", "testbed", "thresholds", "log", "sidecar"):
         for number, whole in enumerate(seeds.of(reader)):
             for index in range(24):
                 place = len(whole) * index // 24
-                yield Case(reader, f"good input {number} cut at {place}", whole[:place], refused=reader in ("lora", "request", "profile", "behaviour", "thresholds", "testbed"))
+                yield Case(reader, f"good input {number} cut at {place}", whole[:place], refused=reader in ("lora", "kinds", "request", "profile", "behaviour", "thresholds", "testbed"))
                 yield Case(reader, f"good input {number}, bit turned at {place}", whole[:place] + bytes([whole[place] ^ 1 << index % 8]) + whole[place + 1 :])
                 yield Case(reader, f"good input {number}, bytes put in at {place}", whole[:place] + b"\0\xff\xfe\x80" + whole[place:])
         for name, content in {"empty": b"", "zeros": bytes(1000), "noise": bytes(range(256)) * 8, "a megabyte of brackets": b"[" * 2**20,

@@ -1,28 +1,31 @@
 """Random mutations of good inputs: what number `index` of a seed is follows from the two alone."""
 
 import json
+import math
 import random
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from tests.hostile import seeds
+import torch
+
+from tests.hostile import kinds, seeds
 from tests.hostile.corpus import Case
 from tests.hostile.values import BAD, ODD, ODDLY_TYPED, TEXTS
 
-FUZZED = ("lora", "condition", "infotext", "manifest", "record", "request", "config", "picture", "mask", "captions", "profile", "behaviour", "testbed", "thresholds", "log")
+FUZZED = ("lora", "kinds", "condition", "infotext", "manifest", "record", "request", "config", "picture", "mask", "captions", "profile", "behaviour", "testbed", "thresholds", "log")
 MAX_BYTES = 2_000_000
 _VALUES = [value for value in (BAD | ODD | ODDLY_TYPED).values() if len(value) < 200_000] + [json.dumps(text).encode() for text in TEXTS.values()]
 _NUMBERS = (0, 1, 2, 7, 127, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 
 
-def case(seed: int, index: int) -> Case:
-    """One spoilt input."""
+def case(seed: int, index: int, readers: Sequence[str] = FUZZED) -> Case:
+    """One spoilt input, of these readers in turn."""
     rng = random.Random(f"{seed}/{index}")
-    reader = FUZZED[index % len(FUZZED)]
+    reader = readers[index % len(readers)]
     whole = rng.choice(good(reader))
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
         whole = rng.choice(_inside(reader))(rng, whole)[:MAX_BYTES]
@@ -36,7 +39,8 @@ def good(reader: str) -> list[bytes]:
 
 def _inside(reader: str) -> list[Callable[[random.Random, bytes], bytes]]:
     anywhere = [_bytes, _token, _cut, _again, _grown, _number]
-    return {"lora": [*anywhere, _header, _header, _header, _header], "condition": [*anywhere, _header, _header, _header, _header], "record": [*anywhere, _chunks, _chunks, _texts, _texts, _texts],
+    lora = [*anywhere, _header, _header, _header, _header]
+    return {"lora": lora, "kinds": [*lora, _spoilt, _spoilt, _spoilt, _spoilt], "condition": [*anywhere, _header, _header, _header, _header], "record": [*anywhere, _chunks, _chunks, _texts, _texts, _texts],
             "picture": [*anywhere, _chunks, _chunks, _chunks]}.get(reader, [*anywhere, _value, _value, _value])  # fmt: skip
 
 
@@ -105,7 +109,7 @@ def _header(rng: random.Random, whole: bytes) -> bytes:
         if kind == 0:  # other metadata
             document.setdefault("__metadata__", {})[rng.choice(list(seeds.METADATA))] = rng.choice(list(TEXTS.values()))
         elif kind == 1:  # a module by another name
-            document = {(re.sub("lora_(down|up)|alpha", rng.choice(("lora_A", "hada_w1_a", "dora_scale", "lora_mid", "lokr_w1", "bias")), key)
+            document = {(re.sub("lora_(down|up)|alpha", rng.choice(("lora_A", "hada_w1_a", "dora_scale", "lora_mid", "lokr_w1", "bias", "oft_blocks", "a1", "diff", "w_norm", "on_input")), key)
                          if key == name else key): value for key, value in document.items()}  # fmt: skip
         elif kind == 2:  # another shape of as many numbers
             shape = document[name]["shape"]
@@ -121,6 +125,27 @@ def _header(rng: random.Random, whole: bytes) -> bytes:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         header = rng.choice((_value, _token, _bytes))(rng, header)
     return seeds.framed(header, data)
+
+
+def _spoilt(rng: random.Random, whole: bytes) -> bytes:
+    """A good file of some kind, of which some tensors have another shape, other numbers, or are another kind's."""
+    kind = rng.choice(list(kinds.KINDS.values()))
+    tensors = kinds.tensors(kind)
+    for key in rng.sample(list(tensors), rng.randint(1, len(tensors))):
+        tensor = tensors.pop(key)
+        shape = list(tensor.shape)
+        change = rng.randrange(6)
+        if change == 0 and shape:
+            shape[rng.randrange(len(shape))] = rng.choice((0, 1, 2, 3, 8, 17, 500))
+        elif change == 1:
+            shape = rng.choice((shape[::-1], [*shape, 1, 1], shape[1:], [1, *shape]))
+        elif change == 2:
+            key = rng.choice(list(kinds.tensors(rng.choice(list(kinds.KINDS.values())))))
+        elif change == 3:
+            continue  # it is missing
+        if len(shape) <= 8 and math.prod(shape) <= 1_000_000:
+            tensors[key] = torch.full(shape, rng.choice((0.25, 0.25, 0.0, -1e30, 6e4, 1e-40, math.nan, math.inf))).to(rng.choice((torch.float32, torch.float16, torch.bfloat16)))
+    return seeds.safetensors(tensors | rng.choice(({}, seeds.pair())), seeds.METADATA | rng.choice(({}, kinds.DYLORA)))
 
 
 def _chunks(rng: random.Random, whole: bytes) -> bytes:

@@ -187,7 +187,7 @@ def _log(path: Path) -> None:
 
 
 READERS = {reader.name: reader for reader in (
-    Reader("lora", ".safetensors", _lora), Reader("condition", ".safetensors", _condition_lora), Reader("infotext", ".txt", _infotext),
+    Reader("lora", ".safetensors", _lora), Reader("kinds", ".safetensors", _lora), Reader("condition", ".safetensors", _condition_lora), Reader("infotext", ".txt", _infotext),
     Reader("manifest", ".jsonl", _manifest), Reader("record", ".png", _record),
     Reader("request", ".json", _request), Reader("config", ".json", _config), Reader("sidecar", ".json", _sidecar),
     Reader("picture", ".png", _picture), Reader("mask", ".txt", _mask), Reader("captions", ".jsonl", _captions),

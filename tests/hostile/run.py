@@ -67,11 +67,11 @@ def corpus(start: int, stop: int, every: int = 1) -> Tally:
     return tally
 
 
-def fuzz(seed: int, seconds: float, tally: Tally | None = None) -> Tally:
-    """Mutations of good inputs for that long."""
+def fuzz(seed: int, seconds: float, tally: Tally | None = None, readers: Sequence[str] = ()) -> Tally:
+    """Mutations of good inputs for that long. readers: of these alone."""
     tally, until, start = tally or Tally(), time.time() + seconds, 0
     while time.time() < until:
-        last, _ = _some(tally, {"seed": seed, "start": start, "stop": None, "until": until})
+        last, _ = _some(tally, {"seed": seed, "start": start, "stop": None, "until": until, "readers": list(readers)})
         start = last + 1
     return tally
 

@@ -133,6 +133,10 @@ def mask() -> str:
 
 def of(reader: str) -> list[bytes]:
     """The good inputs of one reader."""
+    if reader == "kinds":
+        from tests.hostile import kinds
+
+        return kinds.good()
     document, request = json.dumps(DOCUMENT).encode(), json.dumps(REQUEST).encode()
     return {
         "lora": [lora(), lora(metadata={"lora_adapter_metadata": json.dumps(ADAPTER)}), *(kind(name) for name in KINDS)],

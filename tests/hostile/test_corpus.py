@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.hostile import corpus, mutate, run, worker
+from tests.hostile import corpus, kinds, mutate, run, worker
 from tests.hostile.corpus import Case
 
 PARTS = 4  # of the corpus, one of which every run takes: the next one takes as long
@@ -26,6 +26,19 @@ def test_a_minute_of_the_fuzzer_in_small():
     tally = run.fuzz(15, 6)
     assert tally.inputs >= 50 and set(tally.counts) == set(mutate.FUZZED)
     assert not tally.troubles, run.summary(tally.troubles)
+
+
+def test_twenty_seconds_of_the_kinds_of_update():
+    tally = run.fuzz(20, 18, readers=("kinds",))
+    assert tally.inputs >= 100 and set(tally.counts) == {"kinds"}
+    assert not tally.troubles, run.summary(tally.troubles)
+
+
+def test_every_kind_has_its_bad_files():
+    """Each is refused whichever kinds are read, for its module is the only one."""
+    names = [name for name, _ in kinds.bad()]
+    assert len(names) == len(set(names)) > 250 and all(sum(name.startswith(kind) for name in names) >= 5 for kind in kinds.KINDS)
+    assert len(list(kinds.disguised())) > 20 and len(list(kinds.settings())) > 60
 
 
 def test_mutations_follow_from_seed_and_number():

@@ -24,7 +24,7 @@ from tests.hostile.readers import READERS
 
 SECONDS, SECONDS_PER_MB = 2.0, 0.02  # of a processor's time
 LINES_PER_MB = {"infotext": 2.0, "manifest": 12.0, "log": 4.0, "captions": 4.0}  # seconds where it may be half a million lines or pairs
-TIMES = {"lora": 3, "config": 3}  # these read a file in six ways
+TIMES = {"lora": 3, "kinds": 3, "config": 3}  # these read a file in six ways
 BYTES, BYTES_PER_BYTE = 200 * 2**20, 3
 PIXELS = {"picture": 16 * pictures.MAX_PIXELS, "record": 16 * pictures.MAX_PIXELS}  # more bytes: four copies of the largest picture, on its way to a mask
 MAX_WORDS = 2_000  # letters of a refusal
@@ -60,7 +60,7 @@ def _cases(plan: dict[str, Any]) -> Iterator[tuple[int, Case]]:
         return
     index = plan["start"]
     while time.time() < plan["until"]:
-        yield index, mutate.case(plan["seed"], index)
+        yield index, mutate.case(plan["seed"], index, plan["readers"] or mutate.FUZZED)
         index += 1
 
 
