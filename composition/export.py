@@ -75,8 +75,8 @@ def export(
         latents, times = engine.backbone.start(request, scheduler, run.generators)
         first = Step(0, request.length, times[0], latents)
         if names := engine.adapters.unranked():
-            raise Refused(f"{', '.join(names)} changes layers in a way that is no LoRA of a small rank (as LoKr, DoRA or a full difference does): convert it "
-                          "to a LoRA of a rank first (`medley convert`), then export")
+            raise Refused(f"{', '.join(names)} changes layers in a way that is no LoRA of a small rank (as LoKr, DoRA or a full difference does): leave it "
+                          "out, and load it beside the file")
         try:
             with method.compose(run, options) as predict:
                 predict(first)

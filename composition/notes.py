@@ -46,7 +46,7 @@ def unranked(request: Request, method: methods.Method, adapters: Adapters) -> di
         return {}
     if method.ranks == "all":
         raise Refused(f"method {method.name} works on the ranks of LoRAs, and {', '.join(names)} changes layers without ranks (as LoKr, DoRA or a full "
-                      "difference does): choose another method, as merge or composite, or convert it to a LoRA first (`medley convert`)")
+                      "difference does): choose another method, as merge or composite")
     return {"without ranks": {name: "added at its weight alone in layers where it has no ranks" for name in names}}
 
 
