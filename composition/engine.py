@@ -373,8 +373,8 @@ class Engine:
 
 
 def _always(request: Request, method: Method) -> tuple[str, ...]:
-    """The LoRAs that are a part of the base, whatever the method does with the others; none where it adds all up in every step anyway."""
-    return () if method.steady else tuple(name for name, lora in request.active.items() if lora.category == ALWAYS_ON)
+    """The LoRAs that are a part of the base, whatever the method does with the others; none where it adds all up in every step and row anyway."""
+    return () if method.steady and not request.anchored else tuple(name for name, lora in request.active.items() if lora.category == ALWAYS_ON)
 
 
 @contextmanager
