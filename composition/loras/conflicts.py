@@ -129,6 +129,8 @@ def _overlap(first: str, second: str, inner: Mapping[str, float], energy: Mappin
 
 
 def _sentence(strengths: Sequence[Strength], overlaps: Sequence[Overlap]) -> str:
+    if apart := [strength.name for strength in strengths if not strength.length and strength.other]:
+        return f"{' and '.join(apart)}: updates of this kind are no product of two factors, and are not compared."
     if idle := [strength.name for strength in strengths if not strength.length]:
         return f"{' and '.join(idle)} {'changes' if len(idle) == 1 else 'change'} nothing that can be compared."
     if not overlaps:
