@@ -9,6 +9,7 @@ import os
 import sqlite3
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -58,7 +59,7 @@ class Reading(NamedTuple):
 OnFile = Callable[[Card, int, int], None]  # the card, its number from 1, of how many
 OnRead = Callable[[Card, SafeFile, Mapping[str, Factors]], None]
 
-_BEFORE = "SELECT path, size, mtime_ns, inode, beside, iif(json_valid(card), settled, '') FROM files WHERE typeof(path) = 'blob'"
+_BEFORE = "SELECT path, size, mtime_ns, inode, beside, settled, card FROM files WHERE typeof(path) = 'blob'"
 
 
 class Catalogue:
@@ -82,11 +83,11 @@ class Catalogue:
         """
         begun = time.perf_counter()
         with self._store.opened(check=True) as db:
-            before = {path: ((size, mtime_ns, inode), beside, settled) for path, size, mtime_ns, inode, beside, settled in
+            before = {path: ((size, mtime_ns, inode), beside, settled == _mark(card)) for path, size, mtime_ns, inode, beside, settled, card in
                       db.execute(_BEFORE)}  # before the walk: what others add later stays
             known = library.Known(model, scanning.absolute(folders))
             files = list(scanning.look(known))
-            fresh = [seen for seen in files if before.get(os.fsencode(seen.path)) != (seen.stat, seen.beside, cards.FORM)]
+            fresh = [seen for seen in files if before.get(os.fsencode(seen.path)) != (seen.stat, seen.beside, True)]
             self._put_all(db, self._described(db, fresh, on_file, cancel))
             present = [place for place in known.places if place.is_dir()]
             removed = self._remove(db, before, {os.fsencode(seen.path) for seen in files}, present)
@@ -294,10 +295,16 @@ def _inside(places: Sequence[Path]) -> tuple[bytes, ...]:
 
 
 def _row(card: Card, beside: str, settled: bool, whole: bool) -> tuple[object, ...]:
-    """settled: the file need not be looked at again while it stays as it is, nor while cards have this form; one whose header cannot be read always
-    is. whole: it was read whole."""
-    return (os.fsencode(card.path), *_stat(card), beside, cards.FORM if settled and card.tensors else 0, int(whole), card.tensors, card.alias, card.sha256,
-            card.tensor_sha256, card.data_sha256, card.family, card.trouble, card.text())
+    """settled: the file need not be looked at again while it and its card stay as they are, nor while cards have this form; one whose header cannot be
+    read always is. whole: it was read whole."""
+    text = card.text()
+    return (os.fsencode(card.path), *_stat(card), beside, _mark(text) if settled and card.tensors else 0, int(whole), card.tensors, card.alias, card.sha256,
+            card.tensor_sha256, card.data_sha256, card.family, card.trouble, text)
+
+
+def _mark(text: object) -> int:
+    """A checksum of a card's text in this form, never 0: a card that was damaged in the catalogue is read anew."""
+    return zlib.crc32(text.encode("utf-8", "surrogatepass"), cards.FORM) or 1 if isinstance(text, str) else 0
 
 
 def _wait(stat: Stat) -> None:

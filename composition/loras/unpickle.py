@@ -83,5 +83,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     except Exception as error:
-        print(reason(error), file=sys.stderr)
-        sys.exit(1)
+        sys.exit(reason(error))  # to standard error, with status 1

@@ -110,7 +110,7 @@ def test_both_stages_run_on_a_small_base(tmp_path, monkeypatch):
             said = opened.metadata()
         assert (said["condition.kind"], said["condition.annotator"], said["title"]) == (card.kind, card.annotator, card.title)
     figures = json.loads((tmp_path / "work/figures-conditions.json").read_text())
-    assert set(figures) == {f"{name}, {where}" for name in conditions.CARDS for where in ("own size", "new sizes")} | {"canny and subject"}
+    assert set(figures) == {f"{name}, {where}" for name in conditions.CARDS for where in ("own size", "new sizes")} | {"canny and subject", "canny beside layout", "layout beside canny"}
     assert figures["subject, own size"]["subject with"] == [1.0, 1.0, 1.0]
 
 

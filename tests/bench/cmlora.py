@@ -50,7 +50,7 @@ class Empty(Run):
 
     def __init__(self, names, categories):
         self.request = SimpleNamespace(names=names, active={name: Lora(name) for name in names})
-        self.categories, self.notes = categories, {}
+        self.categories, self.notes, self.always = categories, {}, {}
 
     def live(self, step):
         return dict.fromkeys(self.names, 1.0)

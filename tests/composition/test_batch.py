@@ -245,10 +245,10 @@ def test_a_folder_that_cannot_be_is_refused_at_once(engine, tmp_path):
 
 
 def test_the_id_is_of_the_lora_files_bytes(engine, parts, tmp_path):
-    request = engine.settle(Request("a", loras=[Lora("hen")], steps=2))[0]
     file, tensors = parts[1] / "hen.safetensors", load_file(parts[1] / "owl.safetensors")
+    save_file(tensors, file)
     try:
-        ids = []
+        request, ids = engine.settle(Request("a", loras=[Lora("hen")], steps=2))[0], []
         for factor in (1, 2, 1):
             save_file({key: value * factor for key, value in tensors.items()}, file)
             os.utime(file, (1, 1))  # the same size and time each time

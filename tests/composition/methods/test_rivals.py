@@ -21,6 +21,7 @@ class Words(Run):
     """A run whose text vectors are known: each word is an axis, a text is the mean of its words over 4 positions."""
 
     axes = ("fox", "owl", "moon", "and", "the")
+    always = {}
 
     def __init__(self, prompt, **triggers):
         self.request = SimpleNamespace(prompt=prompt, active={name: Lora(name) for name in triggers})
