@@ -102,11 +102,12 @@ def receipt(console: Console, of: Receipt, base: str) -> None:
     row("trigger words", ", ".join(of.triggers))
     row("made for", _base_family(of))
     row("layout", of.layout)
+    row("kind", ", ".join(f"{kind} ({count} layer{'s' * (count != 1)})" for kind, count in of.kinds.items()))
     row("rank", _counted(of.ranks))
     row("alpha", _counted(of.alphas))
     row("alpha from", " and ".join(of.alpha_from))
     row("sha256", of.sha256)
-    row("of the tensors", of.tensor_sha256)
+    row("tensors' sha256", of.tensor_sha256)
     if base:
         row("on model", base)
         row("applied", f"{of.applied} of {of.tensors} tensors, {of.coverage:.0%}")
