@@ -6,6 +6,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests import toys
+from tests.composition.loras import kind_writers
 
 
 def test_convert_to_the_other_layout_and_back(medley, toy, tmp_path):
@@ -57,6 +58,14 @@ def test_inspect_of_several(medley, toy, tmp_path):
     assert len(document["overlaps"]) == 1 and document["overlaps"][0]["shared"] == len(document["overlaps"][0]["by_layer"]) > 3 and document["weights"] == {"fox": 1.0, "owl": 1.0}
     alone = medley("inspect", "fox", "--model", toy.model, "--lora-dir", toy.loras, "--json").json
     assert alone["applied"] == alone["tensors"] and alone["strength"] > 0 and "mid" in alone["blocks"]
+
+
+@pytest.mark.parametrize("kind, words", [("lora", "LoRA"), ("loha", "LoHa"), ("lokr", "LoKr"), ("dora", "DoRA"), ("ia3", "(IA)3"), ("oft", "OFT"), ("boft", "BOFT"),
+                                         ("glora", "GLoRA"), ("full", "full difference"), ("bias", "bias difference")])
+def test_inspect_names_the_kind(medley, tmp_path, kind, words):
+    kind_writers.write(toys.sd(dtype=torch.float64), tmp_path / "one.safetensors", kind)
+    answer = medley("inspect", "one.safetensors")
+    assert answer.code == 0 and f"{words} (" in answer.out and " layers)" in answer.out, answer.out
 
 
 @pytest.mark.parametrize("words, arguments", [
