@@ -158,7 +158,9 @@ def _loha(tensors: Tensors, alpha: float | None, size: tuple[int, ...]) -> LoHa:
     for number in "12":
         up, down = tensors[f"hada_w{number}_a"], tensors[f"hada_w{number}_b"]
         if f"hada_t{number}" in tensors:
-            up, down = up.T, _core(tensors[f"hada_t{number}"], down)
+            if up.ndim != 2:
+                raise ValueError(f"its factor of shape {tuple(up.shape)} is no matrix")
+            up, down = up.mT, _core(tensors[f"hada_t{number}"], down)
         pairs.append(sized(down, up, None, size))
     ranks = [pair.rank for pair in pairs]
     if ranks[0] != ranks[1]:
