@@ -153,14 +153,18 @@ def _lora(tensors: Tensors, alpha: float | None, size: tuple[int, ...]) -> Facto
     return sized(down, up, alpha, size)
 
 
+def _matrix(factor: Tensor) -> Tensor:
+    if factor.ndim != 2:
+        raise ValueError(f"its factor of shape {tuple(factor.shape)} is no matrix")
+    return factor
+
+
 def _loha(tensors: Tensors, alpha: float | None, size: tuple[int, ...]) -> LoHa:
     pairs: list[Factors] = []
     for number in "12":
         up, down = tensors[f"hada_w{number}_a"], tensors[f"hada_w{number}_b"]
         if f"hada_t{number}" in tensors:
-            if up.ndim != 2:
-                raise ValueError(f"its factor of shape {tuple(up.shape)} is no matrix")
-            up, down = up.mT, _core(tensors[f"hada_t{number}"], down)
+            up, down = _matrix(up).mT, _core(tensors[f"hada_t{number}"], down)
         pairs.append(sized(down, up, None, size))
     ranks = [pair.rank for pair in pairs]
     if ranks[0] != ranks[1]:
@@ -187,7 +191,7 @@ def _lokr(tensors: Tensors, alpha: float | None, size: tuple[int, ...]) -> LoKr:
     else:
         up, down = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
         if "lokr_t2" in tensors:
-            up, down = up.T, _core(tensors["lokr_t2"], down)
+            up, down = _matrix(up).mT, _core(tensors["lokr_t2"], down)
         if up.ndim < 2 or down.ndim < 2 or up.shape[0] * up.shape[1] != up.numel() or (up.shape[0], down.shape[0]) != (c, up.shape[1]) \
                 or down.numel() != down.shape[0] * math.prod((d, *kernel)):
             raise misfit(f"its factors {lokr.size(small)}, {tuple(up.shape)} and {tuple(down.shape)}", size)
