@@ -264,7 +264,10 @@ def _vector(tensor: Tensor, count: int, what: str) -> Tensor:
 def _core(core: Tensor, down: Tensor) -> Tensor:
     if core.ndim != 4 or down.ndim < 2 or down.shape[0] * down.shape[1] != down.numel() or core.shape[1] != down.shape[0]:
         raise ValueError(f"its core {tuple(core.shape)} and its factor {tuple(down.shape)} do not go together")
-    return cored(core, down.flatten(1))
+    whole = cored(core, down.flatten(1))
+    if not whole.isfinite().all():
+        raise ValueError("its core and factors make numbers that are infinite")
+    return whole
 
 
 def _pair(down: Tensor, up: Tensor) -> Factors:

@@ -354,3 +354,8 @@ def test_methods_of_ranks_say_what_they_do_with_kinds_that_have_none(engines, tm
             assert list(notes["without ranks"]) == ["lokr"]
     with pytest.raises(Refused, match="no LoRA of a small rank"):
         export(engine, laws.request("merge", *loras), tmp_path / "out.safetensors")
+
+
+def test_a_core_that_makes_numbers_infinite_is_refused():
+    with pytest.raises(ValueError, match="infinite"):
+        kinds._core(torch.full((2, 2, 3, 3), 1e30), torch.full((2, 2), 1e30))
