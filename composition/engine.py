@@ -267,7 +267,7 @@ class Engine:
     ) -> "_Prepared":
         """Open the session (and the fold, where it serves) on the group's stack or on this request's own."""
         fold = self._steady(request, method) and self._may_fold(request)
-        always = _always(request, method)
+        always = always_on(request, method)
         key = (fold, always, request.allow_partial, tuple((name, replace(lora, binds=None, region=None), path, reader.stamp(path))
                                                   for name, lora, path in loras))
         if self._group is not None:
@@ -372,9 +372,9 @@ class Engine:
             self.backbone.release()
 
 
-def _always(request: Request, method: Method) -> tuple[str, ...]:
+def always_on(request: Request, method: Method) -> tuple[str, ...]:
     """The LoRAs that are a part of the base, whatever the method does with the others; none where it adds all up in every step and row anyway."""
-    return () if method.steady and not request.anchored else tuple(name for name, lora in request.active.items() if lora.category == ALWAYS_ON)
+    return () if method.steady and not request.anchored else tuple(name for name in request.active if name not in request.composed)
 
 
 @contextmanager

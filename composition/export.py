@@ -19,7 +19,7 @@ from torch import Generator
 from composition import methods
 from composition.backbones import schedulers
 from composition.backbones.encodings import Encodings
-from composition.engine import Engine
+from composition.engine import Engine, always_on
 from composition.loop import Step
 from composition.loras import compact
 from composition.loras.metadata import line
@@ -62,7 +62,7 @@ def export(
     request, _ = engine.settle(request.alone(0))
     check(request, method)  # tags of the prompt are LoRAs now
     loras = [(name, lora, engine.find(lora.source)) for name, lora in zip(request.names, request.loras, strict=True)]
-    always = () if method.steady else tuple(name for name in request.active if name not in request.composed)
+    always = always_on(request, method)
     with engine.exclusive(), torch.no_grad(), engine.adapters.session(loras, allow_partial=request.allow_partial, always=always) as receipts:
         rows = list(zip(request.names, request.loras, receipts, strict=True))
         scheduler = schedulers.make(request.sampler, engine.backbone.scheduler, request.steps)

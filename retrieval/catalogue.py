@@ -59,8 +59,6 @@ class Reading(NamedTuple):
 OnFile = Callable[[Card, int, int], None]  # the card, its number from 1, of how many
 OnRead = Callable[[Card, SafeFile, Mapping[str, Factors]], None]
 
-_BEFORE = "SELECT path, size, mtime_ns, inode, beside, settled, card FROM files WHERE typeof(path) = 'blob'"
-
 
 class Catalogue:
     """Cards in a file. on_trouble: hears, in a sentence, when it was damaged and is made anew."""
@@ -84,7 +82,7 @@ class Catalogue:
         begun = time.perf_counter()
         with self._store.opened(check=True) as db:
             before = {path: ((size, mtime_ns, inode), beside, settled == _mark(card)) for path, size, mtime_ns, inode, beside, settled, card in
-                      db.execute(_BEFORE)}  # before the walk: what others add later stays
+                      db.execute("SELECT path, size, mtime_ns, inode, beside, settled, card FROM files WHERE typeof(path) = 'blob'")}  # before the walk: what others add later stays
             known = library.Known(model, scanning.absolute(folders))
             files = list(scanning.look(known))
             fresh = [seen for seen in files if before.get(os.fsencode(seen.path)) != (seen.stat, seen.beside, True)]

@@ -168,7 +168,7 @@ def _method(files: Mapping[str, LoraFile], overlaps: Sequence[Overlap]) -> tuple
     if len(files) == 2 and sorted(kind == "style" for kind in kinds) == [False, True] and all(kinds):
         return "np-lora", "a subject in a style: the style is kept out of the subject's directions"
     if sum(kind in ("character", "object", "clothing") for kind in kinds) >= 2 or len(files) > 2 and sum(bool(receipt.triggers) for receipt in receipts) >= 2:
-        return "clora-fast", "several subjects: each is kept to its own place in the picture"
+        return "clora-fast", "several concepts: each subject is kept to its own place, places and styles are everywhere"
     if any(abs(overlap.cosine) >= ALIGNED for overlap in overlaps):
         return "ssr", "their updates share directions: it takes them apart before it adds them up"
     return "merge", "nothing in the weights speaks against the plain sum"
