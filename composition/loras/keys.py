@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from composition.loras.fused import TRANSFORMER
 
-OFT = "OFT as PEFT or the first LyCORIS wrote it is not supported: the file does not say how it rotates"
+OFT = "OFT as the first PEFT or LyCORIS wrote it (oft_r, oft_diag) is not supported: the file does not say how it rotates"
 BIAS = "a LoRA with a bias before its ranks is not supported"
 FULL = "whole weights in place of the base's are not supported, only differences (diff, diff_b, w_norm, b_norm)"
 TOKEN = "learned tokens (textual inversion) are not supported yet"
@@ -76,7 +76,9 @@ _ROLES = tuple((re.compile(pattern), role, reason) for pattern, role, reason in 
     (r"[._]lora_magnitude_vector(?:\.[^.]+){0,2}$", "magnitude", ""),
     (r"\.lora_mid\.weight$", "mid", ""),
     (r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))$", r"\1", ""),
-    (r"\.(oft_blocks|rescale|on_input|diff|diff_b|w_norm|b_norm)$", r"\1", ""),
+    (r"\.(oft_blocks(?:\.\d{1,2})?|rescale|on_input|diff|diff_b|w_norm|b_norm)$", r"\1", ""),
+    (r"\.oft_R(?:\.[^.]+)?\.weight$", "oft_R", ""),
+    (r"\.oft_R(?:\.[^.]+)?\.scaled_oft$", "scaled_oft", ""),
     (r"\.(a1|a2|b1|b2|bm)\.weight$", r"\1", ""),
     (r"\.oft_\w+(?:\.[^.]+){0,2}$", "whole", OFT),
     (r"(?:\.lora_B(?:\.[^.]+)?|\.lora_up)\.bias$", "up_bias", ""),
@@ -95,6 +97,7 @@ _PREFIXES = (
     ("lora_te3_", "text_encoder_3", "kohya"),
     ("lora_te_", "text_encoder", "kohya"),
     ("lora_transformer_", "transformer", "onetrainer"),
+    ("oft_unet_", "unet", "kohya"),
     ("lycoris_", "", "lycoris"),
     ("unet.", "unet", "diffusers"),
     ("text_encoder.", "text_encoder", "diffusers"),

@@ -31,6 +31,7 @@ NO_NAME = "a layer's name in a spelling that is not known"
 NO_PAIR = "incomplete pair (down without up, or up without down)"
 NO_WHOLE = "parts of an update of which some are missing, or which do not go together"
 NO_FLOAT = "not stored as floating-point numbers"
+_NO_NUMBERS = frozenset({"alpha", "on_input", "scaled_oft"})  # roles that are no part of an update's numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ def read(
         stating = _alphas(module, raw.tensors, stated, path.name)
         alpha = stating[0].value if stating else None
         try:
-            updated = kinds.fitted(roles, alpha, layers[module.component], parts)
+            updated = kinds.fitted(roles, alpha, layers[module.component], parts, scale.rotation(stated, module.component) if "oft_R" in roles else None)
         except ValueError as error:
             raise Refused(f"{path.name}: {foreign or f'{module.component}.{parts[0].path}: {error}'}") from None
         factors.setdefault(module.component, {}).update(updated)
@@ -237,7 +238,7 @@ def _sizes(module: Module, raw: SafeFile, alpha: float | None) -> suspicious.Siz
     if {"down", "up"} <= set(module.keys) and alpha is not None:
         down, up = module.keys["down"], module.keys["up"]
         return suspicious.Sizes(module.module, raw.largest[down], raw.largest[up], alpha, raw.tensors[down].shape[0])
-    peak = max((raw.largest[key] for role, key in module.keys.items() if role not in ("alpha", "on_input")), default=0.0)
+    peak = max((raw.largest[key] for role, key in module.keys.items() if role not in _NO_NUMBERS), default=0.0)
     return suspicious.Sizes(module.module, peak, 1.0, 1.0 if alpha is None else alpha, max((ranked(module, raw.tensors) or (1,))[0], 1))
 
 
@@ -247,7 +248,7 @@ def _silent(module: Module, raw: SafeFile, alphas: Sequence[scale.Alpha]) -> boo
     if roles & {"dora_scale", "magnitude", "rescale", "diff_b", "up_bias"}:
         return False
     product = bool(roles & {"down", "hada_w1_a", "lokr_w1", "lokr_w1_a"})  # of which one factor is enough
-    none = bool(zero - {"alpha", "on_input"}) if product else roles - zero <= {"alpha", "on_input"}
+    none = bool(zero - _NO_NUMBERS) if product else roles - zero <= _NO_NUMBERS
     return none or bool(alphas) and not alphas[0].value
 
 
@@ -259,7 +260,7 @@ def is_whole(module: Module, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _floating(module: Module, tensors: Mapping[str, Tensor]) -> bool:
-    return all(tensors[key].dtype.is_floating_point for role, key in module.keys.items() if role not in ("alpha", "on_input"))
+    return all(tensors[key].dtype.is_floating_point for role, key in module.keys.items() if role not in _NO_NUMBERS)
 
 
 def is_pair(module: Module, tensors: Mapping[str, Tensor]) -> bool:

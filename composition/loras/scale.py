@@ -41,6 +41,7 @@ _JSON = (ADAPTER, "adapter_config", "peft_config", "lora_config")  # header keys
 _NUMBERS = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")
 _DENOISERS = ("unet", "transformer", "diffusion_model", "model", "dit", "denoiser")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # ways of starting that change the base's weights, in PEFT's words
+OFT = "OFT"  # PEFT's word for settings of rotations
 _ABSENT = ("", "none", "null")
 
 
@@ -162,6 +163,21 @@ def training(stated: Sequence[Statement], names: Iterable[str]) -> tuple[str, ..
     return tuple(dict.fromkeys(sentences))
 
 
+def rotation(stated: Sequence[Statement], component: str) -> Mapping[str, Any] | None:
+    """PEFT's settings of the rotations (OFT) of a component, of the statement that counts; None where nobody states any.
+
+    Raises Refused where the one that counts cannot be read.
+    """
+    for statement in stated:
+        if statement.trouble:
+            raise Refused(statement.trouble)
+        for prefix in (component, *(_DENOISERS if component in _DENOISERS else ()), ""):
+            settings = statement.settings.get(prefix, {})
+            if _shown(settings.get("peft_type")).upper().rpartition(".")[2] == OFT:
+                return settings
+    return None
+
+
 def alphas(module: Module, tensors: Mapping[str, Tensor], stated: Sequence[Statement], file: str, rank: int, wide: bool) -> tuple[Alpha, ...]:
     """Every alpha stated for a module of this rank, the one that counts first; the rank where there is none. wide: of a convolution over more
     than one pixel.
@@ -226,7 +242,7 @@ def _json(source: str, order: int, text: str | bytes) -> Statement:
     if not isinstance(document, dict):
         return Statement(source, order, {}, trouble=f"its {source} is not a JSON object, so its alphas are unknown")
     kind = str(document.get("peft_type") or "LORA").upper().rpartition(".")[2]
-    if kind not in ("LORA", "LOHA", "LOKR"):
+    if kind not in ("LORA", "LOHA", "LOKR", OFT):
         return Statement(source, order, {})  # of another kind of adapter
     if kind != "LORA" and "alpha" in document:
         document["lora_alpha"] = document["alpha"]  # as PEFT names it for these

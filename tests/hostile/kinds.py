@@ -47,6 +47,8 @@ KINDS = {
     "ia3": Kind(seeds.Q, {"weight": (16,), "on_input": ()}),
     "oft": Kind(seeds.Q, {"oft_blocks": (4, 4, 4)}),
     "boft": Kind(seeds.Q, {"oft_blocks": (2, 4, 4, 4)}),
+    "oftv2": Kind(seeds.Q, {"oft_R.weight": (4, 6)}),
+    "oft by part": Kind(seeds.Q, {"oft_blocks.0": (4, 4, 4)}),
     "full": Kind(seeds.Q, {"diff": (16, 16)}),
     "bias": Kind(seeds.Q, {"diff_b": (16,)}),
     "set": Kind(seeds.Q, {"set_weight": (16, 16)}),

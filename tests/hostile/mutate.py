@@ -109,7 +109,7 @@ def _header(rng: random.Random, whole: bytes) -> bytes:
         if kind == 0:  # other metadata
             document.setdefault("__metadata__", {})[rng.choice(list(seeds.METADATA))] = rng.choice(list(TEXTS.values()))
         elif kind == 1:  # a module by another name
-            document = {(re.sub("lora_(down|up)|alpha", rng.choice(("lora_A", "hada_w1_a", "dora_scale", "lora_mid", "lokr_w1", "bias", "oft_blocks", "a1", "diff", "w_norm", "on_input")), key)
+            document = {(re.sub("lora_(down|up)|alpha", rng.choice(("lora_A", "hada_w1_a", "dora_scale", "lora_mid", "lokr_w1", "bias", "oft_blocks", "oft_R", "a1", "diff", "w_norm", "on_input")), key)
                          if key == name else key): value for key, value in document.items()}  # fmt: skip
         elif kind == 2:  # another shape of as many numbers
             shape = document[name]["shape"]

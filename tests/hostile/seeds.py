@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, tuple[int, ...]]] = {
     "lokr": {"lokr_w1": (4, 4), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 4), "alpha": ()}, "lokr whole": {"lokr_w1": (4, 4), "lokr_w2": (4, 4)},
     "dora": {"lora_down.weight": (2, 16), "lora_up.weight": (16, 2), "dora_scale": (16, 1), "alpha": ()},
     "dora peft": {"lora_down.weight": (2, 16), "lora_up.weight": (16, 2), "lora_magnitude_vector": (16,)},
-    "ia3": {"weight": (16,), "on_input": ()}, "oft": {"oft_blocks": (4, 4, 4), "rescale": (16, 1), "alpha": ()}, "boft": {"oft_blocks": (2, 4, 4, 4)},
+    "ia3": {"weight": (16,), "on_input": ()}, "oft": {"oft_blocks": (4, 4, 4), "rescale": (16, 1), "alpha": ()}, "boft": {"oft_blocks": (2, 4, 4, 4)}, "oftv2": {"oft_R.weight": (4, 6)},
     "glora": {"a1.weight": (16, 2), "a2.weight": (2, 16), "b1.weight": (16, 2), "b2.weight": (2, 16), "alpha": ()},
     "full": {"diff": (16, 16), "diff_b": (16,)}, "biased": {"lora_down.weight": (2, 16), "lora_up.weight": (16, 2), "lora_up.bias": (16,)},
 }  # fmt: skip

@@ -5,6 +5,7 @@ Roles are those of `keys`. Nothing is truncated, and sizes that do not go togeth
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from composition.loras.kinds.loha import LoHa
 from composition.loras.kinds.lokr import LoKr, Side
 from composition.loras.kinds.lora import Factors, cored, misfit, sized
 from composition.loras.kinds.oft import OFT
+from composition.loras.kinds.oftv2 import OFTv2, Rotation, side
 from composition.loras.layers import Layer, Norm, shape
 
 Tensors = Mapping[str, Tensor]  # by role
@@ -30,18 +32,20 @@ _ROLES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         "LoHa": ("hada_w1_a hada_w1_b hada_w2_a hada_w2_b", "hada_t1 hada_t2 dora_scale magnitude diff_b"),
         "LoKr": ("", "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 dora_scale magnitude diff_b"),
         "OFT": ("oft_blocks", "rescale diff_b"),
+        "OFTv2": ("oft_R", "scaled_oft diff_b"),
         "GLoRA": ("a1 a2 b1 b2", "bm diff_b"),
         "(IA)3": ("weight on_input", "diff_b"),
         "norm": ("", "w_norm b_norm"),
         "full": ("", "diff diff_b"),
     }.items()}
 _LENGTHS = frozenset({"dora_scale", "magnitude"})
+_NUMBERED = "oft_blocks."  # of a fused layer in kohya's files: a part's own, by number
 _SHARED = frozenset({"diff_b", "alpha"}) | _LENGTHS
 
 
 def kind(roles: Collection[str]) -> str:
     """What a module with these roles is: a key of the table above; "" where some of its parts are missing or of different kinds."""
-    present = frozenset(roles) - {"alpha"}
+    present = frozenset("oft_blocks" if role.startswith(_NUMBERED) else role for role in roles) - {"alpha"}
     for name, (needed, more) in _ROLES.items():
         fits = needed <= present <= needed | more and present - (_SHARED if name != "full" else frozenset())
         if not fits or len(present & _LENGTHS) > 1:
@@ -66,7 +70,7 @@ _WORDS = {"full": "full difference", "norm": "norm difference"}
 def word(tensors: Tensors) -> str:
     """Its kind for people, "" where it is none."""
     name = kind(tensors)
-    if name == "OFT" and tensors["oft_blocks"].ndim == 4:
+    if name == "OFT" and "oft_blocks" in tensors and tensors["oft_blocks"].ndim == 4:
         return "BOFT"
     if name == "LoRA" and "mid" in tensors:
         name = "LoRA with a Tucker core"
@@ -115,20 +119,27 @@ def _side_of(tensor: Tensor | None, axis: int) -> int:
     return tensor.shape[axis] if tensor is not None and tensor.ndim >= 2 else 0
 
 
-def fitted(tensors: Tensors, alpha: float | None, layers: Mapping[str, Layer | Norm], parts: Sequence[Part]) -> dict[str, Update]:
-    """By path, the update of each layer. alpha: for kinds that have one. Raises ValueError, in plain words, when they do not fit."""
+def fitted(
+    tensors: Tensors, alpha: float | None, layers: Mapping[str, Layer | Norm], parts: Sequence[Part], settings: Mapping[str, Any] | None = None,
+) -> dict[str, Update]:
+    """By path, the update of each layer. alpha: for kinds that have one. settings: PEFT's of the file, for kinds that are read by them.
+
+    Raises ValueError, in plain words, when they do not fit.
+    """
     first = shape(layers[parts[0].path])
     whole = (sum(shape(layers[part.path])[0] for part in parts), *first[1:])
     if any(not tensor.numel() for tensor in tensors.values()):
         raise ValueError("a part of it is empty")
-    update = _update(tensors, alpha, whole, isinstance(layers[parts[0].path], nn.LayerNorm | nn.GroupNorm))
+    if any(role.startswith(_NUMBERED) for role in tensors):
+        return _by_part(tensors, whole, parts)
+    update = _update(tensors, alpha, whole, isinstance(layers[parts[0].path], nn.LayerNorm | nn.GroupNorm), settings or {})
     if not math.isfinite(getattr(update, "scale", 1.0)) or isinstance(update, Factors) and not math.isfinite(update.peak):
         raise ValueError(f"alpha {alpha:g} makes its numbers infinite")
     every = [part._replace(stop=None) if part.start == 0 and part.stop == whole[0] else part for part in parts]
     return {part.path: update if part == Part(part.path) else update.part(part) for part in every}
 
 
-def _update(tensors: Tensors, alpha: float | None, size: tuple[int, ...], norm: bool) -> Update:
+def _update(tensors: Tensors, alpha: float | None, size: tuple[int, ...], norm: bool, settings: Mapping[str, Any]) -> Update:
     name, beside = kind(tensors), list[Update]()
     if norm and name not in ("norm", "full"):
         raise ValueError(f"it is a norm, which a {word(tensors)} cannot be of")
@@ -136,7 +147,7 @@ def _update(tensors: Tensors, alpha: float | None, size: tuple[int, ...], norm: 
         if name == "norm" and not norm:
             raise ValueError("it is no norm")
         return _full(tensors, size)
-    update = _BUILD[name](tensors, alpha, size)
+    update = _oftv2(tensors, size, settings) if name == "OFTv2" else _BUILD[name](tensors, alpha, size)
     for role in _LENGTHS & set(tensors):
         update = _lengths(update, tensors[role], role, size)
     if "up_bias" in tensors:
@@ -211,6 +222,32 @@ def _oft(tensors: Tensors, alpha: float | None, size: tuple[int, ...]) -> OFT:
     rescale = _vector(tensors["rescale"], out, "rescale") if "rescale" in tensors else None
     bound = float(_vector(tensors["alpha"], 1, "alpha")) if "alpha" in tensors else 0.0
     return OFT(blocks, rescale, max(bound, 0.0) * out)
+
+
+def _oftv2(tensors: Tensors, size: tuple[int, ...], settings: Mapping[str, Any]) -> OFTv2:
+    above, inputs = tensors["oft_R"], size[1]
+    if any(length > 1 for length in size[2:]):
+        raise ValueError("an OFT of the inputs of a convolution over more than one pixel is not supported: merged it is another update than live")
+    n = side(above.shape[1]) if above.ndim == 2 else 0
+    if not n or len(above) not in (1, inputs // n) or inputs % n:
+        raise ValueError(f"its numbers {tuple(above.shape)} are not those above the diagonals of blocks that make up the {inputs} inputs of the layer")
+    update = OFTv2(above, inputs, Rotation.of(settings, scaled="scaled_oft" in tensors))
+    if not update.changes(above.device, update.dtype).isfinite().all():
+        raise ValueError("its rotations are infinite")
+    return update
+
+
+def _by_part(tensors: Tensors, whole: tuple[int, ...], parts: Sequence[Part]) -> dict[str, Update]:
+    """OFT of a fused layer in kohya's files: each of the layers that it is of has blocks of its own, and the bound is of each."""
+    ordered = sorted(parts, key=lambda part: part.start)
+    names = [f"{_NUMBERED}{number}" for number in range(len(parts))]
+    if {role for role in tensors if role != "alpha"} != set(names):
+        raise ValueError(f"it has blocks for {len(set(tensors) - {'alpha'})} layers where the base has {len(parts)}")
+    if any(part.turned for part in parts):
+        raise ValueError("its kind cannot be parted among the layers that it is of")
+    alpha = {"alpha": tensors["alpha"]} if "alpha" in tensors else {}
+    return {part.path: _oft({"oft_blocks": tensors[name], **alpha}, None, ((part.stop or whole[0]) - part.start, *whole[1:]))
+            for part, name in zip(ordered, names, strict=True)}  # fmt: skip
 
 
 def _glora(tensors: Tensors, alpha: float | None, size: tuple[int, ...]) -> GLoRA:

@@ -60,7 +60,7 @@ def test_inspect_of_several(medley, toy, tmp_path):
     assert alone["applied"] == alone["tensors"] and alone["strength"] > 0 and "mid" in alone["blocks"]
 
 
-@pytest.mark.parametrize("kind, words", [("lora", "LoRA"), ("loha", "LoHa"), ("lokr", "LoKr"), ("dora", "DoRA"), ("ia3", "(IA)3"), ("oft", "OFT"), ("boft", "BOFT"),
+@pytest.mark.parametrize("kind, words", [("lora", "LoRA"), ("loha", "LoHa"), ("lokr", "LoKr"), ("dora", "DoRA"), ("ia3", "(IA)3"), ("oft", "OFT"), ("boft", "BOFT"), ("oftv2", "OFTv2"),
                                          ("glora", "GLoRA"), ("full", "full difference"), ("bias", "bias difference")])
 def test_inspect_names_the_kind(medley, tmp_path, kind, words):
     kind_writers.write(toys.sd(dtype=torch.float64), tmp_path / "one.safetensors", kind)

@@ -16,7 +16,8 @@ from tests import toys
 
 ALPHA, RANK = 1.5, 2
 KINDS = ("lora", "tucker", "loha", "loha big", "loha tucker", "lokr", "lokr whole", "lokr low", "lokr tucker", "dora", "dora inputs", "dora peft", "dora loha",
-         "dora lokr inputs", "ia3", "ia3 input", "oft", "oft bound", "boft", "glora", "glora old", "glora tucker", "full", "bias", "lora bias", "peft bias")
+         "dora lokr inputs", "ia3", "ia3 input", "oft", "oft bound", "boft", "oftv2", "oftv2 shared", "glora", "glora old", "glora tucker", "full", "bias", "lora bias", "peft bias")
+FLAT = ("oftv2", "oftv2 shared")  # of linears and of convolutions over one pixel
 CONV = ("tucker", "loha tucker", "lokr tucker", "glora tucker")  # of kernels over more than one pixel
 
 Dense = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -158,6 +159,29 @@ def make(kind: str, size: Sequence[int], rng: torch.Generator) -> Made:
             return rows.view_as(weight) - weight
 
         return Made({"oft_blocks": blocks}, weighted(butterfly))
+    if kind in FLAT:
+        side = 4
+        count, scaled = (1, True) if kind == "oftv2 shared" else (into // side, False)
+        above = r(count, side * (side - 1) // 2, scale=0.1 if not scaled else 0.3)
+
+        def from_inputs(weight: Tensor) -> Tensor:
+            new = weight.clone()
+            for block in range(into // side):
+                skew, numbers = torch.zeros(side, side, dtype=torch.float64), iter(above[block % count].tolist())
+                for i in range(side):
+                    for j in range(i + 1, side):
+                        skew[i, j] = next(numbers) / ((side * (side - 1) // 2) ** 0.5 if scaled else 1.0)
+                        skew[j, i] = -skew[i, j]
+                one = torch.eye(side, dtype=torch.float64)
+                turn = one + 2 * skew + 2 * skew @ skew + 2 * skew @ skew @ skew + skew @ skew @ skew @ skew
+                for k in range(side):  # x_k of the block becomes sum_m x_m R[m, k]
+                    own = slice(block * side, (block + 1) * side)
+                    new[:, block * side + k] = 0
+                    for m in range(side):
+                        new[:, block * side + k] += turn[k, m] * weight[:, own][:, m]
+            return new - weight
+
+        return Made({"oft_R.weight": above} | ({"oft_R.scaled_oft": torch.tensor(1)} if scaled else {}), weighted(from_inputs))
     if kind.startswith("glora"):
         a1, a2, b1 = r(into, RANK, *ones), r(RANK, into, *ones), r(out, RANK, *ones)
         core = r(RANK, RANK, *taps) if kind == "glora tucker" else None
@@ -195,7 +219,7 @@ def write(pipe, path: Path, kind: str, *, seed: int = 0, targets: Sequence[toys.
         size = tuple(module.weight.shape)
         if only not in name or kind in CONV and len(size) < 3 or "bias" in kind and module.bias is None or kind == "full" and module.bias is None:
             continue
-        if kind == "boft" and size[0] % 8:
+        if kind == "boft" and size[0] % 8 or kind in FLAT and torch.Size(size[2:]).numel() > 1:
             continue
         made = make(kind, size, rng)
         if layout == "kohya":

@@ -1,6 +1,7 @@
 """Every kind of update against a dense W + w D written out on its own, in float64: live, folded, in rows, at places, two kinds at once."""
 
 import copy
+import json
 from contextlib import contextmanager
 
 import pytest
@@ -13,9 +14,10 @@ from composition.backbones.base import Axis
 from composition.backbones.unet import UNetBackbone
 from composition.export import export
 from composition.loop import Step
-from composition.loras import keys, reader
+from composition.loras import keys, reader, scale
 from composition.loras.fused import Part
 from composition.loras.kinds import read as kinds
+from composition.loras.safetensors import load_safely
 from tests import toys
 from tests.composition import laws
 from tests.composition.loras import kind_writers as writers
@@ -79,7 +81,7 @@ def close(left, right):
 
 
 ALL = (*writers.KINDS, "norm")
-EACH = ("loha", "loha big", "lokr", "dora", "dora inputs", "ia3", "ia3 input", "oft", "boft", "glora", "full", "lora bias", "norm")  # each operator once
+EACH = ("loha", "loha big", "lokr", "dora", "dora inputs", "ia3", "ia3 input", "oft", "boft", "oftv2", "glora", "full", "lora bias", "norm")  # each operator once
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -170,7 +172,7 @@ def test_the_other_spelling(kind, layout, pipe, held, files):
         close(forward(pipe.unet), expected)
 
 
-FUSED = ("lora", "loha", "loha big", "lokr", "lokr whole", "dora", "ia3", "ia3 input", "oft", "oft bound", "glora", "full", "peft bias")
+FUSED = ("lora", "loha", "loha big", "lokr", "lokr whole", "dora", "ia3", "ia3 input", "oft", "oft bound", "oftv2", "oftv2 shared", "glora", "full", "peft bias")
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +196,7 @@ def test_a_fused_layer_is_parted_exactly(kind, flux, tmp_path):
     for name, paths in (("double_blocks_0_img_attn_qkv", attention), ("final_layer_adaLN_modulation_1", ["norm_out.linear"])):
         layers = [flux.transformer.get_submodule(path) for path in paths]
         turned = len(paths) == 1
-        if turned and "oft" in kind:
+        if turned and kind in ("oft", "oft bound"):
             continue
         weight, bias = (torch.cat([getattr(layer, side) for layer in layers]) for side in ("weight", "bias"))
         weight, bias = (torch.cat([side[len(side) // 2 :], side[: len(side) // 2]]) if turned else side for side in (weight, bias))
@@ -221,6 +223,65 @@ def test_what_cannot_be_parted_is_refused(kind, why, flux, tmp_path):
         read(flux, tmp_path, {f"lora_unet_double_blocks_0_img_attn_qkv.{key}": value for key, value in made.tensors.items()})
 
 
+OFT_SETTINGS = ({}, {"num_cayley_neumann_terms": 1}, {"num_cayley_neumann_terms": 2}, {"num_cayley_neumann_terms": 3}, {"num_cayley_neumann_terms": 4},
+                {"num_cayley_neumann_terms": 7}, {"use_cayley_neumann": False}, {"coft": True, "eps": 0.02}, {"block_share": True})  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", OFT_SETTINGS)
+@pytest.mark.parametrize("conv", [False, True])
+def test_oft_is_what_peft_makes_of_its_own_file(settings, conv, tmp_path):
+    """Saved by PEFT, with its settings beside it, and read here: the update that PEFT merges."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(16, 8, 1) if conv else torch.nn.Linear(16, 8)
+    model = peft.get_peft_model(torch.nn.Sequential(layer.double()), peft.OFTConfig(target_modules=["0"], oft_block_size=4, **settings))
+    for name, parameter in model.named_parameters():
+        if "oft_R" in name:
+            parameter.data = 0.2 * torch.randn_like(parameter, dtype=torch.float64)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    raw = load_safely(path)
+    (key,) = raw.tensors
+    assert key.endswith("0.oft_R.weight")
+    stated = scale.rotation(scale.statements(path, raw.metadata), "unet")
+    (update,) = kinds.fitted({"oft_R": raw.tensors[key]}, None, {"layer": layer}, (Part("layer"),), stated).values()
+    weight = layer.weight.detach().clone()
+    x = torch.randn(2, 16, 3, 3, dtype=torch.float64) if conv else torch.randn(2, 5, 16, dtype=torch.float64)
+    with torch.no_grad():
+        change = update.forward(layer, x)(layer, x, layer(x))
+        near = 1e-8 if "coft" in settings else 1e-10  # PEFT has the bound in float32
+        torch.testing.assert_close(layer(x) + change, model(x), rtol=0, atol=near)
+        merged = model.merge_and_unload()[0]
+    torch.testing.assert_close(weight + update.delta(weight), merged.weight.detach(), rtol=0, atol=near)
+    assert settings.get("num_cayley_neumann_terms") == 1 or update.delta(weight).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("settings", "why"), [({"use_cayley_neumann": 3}, "true or false"), ({"num_cayley_neumann_terms": 10**9}, "1 to 64"),
+                                               ({"coft": True, "eps": "much"}, "positive number")])
+def test_settings_of_rotations_that_are_none_are_refused(settings, why, flux, tmp_path):
+    made = writers.make("oftv2", (32, 32), torch.Generator().manual_seed(1))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT", **settings}))
+    with pytest.raises(Refused, match=why):
+        read(flux, tmp_path, {f"transformer.transformer_blocks.0.attn.to_q.{key}": value for key, value in made.tensors.items()})
+
+
+@torch.no_grad()
+def test_kohyas_oft_of_a_fused_layer_has_blocks_for_each_of_its_layers(flux, tmp_path):
+    """q, k, v and what goes to the feed-forward of one layer are turned apart, each bounded by itself."""
+    names = [f"single_transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    layers = [flux.transformer.get_submodule(name) for name in names]
+    rng = torch.Generator().manual_seed(2)
+    made = [writers.make("oft bound", layer.weight.shape, rng) for layer in layers]
+    head = "oft_unet_single_blocks_0_linear1"
+    tensors = {f"{head}.oft_blocks.{number}": each.tensors["oft_blocks"] for number, each in enumerate(made)} | {f"{head}.alpha": made[0].tensors["alpha"]}
+    lora = read(flux, tmp_path, tensors)
+    assert lora.receipt.applied == lora.receipt.tensors == 5 and dict(lora.receipt.kinds) == {"OFT": 1}
+    for name, layer, each in zip(names, layers, made, strict=True):
+        close(lora.factors["transformer"][name].delta(layer.weight.detach()), each.dense(layer.weight.detach(), None)[0])
+    with pytest.raises(Refused, match="3 layers where the base has 4"):
+        read(flux, tmp_path, {key: value for key, value in tensors.items() if not key.endswith(".2")})
+
+
 class Odd(torch.nn.Linear):
     """A linear whose numbers lie in a format of its own, as quantised ones do."""
 
@@ -228,7 +289,7 @@ class Odd(torch.nn.Linear):
         return torch.nn.functional.linear(x, self.weight.to(torch.float64) / 8, self.bias)
 
 
-@pytest.mark.parametrize("kind", ["dora", "dora inputs", "ia3", "ia3 input", "oft", "glora", "lokr", "full", "lora bias"])
+@pytest.mark.parametrize("kind", ["dora", "dora inputs", "ia3", "ia3 input", "oft", "oftv2", "glora", "lokr", "full", "lora bias"])
 @torch.no_grad()
 def test_beside_weights_in_a_format_of_their_own(kind):
     """What needs the layer's weight asks the layer for it."""
@@ -252,7 +313,7 @@ def test_half_precision_is_near_and_nothing_is_kept_wider(kind, pipe):
     path = "down_blocks.1.resnets.0.conv1" if kind in writers.CONV else "down_blocks.1.attentions.0.proj_in"
     layer = pipe.unet.get_submodule(path)
     made = writers.make(kind, layer.weight.shape, torch.Generator().manual_seed(2))
-    halves = {role: value if role == "on_input" else value.half() for role, value in roles(made.tensors).items()}
+    halves = {role: value if role in ("on_input", "scaled_oft") else value.half() for role, value in roles(made.tensors).items()}
     (update,) = kinds.fitted(halves, writers.ALPHA, {path: layer}, (Part(path),)).values()
     if "tucker" not in kind:  # whose cores are multiplied out
         assert update.nbytes <= sum(value.nbytes for value in halves.values())
@@ -266,6 +327,7 @@ BAD = {
     "lokr low": {"lokr_w1_b": (3, 2), "lokr_w1_a": (2, 3)}, "dora": {"dora_scale": (5, 1)}, "dora inputs": {"dora_scale": (1, 7)},
     "dora peft": {"lora_magnitude_vector.weight": (5,)}, "ia3": {"weight": (7,), "on_input": (2,)}, "ia3 input": {"weight": (3,)},
     "oft": {"oft_blocks": (3, 4, 4), "oft_blocks ": (4, 4, 3), "oft_blocks  ": (16,), "rescale": (3, 1)}, "boft": {"oft_blocks": (4, 4, 4, 4), "oft_blocks ": (2, 16, 1, 1)},
+    "oftv2": {"oft_R.weight": (2, 6), "oft_R.weight ": (4, 5), "oft_R.weight  ": (24,)},
     "glora": {"a1.weight": (16, 3), "b1.weight": (5, 2), "b2.weight": (3, 16), "a2.weight": (0, 16)}, "full": {"diff": (15, 16), "diff_b": (3,)},
     "lora bias": {"diff_b": (2,)}, "peft bias": {"lora_up.bias": (7,)}, "tucker": {"lora_mid.weight": (2, 3, 3, 3), "lora_down.weight": (2, 5, 1, 1)},
 }
@@ -291,7 +353,7 @@ def test_a_part_that_is_missing_takes_its_module_out(kind, pipe, held, tmp_path)
     made = writers.make(kind, pipe.unet.get_submodule(layer).weight.shape, torch.Generator().manual_seed(2)).tensors
     head = f"lora_unet_{layer.replace('.', '_')}"
     needed = [key for key in made if key not in ("alpha", "dora_scale", "rescale", "diff_b", "lora_up.bias", "diff", "lora_mid.weight", "bm.weight")
-              and "magnitude" not in key]
+              and "magnitude" not in key and "scaled" not in key]
     for key in needed:
         save_file({f"{head}.{name}": value for name, value in made.items() if name != key}, tmp_path / "half.safetensors")
         with pytest.raises(Refused, match="half.safetensors"):
