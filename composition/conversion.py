@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,12 @@ from transformers import T5EncoderModel
 
 from composition.fitting import Base, base_of
 from composition.loras import compact, products, reader, rejoin, scale
+from composition.loras.kinds.full import Full
+from composition.loras.kinds.loha import LoHa
+from composition.loras.kinds.lokr import LoKr
 from composition.loras.kinds.lora import Factors
 from composition.loras.metadata import line
+from composition.loras.nearest import nearest
 from composition.loras.reader import LoraFile
 from composition.loras.safetensors import load_safely
 from composition.loras.writer import Written, write_ranked
@@ -33,6 +38,13 @@ _ABOUT_FACTORS = ("ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_n
                   "modelspec.hash_sha256", "format", "lora_alpha", "network_alpha", "alpha", "r", "use_rslora", scale.ADAPTER,
                   "adapter_config", "peft_config", "lora_config", "preview")  # fmt: skip
 _ROUND = 1e-12  # a relative difference below it is that of float64's own rounding
+
+
+class Left(NamedTuple):
+    """squared: |D - LoRA|^2 of the nearest LoRA to an update D. kind: the number type of D's file."""
+
+    squared: float
+    kind: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -73,22 +85,32 @@ def convert(
     """Write a LoRA file in another layout, and with at most that rank.
 
     to: None: the file's own, as near as may be. rank: the nearest product of at most that rank in each layer of the target layout, by its
-    singular values; the first ranks of a DyLoRA file. model: whose layers it names (None: the public model of its family). precision: of the
-    numbers (as the file has them). Raises Refused for what `reader.read` refuses, for kinds that are no product of two factors, and for
-    numbers that precision cannot hold.
+    singular values, also of kinds that are no LoRA and do not ask for the base's weights (LoHa, LoKr, full differences); the first ranks of a
+    DyLoRA file. model: whose layers it names (None: the public model of its family). precision: of the
+    numbers (as the file has them). Raises Refused for what `reader.read` refuses, for kinds that are no product of two factors where there is no
+    rank or none is near without the base's weights, and for numbers that precision cannot hold.
     """
     raw = load_safely(file)
     base = base_of([file], model, [raw])
     lora = reader.read(file, base.components, base.family, allow_partial=allow_partial, raw=raw)
     to = to or ("kohya" if lora.receipt.layout.startswith("kohya") else "diffusers")
-    updates = {component: {path: _pair(lora, component, path, layer) for path, layer in inside.items()} for component, inside in lora.factors.items()}
+    updates: dict[str, dict[str, Factors]] = {}
+    left: dict[tuple[str, str], Left] = {}
+    for component, inside in lora.factors.items():
+        for path, layer in inside.items():
+            near = None if rank is None else _near(base, component, path, layer, rank)
+            updates.setdefault(component, {})[path] = near[0] if near else _pair(lora, component, path, layer)
+            if near:
+                left[component, path] = near[1]
+    if to == "kohya" and any(component == "transformer" for component, _ in left):
+        raise Refused(f"{file.name} is no LoRA, and the nearest one to each layer cannot be written by kohya's names, which join layers: --to diffusers")
     cut = rank is not None and dynamic(raw.metadata) and any(layer.rank > rank for inside in updates.values() for layer in inside.values())
     if cut and rank is not None:
         stated = set(lora.receipt.alpha_from) != {scale.NOBODY}
         updates = {component: {path: _first(layer, rank, stated) for path, layer in inside.items()} for component, inside in updates.items()}
     kept = {name: value for name, value in raw.metadata.items() if name.rpartition(".")[2] not in _ABOUT_FACTORS and name not in _ABOUT_FACTORS}
     kept |= {"converted_from": raw.sha256, "software": f"medley {__version__}"}
-    return _written(target, updates, base, to, None if cut else rank, precision, kept, (lora.receipt,), cut=cut)
+    return _written(target, updates, base, to, None if cut else rank, precision, kept, (lora.receipt,), cut=cut, left=left)
 
 
 def merge(
@@ -133,8 +155,19 @@ def dynamic(header: Mapping[str, str]) -> bool:
 def _pair(file: LoraFile, component: str, path: str, layer: Any) -> Factors:
     factors = getattr(layer, "factors", layer)  # the exact LoRA of another kind of update, None where there is none
     if not isinstance(factors, Factors):
-        raise Refused(f"{Path(file.receipt.path).name}: {component}.{path} is no product of two factors ({type(layer).__name__}), so it cannot be written as a LoRA")
+        raise Refused(f"{Path(file.receipt.path).name}: {component}.{path} is no product of two factors ({type(layer).__name__}), so it cannot be written as a LoRA"
+                      + ("; medley convert --rank N writes the nearest LoRA of that rank" if isinstance(layer, LoHa | LoKr | Full) else ": what it changes depends on the base's weights"))
     return factors
+
+
+def _near(base: Base, component: str, path: str, layer: Any, rank: int) -> tuple[Factors, Left] | None:
+    """The nearest LoRA of an update that is none, in float64; None of one that is, or where none is near without the base's weights."""
+    if isinstance(getattr(layer, "factors", layer), Factors):
+        return None
+    found = nearest(layer, tuple(base.components[component].get_submodule(path).weight.shape), rank)
+    if found is None:
+        return None
+    return found[0], Left(found[1], reduce(torch.promote_types, (_numbers(tensor) for tensor in layer.tensors)))
 
 
 def _first(layer: Factors, rank: int, stated: bool) -> Factors:
@@ -151,14 +184,18 @@ def _sum(rows: Sequence[tuple[Factors, float]]) -> Factors:
 
 def _kind(layer: Any) -> torch.dtype:
     """The number type in which its factors are kept exactly; of numbers of 8 bits, with which nothing can be computed, half precision."""
-    kinds = [torch.float16 if factor.dtype.itemsize == 1 else factor.dtype for factor in (layer.stored_down, layer.stored_up)]
-    return torch.promote_types(*kinds)
+    return torch.promote_types(_numbers(layer.stored_down), _numbers(layer.stored_up))
+
+
+def _numbers(tensor: Tensor) -> torch.dtype:
+    return torch.float16 if tensor.dtype.itemsize == 1 else tensor.dtype
 
 
 def _written(
     target: Path, updates: Mapping[str, Mapping[str, Factors]], base: Base, to: Layout, rank: int | None, precision: torch.dtype | None,
-    header: Mapping[str, str], receipts: tuple[Receipt, ...], cut: bool = False,
+    header: Mapping[str, str], receipts: tuple[Receipt, ...], cut: bool = False, left: Mapping[tuple[str, str], Left] = MappingProxyType({}),
 ) -> Rewritten:
+    """left: of layers whose update was no LoRA, what the nearest one leaves out."""
     layers: list[Written] = []
     lost = whole = 0.0
     worst = ("", 0.0)
@@ -167,11 +204,14 @@ def _written(
             inside = rejoin.authored(base.components[component], inside)
         third = to == "kohya" and component == "text_encoder_2" and isinstance(base.components[component], T5EncoderModel)
         for path, layer in inside.items():
-            written = _layer("text_encoder_3" if third else component, path, layer, rank, precision)
+            out = left.get((component, path))
+            written = _layer("text_encoder_3" if third else component, path, layer, rank, precision or (out.kind if out else None))
             if written is None:
                 continue
             layers.append(written)
             difference, length = products.distance(products.matrices(layer), _matrices(written))
+            if out:  # what is left out stands at right angles to what is kept
+                difference, length = difference + out.squared, length + out.squared
             lost, whole = lost + difference, whole + length
             worst = max(worst, (f"{component}.{path}", (difference / length) ** 0.5 if length else 0.0), key=lambda row: row[1])
     if not layers:

@@ -20,7 +20,7 @@ def convert(
     file: Annotated[str, typer.Argument(metavar="IN", help="A LoRA file, or a name that `medley loras` shows.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.")],
     to: Annotated[str | None, typer.Option(metavar="LAYOUT", help="diffusers or kohya (the file's own).")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="The rank of each layer at most, by its largest singular values; the first ranks of a DyLoRA file.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="The rank of each layer at most, by its largest singular values; the first ranks of a DyLoRA file. It makes a LoRA of a LoKr, LoHa or full difference.")] = None,
     precision: Annotated[str | None, typer.Option(help=f"Of the file's numbers: {', '.join(rewritten.NUMBERS)} (the file's own).")] = None,
     unsafe_pickle: Annotated[bool, typer.Option("--unsafe-pickle", help="IN is a pickle (.pt, .bin, .ckpt): read its tensors in a process of its own, offline and under "
                                                 "limits, as weights alone. Only for files whose maker you trust.")] = False,

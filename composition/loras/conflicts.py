@@ -170,7 +170,7 @@ def _method(files: Mapping[str, LoraFile], overlaps: Sequence[Overlap]) -> tuple
     if sum(kind in ("character", "object", "clothing") for kind in kinds) >= 2 or len(files) > 2 and sum(bool(receipt.triggers) for receipt in receipts) >= 2:
         return "clora-fast", "several concepts: each subject is kept to its own place, places and styles are everywhere"
     if any(abs(overlap.cosine) >= ALIGNED for overlap in overlaps):
-        return "ssr", "their updates share directions: it takes them apart before it adds them up"
+        return "merge", "their updates share directions, which the lower weights make up for; ssr, which takes them apart, was not ahead on the bundled models"
     return "merge", "nothing in the weights speaks against the plain sum"
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from composition import Lora, Refused, conversion, fitting
 from composition.loras import reader
 from tests import toys
+from tests.composition.loras import kind_writers
 from tests.composition.loras import lora_writers as writers
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -216,3 +217,44 @@ def test_mutants_are_caught(pipes, base, tmp_path, monkeypatch):
     with pytest.raises(AssertionError):
         alike(dense(conversion.convert(file, tmp_path / "b.safetensors", to="kohya").file, components, "flux"), whole, 1e-12)
     assert reduce(lambda total, change: total + float(change.square().sum()), whole.values(), 0.0) > 0
+
+
+@pytest.mark.parametrize("kind", ["lokr", "lokr whole", "lokr low", "lokr tucker", "loha big", "loha tucker", "full", "lora"])
+@torch.no_grad()
+def test_other_kinds_become_the_nearest_lora_of_a_rank(kind, pipes, base, tmp_path):
+    """By the singular values of the dense change; what is lost is stated, whole and of the worst layer."""
+    components, rank = base("sd"), 2
+    truth = kind_writers.write(pipes["sd"], tmp_path / "a.safetensors", kind, only="down_blocks.1")
+    tensors = load_file(tmp_path / "a.safetensors")
+    save_file({key: value for key, value in tensors.items() if not key.endswith("diff_b")}, tmp_path / "a.safetensors")
+    written = conversion.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="diffusers", rank=rank)
+    found = reader.read(written.file, components, "sd").factors["unet"]
+    lost, whole, worst = 0.0, 0.0, 0.0
+    for (_, path), change in truth.items():
+        weight = components["unet"].get_submodule(path).weight
+        change = change(weight, None)[0].flatten(1)
+        outer, values, inner = torch.linalg.svd(change, full_matrices=False)
+        torch.testing.assert_close(found[path].delta(weight).flatten(1), outer[:, :rank] * values[:rank] @ inner[:rank], rtol=0, atol=1e-10)
+        squares = values.square()
+        lost, whole, worst = lost + squares[rank:].sum(), whole + squares.sum(), max(worst, float((squares[rank:].sum() / squares.sum()) ** 0.5))
+    assert written.error == pytest.approx(float((lost / whole) ** 0.5), rel=1e-6, abs=1e-9) and written.worst[1] == pytest.approx(worst, rel=1e-6, abs=1e-9)
+    assert set(written.ranks) == {rank} and (kind == "lora" or written.error > 0.01)
+
+
+@pytest.mark.parametrize(("kind", "rank", "why"), [("lokr", None, "medley convert --rank N"), ("dora", 2, "DoRA"), ("oft", 2, "OFT"), ("bias", 2, "Full")])
+def test_kinds_that_ask_for_the_bases_weights_become_none(kind, rank, why, pipes, base, tmp_path):
+    base("sd")
+    kind_writers.write(pipes["sd"], tmp_path / "a.safetensors", kind, only="down_blocks.1")
+    with pytest.raises(Refused, match=why):
+        conversion.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="diffusers", rank=rank)
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_kohyas_joined_names_of_flux_have_no_nearest_lora(pipes, base, tmp_path):
+    base("flux")
+    model = pipes["flux"].transformer.get_submodule("transformer_blocks.0.attn.to_q").weight
+    made = kind_writers.make("lokr", model.shape, torch.Generator().manual_seed(0)).tensors
+    save_file({f"transformer.transformer_blocks.0.attn.to_q.{key}": value for key, value in made.items()}, tmp_path / "a.safetensors")
+    assert conversion.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="diffusers", rank=2).ranks == {2: 1}
+    with pytest.raises(Refused, match="--to diffusers"):
+        conversion.convert(tmp_path / "a.safetensors", tmp_path / "c.safetensors", to="kohya", rank=2)

@@ -206,3 +206,33 @@ def test_every_layer_has_an_axis_and_a_block():
         else:
             assert (shape[1] == side * side) if len(shape) == 3 else (shape[-1] == side), (path, axis, shape)
     assert {backbone.block(path) for path in seen} >= {"down.0", "mid", "up.2", ""}
+
+
+@pytest.mark.parametrize("method", ["merge", "composite"])
+def test_a_file_replaced_in_mid_run_changes_nothing_of_it(tmp_path, method):
+    """Another file, half of one, none: the picture is that of what was read, which the receipt names; the next run reads what is there then."""
+    pipe, file = toys.sd(dtype=torch.float64), tmp_path / "fox.safetensors"
+    fox, owl = (toys.lora(pipe, tmp_path / name, seed=seed).read_bytes() for seed, name in enumerate(("a.safetensors", "b.safetensors")))
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").unlink()
+    file.write_bytes(fox)
+    engine = Engine(UNetBackbone(pipe, "sd"), "toy", folders=[tmp_path])
+    before, asked = laws.fingerprint(engine), laws.request(method, Lora("fox"))
+    whole = engine.run(asked)
+    file.write_bytes(owl)
+    other = engine.run(asked)
+    assert other.images[0].tobytes() != whole.images[0].tobytes() and other.receipts[0].sha256 != whole.receipts[0].sha256
+    for content, then in ((owl, other), (fox[: len(fox) // 2], None), (None, None)):
+        file.write_bytes(fox)
+
+        def swap(*_, content=content):
+            file.write_bytes(content) if content is not None else file.unlink(missing_ok=True)
+
+        during = engine.run(asked, on_step=swap)
+        assert during.images[0].tobytes() == whole.images[0].tobytes() and during.receipts[0].sha256 == whole.receipts[0].sha256
+        if then is None:
+            with pytest.raises(Refused, match="fox"):
+                engine.run(asked)
+        else:
+            assert engine.run(asked).images[0].tobytes() == then.images[0].tobytes()
+    assert laws.fingerprint(engine) == before

@@ -68,8 +68,8 @@ def test_distance_is_that_of_the_dense_updates():
 @pytest.mark.parametrize(("files", "words", "method", "weights"), [
     ({"a": lora(1), "b": lora(1)}, "nearly the same LoRA .*: use one of them", "merge", {"a": 1.0, "b": 0.0}),
     ({"a": lora(1, {"x": (4, 4)}), "b": lora(2, {"y": (4, 4)})}, "different layers", "merge", {"a": 1.0, "b": 1.0}),
-    ({"a": lora(1), "b": near(lora(2), lora(1), 0.8)}, "push the same way in 3 of the 3", "ssr", None),
-    ({"a": lora(1), "b": near(lora(2), lora(1), -0.8)}, "push against each other in 3 of the 3", "ssr", None),
+    ({"a": lora(1), "b": near(lora(2), lora(1), 0.8)}, "push the same way in 3 of the 3", "merge", None),
+    ({"a": lora(1), "b": near(lora(2), lora(1), -0.8)}, "push against each other in 3 of the 3", "merge", None),
     ({"a": lora(1, category="character"), "b": lora(3, category="style")}, "right angles", "np-lora", None),
     ({"a": lora(1, category="character"), "b": lora(3, category="character")}, "right angles", "clora-fast", None),
     ({"a": lora(1, scale=9.0), "b": lora(3)}, "a is 8.* times as strong as b", "merge", {"a": 0.3, "b": 1.0}),
