@@ -3,7 +3,8 @@
 Stages: art (rendered from the packages), autoencoder, base, polish (of the decoder), export, judge, loras, previews (in the LoRAs'
 headers, and their profiles), measure, controlnet and controlnet-measure, and then flux, flux-loras, flux-previews and flux-measure for the
 second base, which has the first one's autoencoder and is taught by it, and flux-conditions and flux-conditions-measure for its condition
-LoRAs; or all of them in order. By themselves stand pool, hundreds of small LoRAs for the search, pool-looks, pictures made with each, and encoder, the weight encoder of the pool. ``--budget`` is minutes of training for autoencoder, base, polish, judge, controlnet and flux together (their
+LoRAs; or all of them in order. By themselves stand pool, hundreds of small LoRAs for the search (of either base: --of), pool-looks, pictures made with each, encoder, the
+weight encoder of the pool, and gates, AutoLoRA's, learned from the pool. ``--budget`` is minutes of training for autoencoder, base, polish, judge, controlnet and flux together (their
 shares are below), compiling not counted, and a larger budget on a later call takes them further; the LoRAs' number of steps is not part of
 it, and pool has all of it, in minutes of processor time. The same code trains on a processor and on a GPU.
 """
@@ -38,6 +39,7 @@ from . import (
     encoder,
     export,
     flux,
+    gates,
     judge,
     loras,
     measure,
@@ -61,7 +63,7 @@ FIRST = ("art", "autoencoder", "base", "polish", "export", "judge", "loras", "pr
 SECOND = ("flux", "flux-loras", "flux-previews", "flux-measure")
 THIRD = ("flux-conditions", "flux-conditions-measure")
 STAGES = (*FIRST, *SECOND, *THIRD)
-POOL = ("pool", "pool-measure", "pool-looks", "encoder")
+POOL = ("pool", "pool-measure", "pool-looks", "encoder", "gates")
 POCKET = Path(__file__).parents[1] / "pocket128"
 POLISHED = 10**8  # scene numbers from here on are what the decoder is polished on
 
@@ -93,7 +95,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--conditions", default=",".join(conditions.CARDS), help=f"comma separated, of {', '.join(conditions.CARDS)}")
     parser.add_argument("--condition-steps", type=int, default=0, help="of every stage of a condition; 0: as many as its plan says")
     parser.add_argument("--pairs", type=int, default=0, help="pictures with their conditions, for every stage; 0: as many as it says")
-    parser.add_argument("--base", type=Path, default=POCKET, help="of pool: the Pocket folder whose sd/ learns, and whose clip/ measures")
+    parser.add_argument("--base", type=Path, default=POCKET, help="of pool and gates: the Pocket folder whose sd/ learns, and whose clip/ measures (or --judge)")
+    parser.add_argument("--of", default="sd", choices=("sd", "flux"), help="of pool and gates: which model in --base learns")
+    parser.add_argument("--kind", default="rank-text", choices=tuple(gates.KINDS), help="of gates")
+    parser.add_argument("--gate-steps", type=int, default=250)
+    parser.add_argument("--count", type=int, default=0, help="of pool: the first so many LoRAs; 0: all")
     parser.add_argument("--encoder-steps", type=int, default=1000, help="of the transformer that the weight encoder is compared with; 0 leaves it out")
     parser.add_argument("--part", default="1/1", help="of pool: K/N makes every N-th group from the K-th on, for N processes beside one another")
     parser.add_argument("--together", type=int, default=1, help="LoRAs that train as one batch; each takes its own rows (of pool 8 at least)")
@@ -248,14 +254,19 @@ def _third(args: argparse.Namespace, stages: Sequence[str], art: Path) -> None:
 
 def _pool(args: argparse.Namespace, stages: Sequence[str], art: Path) -> None:
     """The pool of LoRAs of a first base, in --out's pool/, and what the judge sees of them."""
-    pipe = StableDiffusionPipeline.from_pretrained(args.base / "sd").to(args.device)
+    second = args.of == "flux"
+    pipe = (FluxPipeline if second else StableDiffusionPipeline).from_pretrained(args.base / args.of).to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    some, folder, (part, parts) = pool.entries(art), args.out / "pool", map(int, args.part.split("/"))
+    some, folder, (part, parts) = pool.entries(art), args.out / ("pool-flux" if second else "pool"), map(int, args.part.split("/"))
+    some = some[: args.count or None]
     if "pool" in stages:
-        pool.make(pipe, art, some, folder, args.work, plan=_plan(args, pool.PLAN), together=max(args.together, pool.TOGETHER), part=(part, parts),
+        pool.make(pipe, art, some, folder, args.work, plan=_plan(args, pool.FLUX_PLAN if second else pool.PLAN), base="pocket-flux" if second else "pocket", together=max(args.together, pool.TOGETHER), part=(part, parts),
                   over=pool.spent(args.budget))  # fmt: skip
     if "pool-measure" in stages:
-        _keep(args.work, "pool", pool.figures(pipe, Judge.open(str(args.base / "clip"), args.device), art, some, folder, _share(args, 12)))
+        _keep(args.work, "pool", pool.figures(pipe, Judge.open(str(args.judge or args.base / "clip"), args.device), art, some, folder, _share(args, 12)))
+    if "gates" in stages:
+        gates.make(pipe, art, folder, args.out / ("gates-flux.safetensors" if second else "gates.safetensors"), args.work, args.kind, steps=args.gate_steps,
+                   base="pocket-flux" if second else "pocket")  # fmt: skip
     if {"pool-looks", "encoder"} & set(stages):
         _encoder(args, stages, pipe, folder)
 

@@ -17,10 +17,11 @@ import torch
 
 from composition import Lora, backbones
 from composition.adapters import Adapters
+from composition.backbones.loading import open as opening
 from composition.training import gates
 from composition.training.concept import latents_of
 
-from . import looks, pool
+from . import flux, looks, pool
 from .autoencoder import tensor
 from .base import CENTRE, WIDTH
 from .objects import OBJECTS, article
@@ -112,9 +113,10 @@ def make(pipe, art: Path, folder: Path, out: Path, work: Path, kind: str, *, ste
          pictures: int = PICTURES) -> Path | None:  # fmt: skip
     """Train gates of one of KINDS from the pool in `folder`, resuming from `work`; the file is `out`."""
     rows = json.loads((folder / pool.MANIFEST).read_text())["loras"]
-    backbone = backbones.of(pipe, "sd")
+    backbone = backbones.of(pipe, opening.family(pipe))
     adapters = Adapters(backbone.components, family=backbone.family, block=backbone.block)
-    plan = gates.Plan(**{**vars(PLAN), "kind": kind.partition("-")[0], **KINDS[kind], "steps": steps or PLAN.steps})
+    noise = (flux.CENTRE, flux.WIDTH) if backbone.family == "flux" else PLAN.noise
+    plan = gates.Plan(**{**vars(PLAN), "noise": noise, "kind": kind.partition("-")[0], **KINDS[kind], "steps": steps or PLAN.steps})
     losses: list[tuple[float, float]] = []
 
     def on_step(step: int, loss: float, kept: float) -> None:

@@ -12,6 +12,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +21,11 @@ import numpy as np
 from composition import atomic, backbones
 from composition.adapters import Adapters
 from composition.backbones.base import Backbone
+from composition.backbones.loading import open as opening
 from composition.training.concept import Concept, Plan, latents_of, train
 from retrieval.judge import Judge
 
-from . import looks, measure
+from . import flux, looks, measure
 from .art import ART
 from .autoencoder import tensor
 from .labelled import further_names
@@ -38,6 +40,7 @@ PLAN = Plan(
     rank=4, rate=8e-3, steps=100, batch=4, targets=("attention", "feed_forward", "convolution"),
     noise=(0.5, 1.0), warm=10, half=True,
 )  # fmt: skip  # more noise than the base trains on: what a thing is shows before its edges do
+FLUX_PLAN = replace(PLAN, targets=("attention", "feed_forward", "projection"), noise=(flux.CENTRE + 0.4, 1.0))
 TOGETHER = 8  # LoRAs that train as one batch, row beside row
 SCENES = 32  # of each LoRA
 VARIANTS = 24  # drawings of each place
@@ -213,14 +216,14 @@ def pictures(world: World, entry: Entry, count: int = SCENES) -> np.ndarray:
 
 def make(pipe, art: Path, some: Sequence[Entry], folder: Path, work: Path, *, plan: Plan = PLAN, together: int = TOGETHER,
          scenes: int = SCENES, part: tuple[int, int] = (1, 1), over: Callable[[], bool] = lambda: False,
-         report: Callable[[str], None] = print) -> bool:  # fmt: skip
+         report: Callable[[str], None] = print, base: str = "pocket") -> bool:  # fmt: skip
     """Train each of these that has no file yet, ``together`` at once; True when none is left.
 
     part: (k, n) leaves all groups but every n-th from the k-th on to other processes, which may work in the same folders.
     over: asked after every step; when it says True training stops, and the next call goes on from the checkpoint in ``work``. The manifest
     lists the files that are there.
     """
-    backbone, world = backbones.of(pipe, "sd"), world_of(art, some, pipe.vae.config.sample_size)
+    backbone, world = backbones.of(pipe, opening.family(pipe)), world_of(art, some, pipe.vae.config.sample_size)
     groups = [some[first : first + together] for first in range(0, len(some), together)]
     for group in groups[part[0] - 1 :: part[1]]:
         missing = [entry for entry in group if not (folder / f"{entry.stem}.safetensors").is_file()]
@@ -230,9 +233,9 @@ def make(pipe, art: Path, some: Sequence[Entry], folder: Path, work: Path, *, pl
         if over() or not _learn(backbone, world, missing, folder, work, plan, scenes, over):
             report("the budget is spent; the same command with a budget goes on from here")
             return False
-        write_manifest(folder, some, scenes)
+        write_manifest(folder, some, scenes, base)
         report(f"{missing[0].stem} to {missing[-1].stem}: {(time.process_time() - begun) / len(missing):.1f} core-seconds a LoRA")
-    write_manifest(folder, some, scenes)
+    write_manifest(folder, some, scenes, base)
     return True
 
 
@@ -258,14 +261,14 @@ def _learn(backbone: Backbone, world: World, group: Sequence[Entry], folder: Pat
     return bool(done)
 
 
-def write_manifest(folder: Path, some: Sequence[Entry], scenes: int = SCENES) -> Path:
+def write_manifest(folder: Path, some: Sequence[Entry], scenes: int = SCENES, base: str = "pocket") -> Path:
     """``manifest.json``: of every file that is there what it is, its captions, prompts that want it, and the art it was drawn from."""
     rows = [{"file": f"{entry.stem}.safetensors", "name": entry.name, "category": entry.category, "concept": entry.concept, "phrase": entry.phrase,
              "trigger": entry.trigger, "split": entry.split, "art": entry.vendor, "form": entry.form,
              "captions": list(dict.fromkeys(line.caption for line in lines(entry, scenes))), "queries": queries(entry)}
             for entry in some if (folder / f"{entry.stem}.safetensors").is_file()]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    return atomic.write(folder / MANIFEST, json.dumps({"base": "pocket", "recipe": RECIPE, "loras": rows}, indent=1) + "\n")
+    return atomic.write(folder / MANIFEST, json.dumps({"base": base, "recipe": RECIPE, "loras": rows}, indent=1) + "\n")
 
 
 def figures(pipe, judge: Judge, art: Path, some: Sequence[Entry], folder: Path, count: int, of: int = 6) -> dict[str, dict[str, float | str]]:
