@@ -164,10 +164,10 @@ def _near(base: Base, component: str, path: str, layer: Any, rank: int) -> tuple
     """The nearest LoRA of an update that is none, in float64; None of one that is, or where none is near without the base's weights."""
     if isinstance(getattr(layer, "factors", layer), Factors):
         return None
-    found = nearest(layer, tuple(base.components[component].get_submodule(path).weight.shape), rank)
-    if found is None:
+    nearby = nearest(layer, tuple(base.components[component].get_submodule(path).weight.shape), rank)
+    if nearby is None:
         return None
-    return found[0], Left(found[1], reduce(torch.promote_types, (_numbers(tensor) for tensor in layer.tensors)))
+    return nearby[0], Left(nearby[1], reduce(torch.promote_types, (_numbers(tensor) for tensor in layer.tensors)))
 
 
 def _first(layer: Factors, rank: int, stated: bool) -> Factors:

@@ -71,11 +71,13 @@ class Card(NamedTuple):
 
 NOISY = ConditionPlan(rank=32, rate=5e-3, steps=800, batch=2, views=4, noise=(1.5, 1.2), empty=0.2, drop=0.0, warm=20)  # settles where things stand
 CLEARER = replace(NOISY, rate=4e-3, steps=600, batch=4, noise=(0.7, 1.2))  # and then what they look like
+FIRMER = replace(CLEARER, rate=3e-3, steps=3000)  # and keeps to it
 COARSE = Stage(0.75, -1.5, NOISY, 1600)
 CARDS = {
     "canny": Card("Edges", "spatial", "canny", "black", (COARSE, Stage(1.0, -1.5, replace(NOISY, steps=1000), 2400), Stage(1.0, -0.7, CLEARER, 3000))),
     "layout": Card("Flat colours", "spatial", "layout", "black", (COARSE._replace(plan=replace(NOISY, steps=450)),
-                                                                  Stage(0.75, -0.7, replace(CLEARER, steps=200), 1600))),  # fmt: skip
+                                                                  Stage(0.75, -0.7, replace(CLEARER, steps=200), 1600),
+                                                                  Stage(1.0, 0.0, FIRMER, 6000))),  # fmt: skip
     "subject": Card("A subject on plain ground", "subject", "", "white", (COARSE, Stage(0.75, -0.7, CLEARER, 3000))),
 }
 
