@@ -4,6 +4,8 @@ An evaluation's seconds are measured for a size of picture and carried over to o
 larger ones with the power GROWTH of them, since attention takes the square and the rest of a denoiser does not.
 """
 
+import ast
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -54,6 +56,22 @@ def evaluations(request: Request) -> float:
     if "K" not in cost:
         return 1.0
     return float(max(1, len(request.loras) + (cost != "K")))
+
+
+def expected(cost: str, loras: int) -> float:
+    """Evaluations of a step as a method's cost says, where it is a sum such as "about 1 + (K - 1) / 3", with so many LoRAs for K; 1 where it is
+    none."""
+    names, operators = {"K": float(loras)}, {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+    def value(node: ast.expr) -> float:
+        if isinstance(node, ast.BinOp):
+            return operators[type(node.op)](value(node.left), value(node.right))
+        return names[node.id] if isinstance(node, ast.Name) else float(node.value)  # type: ignore[attr-defined]
+
+    try:
+        return value(ast.parse(cost.removeprefix("about ").strip(), mode="eval").body)
+    except (SyntaxError, KeyError, AttributeError, TypeError, ValueError, ZeroDivisionError):
+        return 1.0
 
 
 def spoken(seconds: float) -> str:

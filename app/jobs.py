@@ -103,6 +103,10 @@ class Jobs:
             self._changed.notify_all()
             return job
 
+    def seconds(self, steps: int, evaluations: float, pixels: int) -> float | None:
+        """About how long such a picture takes here once its turn comes; None where nothing was measured yet."""
+        return self._meter.estimate(steps, evaluations, pixels) if self._meter is not None else None
+
     def cancel(self, number: int) -> None:
         """Stop the job of this number: at once when it waits, before its next evaluation when it runs. Else nothing."""
         with self._changed:

@@ -1,100 +1,146 @@
-// The cards of the LoRAs. props.cards: what the library knows of each; props.value: those chosen, [{key, weight}], in the
-// order of choosing. Words from files become text nodes, never markup.
+// The LoRAs of a picture, a row each, above all those that could be added. props.cards: what the library knows of each;
+// props.value: the rows, [{key, weight, on, binds, blocks}], in their order; props.recalled: {turn, rows}, rows that the server sets;
+// props.presets: parts of the model that a LoRA may be kept to, [{key, title}]; props.suggested: what the prompt calls for.
+const list = element.querySelector(".rows");
 const grid = element.querySelector(".cards");
 const find = element.querySelector(".find");
 const count = element.querySelector(".count");
 const suggested = element.querySelector(".suggested");
-const weights = new Map();  // key to weight, kept while a card is not chosen
-const chosen = new Set();
+const clamp = (value) => Math.min(2, Math.max(-1, value));
+const weights = new Map();  // key to weight, kept while a LoRA is not in use
+let rows = [];
 
-function make(tag, attributes, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value !== false) made.setAttribute(name, value);
-  }
-  made.append(...children);
-  return made;
-}
+const card = (key) => (props.cards ?? []).find((each) => each.key === key);
+const fresh = (key, more = {}) => ({ key, weight: weights.get(key) ?? 1, on: true, binds: "", blocks: "", ...more });
 
 function tell() {
-  props.value = [...chosen].map((key) => ({ key, weight: weights.get(key) ?? 1 }));
-  filter();
+  for (const row of rows) weights.set(row.key, row.weight);
+  props.value = rows.map(({ key, weight, on, binds, blocks }) => ({ key, weight, on, binds, blocks }));
+  const all = (props.cards ?? []).length, used = rows.filter((row) => row.on).length;
+  count.textContent = all ? `${used} of ${all} in use` : "none found: put .safetensors files into a LoRA folder";
   suggest();
 }
 
-function weigh(card) {
-  const limits = { min: -1, max: 2, step: 0.05, value: weights.get(card.key) ?? 1, "aria-label": `Weight of ${card.title}` };
-  const slide = make("input", { type: "range", ...limits });
-  const box = make("input", { type: "number", ...limits, "aria-label": `Weight of ${card.title} as a number` });
-  const set = (value) => {
-    if (!Number.isFinite(value)) return;
-    weights.set(card.key, Math.min(2, Math.max(-1, value)));
-    tell();
-  };
+function add(key, more) {
+  if (rows.some((row) => row.key === key)) return;
+  rows.push(fresh(key, more));
+  draw();
+}
+
+function remove(key) {
+  rows = rows.filter((row) => row.key !== key);
+  draw();
+}
+
+function picture(of) {
+  return of.preview ? make("img", { src: of.preview, alt: "" })
+    : make("span", { class: "letter", "aria-hidden": "true" }, [...of.title][0]?.toUpperCase() ?? "?");
+}
+
+function weigh(row, title) {
+  const limits = { min: -1, max: 2, step: 0.05, value: row.weight };
+  const slide = make("input", { type: "range", ...limits, "aria-label": `Weight of ${title}` });
+  const box = make("input", { type: "number", ...limits, "aria-label": `Weight of ${title} as a number` });
+  const set = (value) => { if (Number.isFinite(value)) { row.weight = clamp(value); tell(); } };
   slide.addEventListener("input", () => { box.value = slide.value; set(slide.valueAsNumber); });
   box.addEventListener("input", () => { if (box.value !== "") { slide.value = box.value; set(box.valueAsNumber); } });
-  box.addEventListener("change", () => { box.value = weights.get(card.key) ?? 1; slide.value = box.value; });
+  box.addEventListener("change", () => { box.value = row.weight; slide.value = row.weight; });
   return make("div", { class: "weight" }, slide, box);
 }
 
-function show(card) {
-  const name = `lora-${card.key}`;
-  const picture = card.preview ? make("img", { src: card.preview, alt: "" })
-    : make("span", { class: "letter", "aria-hidden": "true" }, [...card.title][0]?.toUpperCase() ?? "?");
-  const use = make("input", {
-    type: "checkbox", id: name, "aria-label": `Use ${card.title}`, disabled: card.trouble ? "" : false,
-    onchange: () => {
-      if (use.checked) chosen.add(card.key); else chosen.delete(card.key);
-      whole.classList.toggle("chosen", use.checked);
-      tell();
-    },
-  });
-  use.checked = chosen.has(card.key);
-  const words = card.triggers.slice(0, 8).map((word) => make("button", {
-    type: "button", class: "chip", title: "Add to the prompt", "aria-label": `Add “${word}” to the prompt`,
-    onclick: () => trigger("word", { word }),
-  }, word));
-  const whole = make("article", { class: "card", "data-key": card.key },
-    make("label", { class: "head", for: name }, picture,
-      make("span", { class: "name", title: card.title }, make("strong", {}, card.title), make("small", {}, card.trouble || card.category || "LoRA")),
-      use),
-    make("div", { class: "chips" }, ...words),
-    weigh(card));
-  whole.classList.toggle("chosen", use.checked);
-  whole.classList.toggle("trouble", Boolean(card.trouble));
-  whole.words = [card.title, card.key, card.category, ...card.triggers].join(" ").toLowerCase();
+function button(row, title, sign, what, act, more = {}) {
+  return make("button", { type: "button", "aria-label": `${what} ${title}`, title: what, "data-act": what, onclick: act, ...more }, sign);
+}
+
+function move(row, by) {
+  const at = rows.indexOf(row);
+  rows.splice(at, 1);
+  rows.splice(at + by, 0, row);
+  draw();
+  const whole = list.children[at + by];
+  (whole.querySelector(`[data-act="${by < 0 ? "Move up" : "Move down"}"]:not([disabled])`) ?? whole.querySelector("button")).focus();
+}
+
+function show(row, at) {
+  const of = card(row.key), title = of.title;
+  const on = make("input", { type: "checkbox", "aria-label": `${title} is on`, title: "Off keeps its weight", onchange: () => {
+    row.on = on.checked; whole.classList.toggle("off", !row.on); tell(); } });
+  on.checked = row.on;
+  const words = of.triggers.slice(0, 8).map((word) => make("button", {
+    type: "button", class: "chip", title: `Add to the prompt (${of.origin})`, "aria-label": `Add “${word}” to the prompt`,
+    onclick: () => trigger("word", { word }) }, word));
+  const binds = make("input", { type: "text", maxlength: 200, value: row.binds, placeholder: ["style", "place"].includes(of.category) ? "everywhere" : of.triggers[0] ?? "words of the prompt",
+    "aria-label": `${title} belongs to`, oninput: () => { row.binds = binds.value; tell(); } });
+  const blocks = make("select", { "aria-label": `Blocks of ${title}`, onchange: () => { row.blocks = blocks.value; tell(); } },
+    ...(props.presets ?? []).map(({ key, title: words }) => make("option", { value: key }, words)));
+  blocks.value = row.blocks;
+  const whole = make("article", { class: "lora", "data-key": row.key },
+    make("div", { class: "head" }, on, picture(of), make("span", { class: "name", title }, make("strong", {}, title), make("small", {}, of.category || "LoRA")),
+      button(row, title, "↑", "Move up", () => move(row, -1), { disabled: at === 0 ? "" : false }),
+      button(row, title, "↓", "Move down", () => move(row, 1), { disabled: at === rows.length - 1 ? "" : false }),
+      button(row, title, "×", "Remove", () => { remove(row.key); find.focus(); })),
+    weigh(row, title),
+    make("div", { class: "words" }, ...words,
+      make("label", { class: "binds", title: "The words of the prompt that this LoRA draws. Methods that give each LoRA its own place read it." }, "belongs to", binds),
+      ...((props.presets ?? []).length > 1 ? [make("label", { class: "blocks", title: "The part of the model that it changes" }, "in", blocks)] : [])));
+  whole.classList.toggle("off", !row.on);
   return whole;
 }
 
-function filter() {  // a chosen card stays in sight
-  const wanted = find.value.trim().toLowerCase();
-  for (const card of grid.children) card.hidden = !(card.words.includes(wanted) || chosen.has(card.dataset.key));
-  const all = grid.children.length;
-  count.textContent = all ? `${chosen.size} of ${all} in use` : "none found";
+function tile(of) {
+  const use = make("input", { type: "checkbox", "aria-label": `Use ${of.title}`, disabled: of.trouble ? "" : false,
+    onchange: () => (use.checked ? add(of.key) : remove(of.key)) });
+  const whole = make("label", { class: "card", "data-key": of.key, title: of.trouble || [of.title, ...of.triggers].join(", ") },
+    use, picture(of), make("span", { class: "name" }, make("strong", {}, of.title), make("small", {}, of.trouble || of.category || "LoRA")));
+  whole.classList.toggle("trouble", Boolean(of.trouble));
+  whole.words = [of.title, of.key, of.category, ...of.triggers].join(" ").toLowerCase();
+  return whole;
+}
+
+function mark() {
+  for (const each of grid.children) {
+    const used = rows.some((row) => row.key === each.dataset.key);
+    each.classList.toggle("chosen", used);
+    each.querySelector("input").checked = used;
+  }
+}
+
+function filter() {
+  const wanted = find.value.trim().toLowerCase().split(/\s+/);
+  for (const each of grid.children) each.hidden = !wanted.every((word) => each.words.includes(word));
 }
 
 function draw() {
-  const cards = props.cards ?? [];
-  for (const key of [...chosen]) if (!cards.some((card) => card.key === key && !card.trouble)) chosen.delete(key);
-  grid.replaceChildren(...cards.map(show));
+  rows = rows.filter((row) => card(row.key) && !card(row.key).trouble);
+  list.replaceChildren(...rows.map(show));
+  mark();
   tell();
 }
 
-function suggest() {  // what the prompt calls for and is not chosen yet
-  const fresh = (props.suggested ?? []).filter((each) => !chosen.has(each.key) && (props.cards ?? []).some((card) => card.key === each.key));
-  suggested.replaceChildren(...(fresh.length ? [make("span", {}, "Suggested:")] : []), ...fresh.map((each) => make("button", {
+function suggest() {  // what the prompt calls for and is not in use yet, with the reason
+  const open = (props.suggested ?? []).filter((each) => card(each.key) && !rows.some((row) => row.key === each.key));
+  suggested.replaceChildren(...(open.length ? [make("span", {}, "Suggested:")] : []), ...open.map((each) => make("button", {
     type: "button", class: "chip", title: each.why, "aria-label": `Use ${each.title}: ${each.why}`,
     onclick: () => {
-      if (!weights.has(each.key)) weights.set(each.key, each.weight);
-      chosen.add(each.key);
-      draw();
+      add(each.key, weights.has(each.key) ? {} : { weight: clamp(each.weight) });
       if (each.word) trigger("word", { word: each.word });
-    },
-  }, each.title)));
+    } }, each.title, make("small", {}, each.why))));
+}
+
+function fill() {
+  grid.replaceChildren(...(props.cards ?? []).map(tile));
+  filter();
+  draw();
+}
+
+function recall() {
+  rows = (props.recalled?.rows ?? []).map((row) => fresh(row.key, row));
+  draw();
 }
 
 find.addEventListener("input", filter);
-watch("cards", draw);
+watch("cards", fill);
 watch("suggested", suggest);
-draw();
+watch("recalled", recall);
+rows = (props.value ?? []).map((row) => fresh(row.key, row));
+fill();

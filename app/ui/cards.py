@@ -29,7 +29,7 @@ _ORDER = {category: place for place, category in enumerate([*get_args(Category)[
 class Card:
     """One LoRA. key: its name on the page, unique. source: what a request calls it. preview: a data URL, or "".
 
-    trouble: why the file cannot be used, "" when its header could be read.
+    origin: where its trigger words stand. trouble: why the file cannot be used, "" when its header could be read.
     """
 
     key: str
@@ -39,11 +39,12 @@ class Card:
     triggers: tuple[str, ...] = ()
     preview: str = ""
     trouble: str = ""
+    origin: str = ""
 
     def shown(self) -> dict[str, Any]:
         """What the page gets: no path of this machine."""
         return {"key": self.key, "title": self.title, "category": self.category, "triggers": list(self.triggers),
-                "preview": self.preview, "trouble": self.trouble}
+                "preview": self.preview, "trouble": self.trouble, "origin": self.origin}
 
 
 def cards(files: Iterable[Path]) -> dict[str, Card]:
@@ -57,8 +58,8 @@ def cards(files: Iterable[Path]) -> dict[str, Card]:
         key = stem if alone else f"{stem} ({printable(shown(path.parent.name))})"
         while key in by_key:
             key += "'"
-        title, category, triggers, preview, trouble = _read(path, library.stamp(path))
-        by_key[key] = Card(key, path.stem if alone else str(path), title or key, category, triggers, preview, trouble)
+        title, category, triggers, preview, trouble, origin = _read(path, library.stamp(path))
+        by_key[key] = Card(key, path.stem if alone else str(path), title or key, category, triggers, preview, trouble, origin)
     return dict(sorted(by_key.items(), key=lambda pair: (_ORDER[pair[1].category], pair[1].title.lower(), pair[0])))
 
 
@@ -76,13 +77,14 @@ def with_words(prompt: str, words: Sequence[str]) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _read(path: Path, stamp: tuple[int, int]) -> tuple[str, str, tuple[str, ...], str, str]:
-    """(title, category, triggers, preview, trouble) of a file in the state that `stamp` stands for."""
+def _read(path: Path, stamp: tuple[int, int]) -> tuple[str, str, tuple[str, ...], str, str, str]:
+    """(title, category, triggers, preview, trouble, origin) of a file in the state that `stamp` stands for."""
     try:
         header = load_header(path).metadata
-        return (printable(metadata.title(header)), metadata.category(header), metadata.triggers(header), _picture(header.get(PREVIEW, "")), "")
+        origin = next((f"its file's {field}" for field in ("trigger_words", "modelspec.trigger_phrase") if header.get(field)), "")
+        return (printable(metadata.title(header)), metadata.category(header), metadata.triggers(header), _picture(header.get(PREVIEW, "")), "", origin)
     except Exception as error:  # one file, whatever is wrong with it, does not take the others down
-        return "", "", (), "", printable(library.trouble(error))
+        return "", "", (), "", printable(library.trouble(error)), ""
 
 
 def _picture(text: str) -> str:

@@ -9,16 +9,6 @@ const said = element.querySelector(".said");
 const rows = [];  // {id, name, image, source, annotator, strength, start, end, parts}
 let count = 0;
 
-function make(tag, attributes, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value !== false) made.setAttribute(name, value);
-  }
-  made.append(...children);
-  return made;
-}
-
 function tell() {
   props.value = rows.map(({ source, image, annotator, strength, start, end }) => ({ source, image, annotator, strength, start, end }));
   element.querySelector(".count").textContent = rows.length ? `${rows.length} in use` : "";

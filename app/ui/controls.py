@@ -4,7 +4,6 @@ The browser shrinks a picture and sends it as text inside the request: no file i
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -12,13 +11,13 @@ import gradio as gr
 from app.errors import sentence
 from app.terminal import printable
 from app.ui.cards import data_url
+from app.ui.scripts import script
 from composition import Condition, Refused, pictures
 from composition.annotators import ANNOTATORS, annotate
 
 if TYPE_CHECKING:
     from composition import Engine
 
-HERE = Path(__file__).parent
 MOST = 4  # pictures of one request: together they fit into what the door lets through
 MAX_TEXT = 950_000  # letters of one of them
 SIDE = 320  # pixels of what is shown of it
@@ -30,7 +29,7 @@ aria-label="Add a picture that controls"></label><p class="none">No condition Lo
 
 def component(engine: "Engine") -> gr.HTML:
     """Where pictures are dropped. Its value is what `conditions` reads; it triggers `look` for each picture that is to be shown."""
-    return gr.HTML([], html_template=MARKUP, js_on_load=(HERE / "controls.js").read_text("utf-8"), apply_default_css=False, elem_id="controls",
+    return gr.HTML([], html_template=MARKUP, js_on_load=script("controls"), apply_default_css=False, elem_id="controls",
                    sources=sources(engine), annotators=[{"key": name, "about": of.about} for name, of in ANNOTATORS.items() if not of.extra],
                    drawn={}, most=MOST)
 

@@ -7,7 +7,7 @@ another number a box, text a line, anything else a line of JSON. `T | None` is s
 import json
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -37,6 +37,21 @@ def options(method: Method, answers: Sequence[Any]) -> dict[str, Any]:
     read = method.read(values)
     return {item.name: values[item.name] for item in fields(method.options)
             if getattr(read, item.name) != _default(item)}
+
+
+def answers(method: Method, values: Mapping[str, Any]) -> list[Any]:
+    """The values of the components of `form` that say these options, the others at their defaults."""
+    hints = get_type_hints(method.options, include_extras=False)
+    return [_answer(hints[item.name], values.get(item.name, _default(item))) for item in fields(method.options)]
+
+
+def _answer(hint: Any, value: Any) -> Any:
+    """An option's value as its component has it."""
+    kind, optional = _bare(hint)
+    if value is None:
+        return ""
+    plain = kind in (str, bool, int, float) or bool(_choices(kind))
+    return value if plain and not optional or kind is str or _choices(kind) else json.dumps(value)
 
 
 def _component(item: Field, hint: Any, name: str) -> Component:

@@ -32,6 +32,10 @@ class Gallery:
         """Where a file that was added is served."""
         return quote(self._addresses[path])
 
+    def path(self, address: str) -> Path | None:
+        """The file that is served at an address; None where there is none. A tab that names a picture names its address."""
+        return self._paths.get(unquote(address))
+
     def read(self, address: str) -> bytes | None:
         """The bytes of the picture at a (still quoted or unquoted) address; None where there is none, or it is no plain file any more."""
         path = self._paths.get(unquote(address))

@@ -7,10 +7,12 @@ from pathlib import Path
 from PIL import Image
 
 from app import remarks
+from app.concepts import Verdict
+from app.cost import spoken
 from app.drawing import gate_map, overlay
 from app.jobs import Job
 from app.ui.cards import Card, data_url
-from composition import Result
+from composition import Request, Result
 
 Link = Callable[[Path], str]
 CRISP = 256  # pixels: a picture whose longer side is not over this is enlarged without blur
@@ -43,7 +45,10 @@ def status(job: Job, before: int) -> str:
 def _running(job: Job) -> str:
     if job.stop.is_set():
         return "Stopping before the next evaluation."
-    return f"Step {job.step} of {job.steps}, {job.seconds:.0f} s" if job.steps else "Preparing."
+    if not job.steps:
+        return "Preparing."
+    left = job.seconds / job.step * (job.steps - job.step) if job.step else 0.0
+    return f"Step {job.step} of {job.steps}, {job.seconds:.0f} s" + (f", about {spoken(left)} left" if left >= 1 else "")
 
 
 def stage(job: Job, link: Link) -> str:
@@ -57,6 +62,17 @@ def stage(job: Job, link: Link) -> str:
     return empty("Cancelled: nothing was kept." if job.state == "cancelled" else "No picture was made.")
 
 
+def said(words: str, lacking: Sequence[str] = ()) -> str:
+    """A line on what was done, and on what could not be."""
+    notes = "".join(f"<li>{escape(each)}</li>" for each in lacking)
+    return f'<div class="status done" role="status"><span>{escape(words)}</span>' + (f'<ul class="lacking">{notes}</ul>' if notes else "") + "</div>"
+
+
+def finished(address: str, request: Request) -> str:
+    """A picture that is served at an address already."""
+    return _picture(address, request.size or (CRISP, CRISP), request.prompt or "picture without a prompt", "final")
+
+
 def preview(image: Image.Image) -> str:
     return _picture(data_url(image.convert("RGB")), image.size, "preview of the picture in the making", "preview")
 
@@ -67,8 +83,23 @@ def _picture(source: str, size: tuple[int, int], about: str, kind: str) -> str:
             f'width="{size[0]}" height="{size[1]}"></div>')
 
 
-def report(result: Result, path: Path, link: Link) -> str:
-    """What the picture is made of: facts, one receipt per LoRA, what the user should know, which LoRA was dominant when, where
+def verdict_list(verdicts: Sequence[Verdict]) -> str:
+    """What the judge finds, a chip for each concept; "" where nothing is judged."""
+    chips = "".join(f'<li class="{_standing(each)}" title="{escape(_looked_for(each))}">'
+                    f'{escape(each.text())}</li>' for each in verdicts)
+    return f'<ul class="verdicts" aria-label="what the judge finds">{chips}</ul>' if chips else ""
+
+
+def _standing(verdict: Verdict) -> str:
+    return "unknown" if verdict.present is None else "found" if verdict.present else "lost" if verdict.lost else "absent"
+
+
+def _looked_for(verdict: Verdict) -> str:
+    return f"looked for: {verdict.phrase}" if verdict.phrase else "the judge does not know its trigger words"
+
+
+def report(result: Result, path: Path, link: Link, verdicts: Sequence[Verdict] = ()) -> str:
+    """What the picture is made of: facts, what the judge finds, one receipt per LoRA, what the user should know, which LoRA was dominant when, where
     each concept is, where the file is."""
     request, image = result.request, result.images[0]
     facts = {
@@ -88,7 +119,7 @@ def report(result: Result, path: Path, link: Link) -> str:
     masks = f'<div class="places" aria-label="where each concept is">{tiles}</div>' if tiles else ""
     gates = gate_map.heat_map(result.notes)
     masks += f'<div class="places"><img class="gates" src="{data_url(gates)}" alt="the gate of each LoRA by layer and step"></div>' if gates else ""
-    return (f'<div class="report"><dl>{pairs}</dl><ul class="receipts" aria-label="receipts">{receipts}{remarked}</ul>{timeline}{masks}'
+    return (f'<div class="report"><dl>{pairs}</dl>{verdict_list(verdicts)}<ul class="receipts" aria-label="receipts">{receipts}{remarked}</ul>{timeline}{masks}'
             f'<p class="file"><a id="download" href="{escape(link(path))}" download="{escape(path.name)}">Download</a> '
             f'<span>{escape(str(path.absolute()))}</span></p></div>')
 

@@ -74,7 +74,8 @@ def opened(engine: "Engine", folder: Path, number: int, *, browse: bool = False,
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-        from app.ui.page import HERE, Page
+        from app.ui.page import Page
+        from app.ui.scripts import HERE
 
         look = gr.themes.Default(
             primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg",

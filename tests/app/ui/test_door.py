@@ -27,7 +27,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from app.ui import cards, page, serve
+from app.ui import cards, compose_form, making, page, serve
 from composition import Engine, Request, record
 from tests.app.ui.visitor import Visitor, free_port, shown_until, until
 
@@ -146,7 +146,7 @@ def test_a_client_that_goes_away_while_its_picture_is_made_cancels_it(place, vis
 
 
 def test_a_client_that_never_looks_has_no_picture_made(place, visitor, monkeypatch):
-    monkeypatch.setattr(page, "GRACE", 0.5)
+    monkeypatch.setattr(making, "GRACE", 0.5)
     for _ in range(3):
         visitor.join(prompt="nobody looks", steps=1000, size="256x256")
     _free(place)
@@ -301,7 +301,7 @@ def test_no_file_is_read_and_nothing_is_drawn_on_the_loop(place, visitor, monkey
             return work(*arguments, **more)
         return run
 
-    monkeypatch.setattr(page, "cards", watched("cards", cards.cards))
+    monkeypatch.setattr(compose_form, "cards", watched("cards", cards.cards))
     monkeypatch.setattr(cards, "load_header", watched("header", cards.load_header))
     monkeypatch.setattr(place[3], "loras", watched("loras", place[3].loras))
     for part in ("stage", "report", "preview"):

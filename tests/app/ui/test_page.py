@@ -65,7 +65,7 @@ def tab(server, browser):
         if not request.url.startswith((server.address, "data:", "blob:")):
             strays.append(request.url)
 
-    def open_tab(width=1280, height=900, **more):
+    def open_tab(width=1280, height=900, *, example=False, **more):
         context = browser.new_context(viewport={"width": width, "height": height}, **more)
         context.set_default_timeout(PATIENCE)
         opened.append(context)
@@ -76,6 +76,9 @@ def tab(server, browser):
         page.goto(server.address)
         page.locator(".card[data-key=raccoon]").wait_for()
         page.locator("#generate").wait_for()
+        if not example:
+            page.locator("#clear").click()
+            page.wait_for_function("() => !document.querySelector('#prompt textarea').value && !document.querySelector('.lora')")
         return page
 
     yield open_tab
@@ -107,6 +110,14 @@ def more(page, **values: object) -> None:
     unfold(page, "more")
     for name, value in values.items():
         fill(page, name, value)
+
+
+def choose_method(page, title: str) -> None:
+    """Type the method's title and take it."""
+    field = page.locator("#method input")
+    field.click()
+    field.fill(title)
+    page.get_by_role("option").filter(has_text=re.compile(rf"^\W*{re.escape(title)}\W*·")).click()
 
 
 def seed(page, value: int) -> None:
@@ -172,7 +183,7 @@ def test_the_page_shows_where_each_concept_is_and_who_led_when(tab):
     for name in ("Wolf", "Owl"):
         page.get_by_label(f"Use {name}", exact=True).check()
     fill(page, "prompt", "a wolf and an owl in the forest")
-    page.locator("#method").get_by_label("CLoRA fast", exact=True).check()
+    choose_method(page, "CLoRA fast")
     more(page, steps=10, size="64x64")
     seed(page, 1)
     generate(page)
@@ -184,7 +195,7 @@ def test_the_page_shows_where_each_concept_is_and_who_led_when(tab):
     if folder := os.environ.get("MEDLEY_SCREENSHOTS"):
         page.screenshot(path=f"{folder}/places.png", full_page=True)
     page.evaluate("document.querySelector('#status .done').remove()")
-    page.locator("#method").get_by_label("CMLoRA", exact=True).check()
+    choose_method(page, "CMLoRA")
     generate(page)
     done(page)
     page.locator("#report .timeline").wait_for()
@@ -272,9 +283,9 @@ def test_what_cannot_be_made_is_a_sentence_and_the_form_stays(tab, values, said)
 def test_trigger_words_by_chip_and_by_button(tab):
     page = tab()
     prompt = page.locator("#prompt textarea")
+    page.get_by_label("Use Raccoon").check()
     page.get_by_label("Add “raccoon” to the prompt").click()
     page.wait_for_function("() => document.querySelector('#prompt textarea').value === 'raccoon'")
-    page.get_by_label("Use Raccoon").check()
     page.get_by_label("Use On the moon").check()
     hint = page.locator("#hint")
     hint.get_by_text("no trigger word of On the moon").wait_for()
@@ -291,15 +302,15 @@ def test_a_methods_options_follow_it_and_are_kept(tab, tmp_path):
     assert page.locator("#options-merge").count() == 0 or page.locator("#options-merge").is_hidden()
     page.get_by_label("Use Owl").check()
     page.get_by_label("Use Raccoon").check()
-    page.get_by_label("Switch", exact=True).check()
+    choose_method(page, "Switch")
     page.get_by_text("One LoRA at a time, in turn").wait_for()
     unfold(page, "options-switch")
     fill(page, "option-switch-tau", 2)
     page.keyboard.press("Tab")  # as anybody leaves a field
-    page.get_by_label("Composite", exact=True).check()
+    choose_method(page, "Composite")
     page.get_by_text("Makes one prediction with each LoRA at every step").wait_for()
     page.locator("#options-switch").wait_for(state="hidden")
-    page.get_by_label("Switch", exact=True).check()
+    choose_method(page, "Switch")
     page.locator("#options-switch").wait_for()
     page.wait_for_function("() => document.querySelector('#option-switch-tau input').value === '2'")
     more(page, steps=4)
@@ -323,7 +334,7 @@ def test_markup_in_every_field_of_a_file_is_shown_as_text(server, tab):
     for card in (page.locator(".card[data-key=everything]"), named):
         card.locator("input[type=checkbox]").check()
     page.locator("#hint").get_by_text("alert(7)").wait_for()
-    named.locator(".chip").first.click()
+    page.locator(".lora", has=page.locator("strong", has_text="alert(7)")).locator(".chip").first.click()
     fill(page, "prompt", f"a fox {EVIL}")
     more(page, steps=1, negative=EVIL)
     generate(page)
@@ -332,9 +343,9 @@ def test_markup_in_every_field_of_a_file_is_shown_as_text(server, tab):
     page.reload()
     page.locator(".card[data-key=everything]").wait_for()
     assert alerts == [] and page.evaluate("window.evil") is None
-    assert page.locator("[onerror], [src=x], .card script, #hint script, #report script, .card b").count() == 0
-    inside = page.locator("#loras .cards *").evaluate_all("parts => [...new Set(parts.map(part => part.localName))].sort()")
-    assert inside == ["article", "button", "div", "img", "input", "label", "small", "span", "strong"]
+    assert page.locator("[onerror], [src=x], #loras script, #hint script, #report script, #loras b").count() == 0
+    inside = page.locator("#loras .loras *").evaluate_all("parts => [...new Set(parts.map(part => part.localName))].sort()")
+    assert set(inside) <= {"article", "button", "div", "h2", "img", "input", "label", "option", "select", "small", "span", "strong"}
 
 
 def test_words_and_pictures_of_files_are_shown_and_never_run(tab):
@@ -357,7 +368,8 @@ def test_the_filter_keeps_what_is_chosen_in_sight(tab):
     page = tab(width=400)
     page.get_by_label("Use Raccoon").check()
     page.get_by_label("Filter the LoRAs").fill("tealword")
-    assert page.locator(".card:visible").evaluate_all("cards => cards.map(card => card.dataset.key)") == ["raccoon", "pictured"]
+    assert page.locator(".card:visible").evaluate_all("cards => cards.map(card => card.dataset.key)") == ["pictured"]
+    assert page.locator(".lora:visible").evaluate_all("rows => rows.map(row => row.dataset.key)") == ["raccoon"]
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
@@ -370,11 +382,11 @@ def test_what_the_prompt_calls_for_is_suggested(tab):
         page.wait_for_timeout(1000)
         if chips.count() == 2:
             break
-    assert sorted(chips.all_inner_texts()) == ["Dragon", "Neon night"]
+    assert [text.split("\n")[0] for text in sorted(chips.all_inner_texts())] == ["Dragon", "Neon night"]
     dragon = page.locator(".suggested .chip", has_text="Dragon")
     assert "the prompt says 'dragon'" in dragon.get_attribute("title")
     dragon.click()
-    assert page.get_by_label("Use Dragon", exact=True).is_checked() and chips.all_inner_texts() == ["Neon night"]
+    assert page.get_by_label("Use Dragon", exact=True).is_checked() and [text.split("\n")[0] for text in chips.all_inner_texts()] == ["Neon night"]
     chips.click()
     page.wait_for_function("document.querySelector('#prompt textarea').value.includes('neon lights')")
     prompt.fill("a submarine")

@@ -51,7 +51,8 @@ class Visitor:
         return dependency["id"], dependency["inputs"]
 
     def join(self, **values: object) -> None:
-        """Press Generate with these values of components by elem_id, the others as the page first has them."""
+        """Press Generate with these values of components by elem_id, the others as the page first has them, without its example."""
+        values = {"loras": [], "method": "merge", **values}
         number, inputs = self.event("generate", "click")
         props = {component["id"]: component["props"] for component in self.config()["components"]}
         data = [values.get(props[part].get("elem_id", "").replace("-", "_"), props[part].get("value")) for part in inputs]
