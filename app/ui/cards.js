@@ -124,7 +124,7 @@ function suggest() {  // what the prompt calls for and is not in use yet, with t
     onclick: () => {
       add(each.key, weights.has(each.key) ? {} : { weight: clamp(each.weight) });
       if (each.word) trigger("word", { word: each.word });
-    } }, each.title, make("small", {}, each.why))));
+    } }, make("b", {}, each.title), make("small", {}, each.why.split(";")[0]))));
 }
 
 function fill() {

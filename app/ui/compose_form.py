@@ -46,7 +46,8 @@ class ComposeForm:
             self.hint = gr.HTML(elem_id="hint")
             self.add = gr.Button("Add trigger words", size="sm", min_width=150, scale=0, elem_id="add-words")
         self.cards = lora_rows.component(self._engine, shelf, first.rows if first else [])
-        self._method(first.method if first else Request(prompt="").method, len(first.loras) if first else 0)
+        self.first = (first.method, first.rows) if first else (Request(prompt="").method, [])
+        self._method(*self.first)
         self.controls = controls.component(self._engine)
         with gr.Row(elem_id="seeds"):
             self.random = gr.Checkbox(True, label="Random seed", info="A new one for every picture.", elem_id="random")
@@ -54,12 +55,12 @@ class ComposeForm:
         with gr.Accordion("More: steps, size, negative", open=False, elem_id="more"):
             self._more()
 
-    def _method(self, name: str, loras: int) -> None:
+    def _method(self, name: str, rows: list[dict[str, Any]]) -> None:
         with gr.Group(elem_id="how"):
             self.goal = gr.Radio([(goal.title, key) for key, goal in method_choice.GOALS.items()], value=method_choice.goal(self.methods[name]),
                                  label="How the LoRAs are combined", elem_id="goal")
             self.method = gr.Dropdown(method_choice.choices(self.methods), value=name, label="Method", show_label=False, filterable=True, elem_id="method")
-            self.about = gr.Markdown(self.describe(name, [{}] * loras, None, ""), elem_id="method-about")
+            self.about = gr.Markdown(self.describe(name, rows, None, ""), elem_id="method-about")
         self.options: dict[str, list[Component]] = {}
         self.forms: dict[str, gr.Accordion] = {}
         for name_, method in self.methods.items():

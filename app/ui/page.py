@@ -23,7 +23,8 @@ from composition import Refused, Request, record
 if TYPE_CHECKING:
     from composition import Engine
 
-TO_PICTURE = "() => { if (window.innerWidth < 900) document.querySelector('#stage')?.scrollIntoView({ behavior: 'smooth', block: 'start' }); }"
+TO_PICTURE = ("(...answers) => { if (window.innerWidth < 900) document.querySelector('#status')?.scrollIntoView({ behavior: 'smooth', block: 'start' });"
+              " return answers; }")  # where the picture is far down the page
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 SWIFT: dict[str, Any] = QUIET | {"queue": False}
 
@@ -70,15 +71,14 @@ class Page:
         form = self.form
         gr.on([self.generate.click, form.prompt.submit], self._generate, form.inputs,
               [self.status, self.stage, self.report, self.generate, self.cancel, form.seed, self.number, self.next, self.address],
-              concurrency_limit=None, trigger_mode="once", **QUIET)
-        gr.on([self.generate.click, form.prompt.submit], None, None, None, js=TO_PICTURE, **SWIFT)
+              concurrency_limit=None, trigger_mode="once", js=TO_PICTURE, **QUIET)
         self.cancel.click(self._jobs.cancel, self.number, None, **SWIFT)
         for button, example in form.examples:
             button.click(partial(form.example, example), None, form.outputs, **SWIFT)
         form.clear.click(form.emptied, None, form.outputs, **SWIFT)
         form.goal.input(self._follow_goal, form.goal, form.method, **SWIFT)
         form.method.change(self._follow, form.method, [form.goal, *form.forms.values()], **SWIFT)
-        gr.on([form.method.change, form.cards.change, form.steps.change, form.size.change, self.blocks.load], form.describe,
+        gr.on([form.method.change, form.cards.change, form.steps.change, form.size.change], form.describe,
               [form.method, form.cards, form.steps, form.size], form.about, trigger_mode="always_last", **SWIFT)
         form.cards.word(self._word, form.prompt, form.prompt, **SWIFT)
         gr.on([form.prompt.change, form.cards.change], self._hint, [form.prompt, form.cards], [form.lacking, form.hint],
@@ -87,9 +87,14 @@ class Page:
         form.add.click(self._add, [form.prompt, form.cards], form.prompt, **SWIFT)
         form.controls.look(self._look, form.size, form.controls, trigger_mode="multiple", **SWIFT)
         self.keep.click(self._seed_of, self.address, [form.random, form.seed], **SWIFT)
-        self.blocks.load(lambda: (gr.HTML(cards=[card.shown() for card in form.shelf().values()]), gr.HTML(sources=controls.sources(self._engine))),
-                         None, [form.cards, form.controls], **SWIFT)
+        self.blocks.load(self._load, None, [form.cards, form.controls, form.about], **SWIFT)
         self.compare.wire(form, self.tabs, variations=(self.variations, self.address), others=(self.others, self.address), use=(self._use, self._used))
+
+    def _load(self) -> tuple[Any, Any, str]:
+        """What may have changed since the page was built: the files, and what is known of this machine's speed."""
+        method, rows = self.form.first
+        return (gr.HTML(cards=[card.shown() for card in self.form.shelf().values()]), gr.HTML(sources=controls.sources(self._engine)),
+                self.form.describe(method, rows, None, ""))
 
     # what happens ------------------------------------------------------------------------------------------------------
 

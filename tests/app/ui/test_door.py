@@ -262,7 +262,7 @@ def _listed(visitor: Visitor) -> dict[str, dict]:
     body = json.dumps({"data": [], "fn_index": load["id"], "session_hash": visitor.client}).encode()
     status, _, answer = visitor.ask("POST", "/gradio_api/run/predict", body, **{"Content-Type": "application/json"})
     assert status == 200, answer
-    update, _ = json.loads(answer)["data"]
+    update, *_ = json.loads(answer)["data"]
     return {card["key"]: card for card in update["props"]["cards"]}
 
 
