@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from composition import Receipt, Request, prompts
+from composition import Receipt, Refused, Request, prompts
 from composition.bundled import BUNDLES
 
 if TYPE_CHECKING:
@@ -48,7 +48,10 @@ def verdicts(request: Request, receipts: Sequence[Receipt], picture: Image.Image
     """On the concepts of a settled request, whose receipts are in the order of its LoRAs; LoRAs that are off have none. Empty where the model has no judge."""
     if request.model not in BUNDLES:
         return []
-    judge = _judge()
+    try:
+        judge = _judge()
+    except Refused:  # open-clip is not installed
+        return []
     triggers = {name: lora.triggers or receipt.triggers for name, lora, receipt in zip(request.names, request.loras, receipts, strict=True) if name in request.composed}
     phrases = {name: phrase(words, judge.thresholds) for name, words in triggers.items()}
     known = set(phrases.values())

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.exceptions import Abort, Exit, TyperException
 
-from app import engines, options, remarks, settings, workbench
+from app import concepts, engines, options, remarks, settings, workbench
 from app.cli import (
     annotate,
     batch,
@@ -149,6 +149,8 @@ def generate(
         out.print(Text(line))
     for path, result in results:
         out.print(Text(f"{path}  seed {result.request.seed}, {sum(result.seconds.values()):.1f} s"))
+        if line := concepts.lost(concepts.verdicts(result.request, result.receipts, result.images[0])):
+            out.print(Text(printable(f"{path.name}: {line}"), style="yellow"))
     for sheet in filter(None, drawn_places):
         out.print(Text(f"{sheet}  {'how far each LoRA is let through, by layer and step' if sheet.stem.endswith('-gates') else 'where each LoRA acts'}"))
     if masks and (names := remarks.everywhere(results[0][1].notes)):

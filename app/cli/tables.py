@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from app import remarks
+from app import concepts, remarks
 from app.cli.session import Tile
 from app.terminal import printable
 from composition import Receipt, Request, Result
@@ -204,15 +204,27 @@ def behaviours(console: Console, measured: Sequence[tuple["Behaviour", bool]]) -
 
 def tiles(console: Console, pictures: Sequence[Tile], sheet: Path) -> None:
     """A table of the ways a picture was made, and where the strip is."""
-    rows = table("picture", "seconds", "evaluations", "file", right=("seconds", "evaluations"))
-    for tile in pictures:
+    found = [_found(tile) for tile in pictures]
+    judged = ("judge",) if any(found) else ()
+    rows = table("picture", "seconds", "evaluations", *judged, "file", right=("seconds", "evaluations"))
+    for tile, words in zip(pictures, found, strict=True):
+        said = [Text(printable(words))] if judged else []
         if tile.path is None:
-            rows.add_row(tile.title, "", "", Text(f"not made: {printable(tile.refused)}", style="yellow"))
+            rows.add_row(tile.title, "", "", *said, Text(f"not made: {printable(tile.refused)}", style="yellow"))
         else:
             alike = " (no LoRA has a region: the same as Merge)" if tile.result and tile.result.notes.get("no regions") else ""
-            rows.add_row(tile.title, f"{tile.seconds:.1f}", str(tile.evaluations), Text(tile.path.name + alike))
+            rows.add_row(tile.title, f"{tile.seconds:.1f}", str(tile.evaluations), *said, Text(tile.path.name + alike))
     console.print(rows)
     console.print(Text(f"side by side: {sheet}"))
+
+
+def _found(tile: Tile) -> str:
+    """What the judge says of a picture's LoRAs: "all found", those that are not, "" where none was judged."""
+    if tile.result is None:
+        return ""
+    verdicts = [each for each in concepts.verdicts(tile.result.request, tile.result.receipts, tile.result.images[0]) if each.lora and each.present is not None]
+    lost = ", ".join(each.lora for each in verdicts if each.lost)
+    return f"no {lost}" if lost else "all found" if verdicts else ""
 
 
 def generated(request: Request, results: Sequence[tuple[Path, Result]], seed_drawn: bool) -> str:
