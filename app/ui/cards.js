@@ -138,8 +138,41 @@ function recall() {
   draw();
 }
 
+const zone = element.querySelector(".drop");
+const said = element.querySelector(".said");
+let awaited = [];  // names of dropped files whose cards are to come
+
+async function take(files) {
+  for (const file of files) {
+    said.textContent = `Reading ${file.name} …`;
+    said.classList.remove("trouble");
+    let answer;
+    try {
+      answer = await (await fetch(`dropped/${encodeURIComponent(file.name)}`, { method: "POST", body: file })).json();
+    } catch {
+      answer = { trouble: `${file.name} could not be sent` };
+    }
+    said.textContent = answer.trouble ?? answer.receipt;
+    said.classList.toggle("trouble", "trouble" in answer);
+    if (answer.name) { awaited.push(answer.name); trigger("dropped", {}); }
+  }
+}
+
+function arrive() {  // a dropped LoRA is in use as soon as its card is there
+  fill();
+  for (const name of awaited.splice(0)) {
+    const keys = (props.cards ?? []).map((each) => each.key).filter((key) => key === name || key.startsWith(`${name} (`));
+    if (keys.length) add(keys.at(-1)); else awaited.push(name);
+  }
+}
+
+const pick = zone.querySelector("input");
+pick.addEventListener("change", () => { take([...pick.files]); pick.value = ""; });
+for (const kind of ["dragenter", "dragover"]) zone.addEventListener(kind, (event) => { event.preventDefault(); zone.classList.add("over"); });
+for (const kind of ["dragleave", "drop"]) zone.addEventListener(kind, (event) => { event.preventDefault(); zone.classList.remove("over"); });
+zone.addEventListener("drop", (event) => take([...event.dataTransfer.files]));
 find.addEventListener("input", filter);
-watch("cards", fill);
+watch("cards", arrive);
 watch("suggested", suggest);
 watch("recalled", recall);
 rows = (props.value ?? []).map((row) => fresh(row.key, row));

@@ -47,15 +47,18 @@ class Card:
                 "preview": self.preview, "trouble": self.trouble, "origin": self.origin}
 
 
-def cards(files: Iterable[Path]) -> dict[str, Card]:
-    """Every file's card by key, in the order of the categories, then of the titles. A header is read once per change."""
-    paths = list(dict.fromkeys(files))
+def cards(files: Iterable[Path], elsewhere: Sequence[Path] = ()) -> dict[str, Card]:
+    """Every file's card by key, in the order of the categories, then of the titles. A header is read once per change.
+
+    files: those that a request may name by their stems; elsewhere: others, which it names by where they lie.
+    """
+    paths = list(dict.fromkeys([*files, *elsewhere]))
     stems = [printable(shown(path.stem)) for path in paths]
     counts = Counter(stems)
     by_key: dict[str, Card] = {}
     for path, stem in zip(paths, stems, strict=True):
-        alone = counts[stem] == 1
-        key = stem if alone else f"{stem} ({printable(shown(path.parent.name))})"
+        alone = counts[stem] == 1 and path not in elsewhere
+        key = stem if counts[stem] == 1 else f"{stem} ({printable(shown(path.parent.name))})"
         while key in by_key:
             key += "'"
         title, category, triggers, preview, trouble, origin = _read(path, library.stamp(path))

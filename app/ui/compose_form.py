@@ -12,6 +12,7 @@ from app import options
 from app.jobs import Jobs
 from app.ui import controls, examples, forms, lora_rows, method_choice
 from app.ui.cards import Card, cards
+from app.ui.drops import Drops
 from composition import Refused, Request, methods, samplers
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ Changes = dict[Any, Any]  # component to its new value
 class ComposeForm:
     """The components of the form. It holds nothing of a visitor: what a tab has chosen is in the tab."""
 
-    def __init__(self, engine: "Engine", jobs: Jobs) -> None:
-        self._engine, self._jobs = engine, jobs
+    def __init__(self, engine: "Engine", jobs: Jobs, drops: Drops) -> None:
+        self._engine, self._jobs, self._drops = engine, jobs, drops
         self.methods = methods.all()
         self._parts = lora_rows.blocks(engine)
 
@@ -169,7 +170,7 @@ class ComposeForm:
     def shelf(self) -> Mapping[str, Card]:
         """The LoRAs that can be chosen, by key."""
         read_pictures = {each.path for each in self._engine.conditions()}
-        return cards(path for path in self._engine.loras() if path not in read_pictures)
+        return cards((path for path in self._engine.loras() if path not in read_pictures), self._drops.files())
 
     def describe(self, name: str, rows: Any, steps: Any, size: str) -> str:
         """The lines under a method: what it does and what a picture costs."""

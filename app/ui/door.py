@@ -1,7 +1,7 @@
 """The door of the page: which requests reach it, how large they may be, who is still there, and the pictures of finished jobs.
 
-It stands before Gradio as ASGI middleware. Of Gradio's routes those that the page needs are open and no others: nothing can be
-uploaded, no file of this machine is served by its path, nothing is fetched for anybody.
+It stands before Gradio as ASGI middleware. Of Gradio's routes those that the page needs are open and no others: nothing is uploaded
+but LoRA files, which it takes itself (`drops`), no file of this machine is served by its path, nothing is fetched for anybody.
 """
 
 import asyncio
@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import parse_qs
 
+from app.ui.drops import PREFIX as DROPPED
+from app.ui.drops import Drops, answer
 from app.ui.gallery import HEADERS, PREFIX, Gallery
 
 Message = MutableMapping[str, Any]
@@ -46,8 +48,8 @@ class Presence:
 class Door:
     """ASGI middleware before `app`."""
 
-    def __init__(self, app: App, gallery: Gallery, presence: Presence) -> None:
-        self._app, self._gallery, self._presence = app, gallery, presence
+    def __init__(self, app: App, gallery: Gallery, presence: Presence, drops: Drops | None = None) -> None:
+        self._app, self._gallery, self._presence, self._drops = app, gallery, presence, drops
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -62,6 +64,8 @@ class Door:
             await (_answer(send, 200, picture, HEADERS) if picture is not None else _answer(send, 404))
         elif _foreign(scope):
             await _answer(send, 403)
+        elif path.startswith(DROPPED) and method == "POST" and self._drops is not None:
+            await self._drop(path, scope, receive, send)
         elif not OPEN.fullmatch(path) or method not in ("GET", "HEAD", "POST"):
             await _answer(send, 404)
         elif refusal := _too_large(scope):
@@ -70,6 +74,15 @@ class Door:
             await self._stream(scope, receive, send)
         else:
             await self._app(scope, receive, _guarded(send))
+
+    async def _drop(self, path: str, scope: Message, receive: Receive, send: Send) -> None:
+        length = _length(scope)
+        if length is None:
+            await _answer(send, 411)
+            return
+        assert self._drops is not None
+        taken = await self._drops.take(path, length, receive)
+        await _answer(send, 200, answer(taken), {"content-type": "application/json", "x-content-type-options": "nosniff"})
 
     async def _stream(self, scope: Message, receive: Receive, send: Send) -> None:
         client = next(iter(parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [])), "")
@@ -85,6 +98,13 @@ def _foreign(scope: Message) -> bool:
     headers = {name.lower(): value for name, value in scope["headers"]}
     origin = headers.get(b"origin")
     return origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
+
+
+def _length(scope: Message) -> int | None:
+    """The length of its body as a request says it; None where it says none, or no number."""
+    headers = {name.lower(): value for name, value in scope["headers"]}
+    length = headers.get(b"content-length", b"")
+    return int(length) if b"transfer-encoding" not in headers and length.isdigit() and len(length) < 16 else None
 
 
 def _too_large(scope: Message) -> int:

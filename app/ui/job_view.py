@@ -1,5 +1,6 @@
 """A job as the page shows it: where it stands, its picture, its receipt. Every word of a file or a user is escaped."""
 
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -23,6 +24,7 @@ def empty(words: str = "Your picture appears here.") -> str:
 
 
 def refusal(words: str) -> str:
+    words = re.sub(r"with binds, as in \{.*?\}", "under “belongs to”", words)  # a row of the page has a field for it
     return f'<p class="status error" role="alert">{escape(words[:1].upper() + words[1:])}</p>'
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 PARTS = {"down": "down blocks", "mid": "middle block", "up": "up blocks", "double": "double blocks", "single": "single blocks"}
 MARKUP = """<div class="loras"><div class="bar"><h2>LoRAs</h2><span class="count"></span></div><div class="rows"></div>
 <div class="suggested" role="status"></div>
-<input class="find" type="search" placeholder="Search LoRAs to add" aria-label="Filter the LoRAs"><div class="cards"></div></div>"""
+<input class="find" type="search" placeholder="Search LoRAs to add" aria-label="Filter the LoRAs"><div class="cards"></div>
+<label class="drop">Drop a LoRA file here, or choose one<input type="file" accept=".safetensors" multiple aria-label="Add a LoRA file"></label>
+<p class="said" role="status"></p></div>"""
 
 
 def component(engine: "Engine", shelf: Mapping[str, Card], rows: Sequence[Mapping[str, Any]]) -> gr.HTML:

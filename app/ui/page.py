@@ -15,6 +15,7 @@ from app.ui.cards import Card, lacking, with_words
 from app.ui.comparing import CompareTab
 from app.ui.compose_form import Changes, ComposeForm, read_size
 from app.ui.door import Presence
+from app.ui.drops import Drops
 from app.ui.gallery import Gallery
 from app.ui.making import Maker
 from app.ui.suggestions import Suggestions
@@ -35,11 +36,11 @@ class Page:
     It holds nothing of a visitor: what a tab has chosen is in the tab, the number of its job in the tab's state.
     """
 
-    def __init__(self, engine: "Engine", jobs: Jobs, gallery: Gallery, presence: Presence) -> None:
+    def __init__(self, engine: "Engine", jobs: Jobs, gallery: Gallery, presence: Presence, drops: Drops) -> None:
         self._engine, self._jobs, self._gallery = engine, jobs, gallery
         self._maker = Maker(jobs, presence)
         self._suggestions = Suggestions(engine)
-        self.form = ComposeForm(engine, jobs)
+        self.form = ComposeForm(engine, jobs, drops)
         self.compare = CompareTab(self._maker, gallery)
         with gr.Blocks(title="Medley", analytics_enabled=False, fill_width=True) as self.blocks:
             gr.HTML("<h1>Medley</h1><p>Several LoRAs in one picture.</p>", elem_id="title")
@@ -80,6 +81,7 @@ class Page:
         form.method.change(self._follow, form.method, [form.goal, *form.forms.values()], **SWIFT)
         gr.on([form.method.change, form.cards.change, form.steps.change, form.size.change], form.describe,
               [form.method, form.cards, form.steps, form.size], form.about, trigger_mode="always_last", **SWIFT)
+        form.cards.dropped(lambda: gr.HTML(cards=[card.shown() for card in form.shelf().values()]), None, form.cards, **SWIFT)
         form.cards.word(self._word, form.prompt, form.prompt, **SWIFT)
         gr.on([form.prompt.change, form.cards.change], self._hint, [form.prompt, form.cards], [form.lacking, form.hint],
               trigger_mode="always_last", **SWIFT)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from app.cost import LONGEST, Meter
 from app.jobs import Jobs
 from app.ui.door import Door, Presence
+from app.ui.drops import Drops
 from app.ui.gallery import Gallery
 from composition import Refused, Result, record
 
@@ -64,7 +65,7 @@ def opened(engine: "Engine", folder: Path, number: int, *, browse: bool = False,
 
     longest: seconds that a picture may take.
     """
-    gallery, presence = Gallery(), Presence()
+    gallery, presence, drops = Gallery(), Presence(), Drops(engine)
 
     def keep(result: Result) -> Path:
         return gallery.add(record.save(result, folder))
@@ -80,7 +81,7 @@ def opened(engine: "Engine", folder: Path, number: int, *, browse: bool = False,
         look = gr.themes.Default(
             primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg",
             font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # the machine's own: nothing is fetched
-        page = Page(engine, jobs, gallery, presence).blocks
+        page = Page(engine, jobs, gallery, presence, drops).blocks
         try:
             _, address, _ = page.launch(
                 server_name=HOST, server_port=number, prevent_thread_lock=True, quiet=True, share=False, inbrowser=browse,
@@ -88,11 +89,12 @@ def opened(engine: "Engine", folder: Path, number: int, *, browse: bool = False,
                 max_threads=2 * ROOM, max_file_size="1kb", theme=look, css_paths=[HERE / "page.css"],
                 app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None,  # and no name that is bent to 127.0.0.1
                             "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]),
-                                           Middleware(Door, gallery=gallery, presence=presence)]})  # fmt: skip
+                                           Middleware(Door, gallery=gallery, presence=presence, drops=drops)]})  # fmt: skip
             yield address
         finally:
             jobs.close()
             page.close(verbose=False)
+            drops.close()
 
 
 def serve(engine: "Engine", folder: Path, number: int, say: Callable[[str], object], *, browse: bool = False,
