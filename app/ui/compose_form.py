@@ -13,6 +13,7 @@ from app.jobs import Jobs
 from app.ui import controls, examples, forms, lora_rows, method_choice
 from app.ui.cards import Card, cards
 from app.ui.drops import Drops
+from app.ui.scripts import script
 from composition import Refused, Request, methods, samplers
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 FIELDS = ("prompt", "cards", "controls", "method", "random", "seed", "negative", "steps", "guidance", "true_guidance",
           "sampler", "size", "anchored", "windows", "named_only")
+RECALL = """<label class="recall" title="Of ours, or of A1111 and its relatives">From a picture …<input type="file" accept="image/png,image/jpeg,image/webp"
+aria-label="Recall the settings of a picture"></label>"""
 Changes = dict[Any, Any]  # component to its new value
 
 
@@ -42,6 +45,7 @@ class ComposeForm:
                                  info="Shift+Enter generates. <lora:name:0.8> works too.")
         with gr.Row(elem_id="examples"):
             self.examples = [(gr.Button(each.title, size="sm", min_width=0, elem_classes="example"), each) for each in offered]
+            self.recall = gr.HTML("", html_template=RECALL, js_on_load=script("recall"), apply_default_css=False, elem_id="recall", min_width=0)
             self.clear = gr.Button("Clear", size="sm", min_width=0, elem_id="clear")
         with gr.Row(elem_id="lacking", visible=False) as self.lacking:
             self.hint = gr.HTML(elem_id="hint")

@@ -7,13 +7,13 @@ but LoRA files, which it takes itself (`drops`), no file of this machine is serv
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import parse_qs
 
 from app.ui.drops import PREFIX as DROPPED
 from app.ui.drops import Drops, answer
-from app.ui.gallery import HEADERS, PREFIX, Gallery
+from app.ui.gallery import PREFIX, Gallery
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -61,7 +61,7 @@ class Door:
         path, method = scope["path"], scope["method"]
         if path.startswith(PREFIX):
             picture = await asyncio.to_thread(self._gallery.read, path) if method in ("GET", "HEAD") else None
-            await (_answer(send, 200, picture, HEADERS) if picture is not None else _answer(send, 404))
+            await (_answer(send, 200, *picture) if picture is not None else _answer(send, 404))
         elif _foreign(scope):
             await _answer(send, 403)
         elif path.startswith(DROPPED) and method == "POST" and self._drops is not None:
@@ -127,7 +127,7 @@ def _guarded(send: Send) -> Send:
     return sent
 
 
-async def _answer(send: Send, status: int, body: bytes | None = None, headers: MutableMapping[str, str] | None = None) -> None:
+async def _answer(send: Send, status: int, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> None:
     """Answer without Gradio; a status alone has no body."""
     pairs = [(name.encode(), value.encode()) for name, value in (headers or {"x-content-type-options": "nosniff"}).items()]
     pairs += [(b"content-length", str(len(body or b"")).encode())]

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -10,13 +11,14 @@ import gradio as gr
 from app import concepts
 from app.errors import sentence
 from app.jobs import Job, Jobs
-from app.ui import controls, job_view, lora_rows, method_choice
+from app.ui import controls, job_view, lora_rows, method_choice, recalling
 from app.ui.cards import Card, lacking, with_words
 from app.ui.comparing import CompareTab
 from app.ui.compose_form import Changes, ComposeForm, read_size
 from app.ui.door import Presence
 from app.ui.drops import Drops
 from app.ui.gallery import Gallery
+from app.ui.gallery_tab import GalleryTab
 from app.ui.making import Maker
 from app.ui.suggestions import Suggestions
 from composition import Refused, Request, record
@@ -36,12 +38,12 @@ class Page:
     It holds nothing of a visitor: what a tab has chosen is in the tab, the number of its job in the tab's state.
     """
 
-    def __init__(self, engine: "Engine", jobs: Jobs, gallery: Gallery, presence: Presence, drops: Drops) -> None:
+    def __init__(self, engine: "Engine", jobs: Jobs, gallery: Gallery, presence: Presence, drops: Drops, folder: Path) -> None:
         self._engine, self._jobs, self._gallery = engine, jobs, gallery
         self._maker = Maker(jobs, presence)
         self._suggestions = Suggestions(engine)
         self.form = ComposeForm(engine, jobs, drops)
-        self.compare = CompareTab(self._maker, gallery)
+        self.compare, self.made = CompareTab(self._maker, gallery), GalleryTab(gallery, folder)
         with gr.Blocks(title="Medley", analytics_enabled=False, fill_width=True) as self.blocks:
             gr.HTML("<h1>Medley</h1><p>Several LoRAs in one picture.</p>", elem_id="title")
             with gr.Tabs(elem_id="tabs") as self.tabs:
@@ -52,7 +54,8 @@ class Page:
                         self._right()
                 with gr.Tab("Compare", id="compare"):
                     self.compare.draw(self.form.methods)
-            self._wire()
+                gallery_tab = self.made.draw()
+            self._wire(gallery_tab)
 
     def _right(self) -> None:
         with gr.Row(elem_id="actions"):
@@ -68,7 +71,7 @@ class Page:
         self.number = gr.State(0)
         self.address = gr.State("")  # of the picture shown
 
-    def _wire(self) -> None:
+    def _wire(self, gallery_tab: gr.Tab) -> None:
         form = self.form
         gr.on([self.generate.click, form.prompt.submit], self._generate, form.inputs,
               [self.status, self.stage, self.report, self.generate, self.cancel, form.seed, self.number, self.next, self.address],
@@ -76,6 +79,7 @@ class Page:
         self.cancel.click(self._jobs.cancel, self.number, None, **SWIFT)
         for button, example in form.examples:
             button.click(partial(form.example, example), None, form.outputs, **SWIFT)
+        form.recall.recall(self._recall, None, [self.status, *form.outputs], **SWIFT)
         form.clear.click(form.emptied, None, form.outputs, **SWIFT)
         form.goal.input(self._follow_goal, form.goal, form.method, **SWIFT)
         form.method.change(self._follow, form.method, [form.goal, *form.forms.values()], **SWIFT)
@@ -91,6 +95,7 @@ class Page:
         self.keep.click(self._seed_of, self.address, [form.random, form.seed], **SWIFT)
         self.blocks.load(self._load, None, [form.cards, form.controls, form.about], **SWIFT)
         self.compare.wire(form, self.tabs, variations=(self.variations, self.address), others=(self.others, self.address), use=(self._use, self._used))
+        self.made.wire(gallery_tab, use=(self._use, self._used))
 
     def _load(self) -> tuple[Any, Any, str]:
         """What may have changed since the page was built: the files, and what is known of this machine's speed."""
@@ -149,21 +154,30 @@ class Page:
         """The form filled with what a picture of this page was made from, and that picture beside it."""
         address = str(event.address)
         try:
-            request = record.by_name(self._recorded(address))
-        except Refused as error:
+            of = self._recorded(address)
+            changes, lacking = recalling.filled(self.form, self._engine, of)
+        except Exception as error:  # the page stays as it is, with a sentence
             return {self.tabs: gr.Tabs(selected="compose"), self.status: job_view.refusal(sentence(error))}
-        changes, lacking = self.form.filled(request)
         return {self.tabs: gr.Tabs(selected="compose"), self.status: job_view.said("Filled in from this picture.", lacking),
-                self.stage: job_view.finished(address, request), self.report: "", self.next: gr.Row(visible=True), self.address: address} | changes
+                self.stage: job_view.finished(address, of.request), self.report: "", self.next: gr.Row(visible=True), self.address: address} | changes
 
-    def _recorded(self, address: str) -> Request:
+    def _recall(self, event: gr.EventData) -> Changes:
+        """The form filled with what is written in a picture that was dropped."""
+        try:
+            changes, lacking = recalling.filled(self.form, self._engine, recalling.of_file(event.image, event.name))
+        except Exception as error:  # the page stays as it is, with a sentence
+            return {self.status: job_view.refusal(sentence(error))}
+        return {self.status: job_view.said(f"Recalled from {str(event.name)[:80]}: {len(lacking)} things differ here." if lacking
+                                           else f"Recalled from {str(event.name)[:80]}.", lacking)} | changes
+
+    def _recorded(self, address: str) -> record.Record:
         path = self._gallery.path(address)
         if path is None:
             raise Refused("that picture is not here any more")
-        return record.read(path)
+        return record.details(path)
 
     def _seed_of(self, address: str) -> tuple[bool, int]:
-        return False, self._recorded(address).seed
+        return False, self._recorded(address).request.seed
 
     def _follow_goal(self, goal: str) -> str:
         """The first method of a goal."""

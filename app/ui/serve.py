@@ -81,7 +81,7 @@ def opened(engine: "Engine", folder: Path, number: int, *, browse: bool = False,
         look = gr.themes.Default(
             primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="lg",
             font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # the machine's own: nothing is fetched
-        page = Page(engine, jobs, gallery, presence, drops).blocks
+        page = Page(engine, jobs, gallery, presence, drops, folder).blocks
         try:
             _, address, _ = page.launch(
                 server_name=HOST, server_port=number, prevent_thread_lock=True, quiet=True, share=False, inbrowser=browse,
@@ -95,6 +95,7 @@ def opened(engine: "Engine", folder: Path, number: int, *, browse: bool = False,
             jobs.close()
             page.close(verbose=False)
             drops.close()
+            gallery.forget_archives()
 
 
 def serve(engine: "Engine", folder: Path, number: int, say: Callable[[str], object], *, browse: bool = False,
