@@ -14,7 +14,7 @@ from app.ui import controls, examples, forms, lora_rows, method_choice
 from app.ui.cards import Card, cards
 from app.ui.drops import Drops
 from app.ui.scripts import script
-from composition import Refused, Request, methods, samplers
+from composition import Lora, Refused, Request, methods, samplers
 
 if TYPE_CHECKING:
     from composition import Engine
@@ -119,14 +119,23 @@ class ComposeForm:
             raise Refused("the seed is empty: write a whole number, or choose a random one")
         request = Request(
             prompt=values["prompt"] or "", negative=values["negative"] or "", model=self._engine.name, method=method.name,
-            loras=lora_rows.loras(values["cards"], self.shelf(), self._parts),
+            loras=self.loras(values["cards"]),
             conditions=controls.conditions(values["controls"], [source["key"] for source in controls.sources(self._engine)]),
             options=forms.options(method, self._answers(method.name, answers[len(FIELDS):])),
             sampler=values["sampler"], steps=values["steps"], guidance=values["guidance"], true_guidance=values["true_guidance"],
             size=read_size(values["size"]), anchored=bool(values["anchored"]), windows=values["windows"] or "", named_only=bool(values["named_only"]),
             seed=secrets.randbelow(2**32) if values["random"] else values["seed"])
-        self._engine.backbone.size(request)  # refused now, not when its turn comes
+        return self.checked(request)
+
+    def checked(self, request: Request) -> Request:
+        """The request. Raises Refused now, not when its turn comes, for a size or options that cannot be."""
+        self._engine.backbone.size(request)
+        methods.find(request.method).read(request.options)
         return request
+
+    def loras(self, rows: Any) -> list[Lora]:
+        """The LoRAs of these rows. Raises Refused or ValidationError."""
+        return lora_rows.loras(rows, self.shelf(), self._parts)
 
     def _answers(self, name: str, rest: tuple[Any, ...]) -> tuple[Any, ...]:
         """The answers to one method's form among those to all forms."""

@@ -26,7 +26,6 @@ EXAMPLES = (
     Example("Two animals", "a wolf and an owl in the forest", {"wolf": 1.0, "owl": 1.0}, "clora-fast"),
     Example("Animal in a style", "a raccoon on the moon, ink drawing", {"raccoon": 1.0, "ink": 0.8}, "merge"),
     Example("Dressed up", "a dragon wearing a top hat in candy land", {"dragon": 1.0, "top_hat": 1.0, "candy": 0.8}, "clora-fast"),
-    Example("Neon umbrella", "a unicorn and an umbrella, neon lights", {"unicorn": 1.0, "umbrella": 1.0, "neon": 0.7}, "clora-fast"),
     Example("In the wood", "an owl in the autumn wood, ink drawing", {"owl": 1.0, "autumn": 0.8, "ink": 0.7}, "merge"),
 )
 

@@ -78,7 +78,7 @@ class GalleryTab:
                 f'<figcaption title="{words}">{words}</figcaption><p class="cost">{loras}; {escape(of.method)}, seed {of.seed}</p><div class="does">'
                 f'<button type="button" class="use" data-use="{address}" aria-label="Use {escape(of.path.name)}">Use this</button>'
                 f'<button type="button" class="use" data-star="{address}" aria-pressed="{str(of.starred).lower()}" aria-label="{star} {escape(of.path.name)}">{"★" if of.starred else "☆"}</button>'
-                f'<button type="button" class="use" data-delete="{address}" aria-label="Delete {escape(of.path.name)}">🗑</button></div></figure>')
+                f'<button type="button" class="use" data-delete="{address}" aria-label="Delete {escape(of.path.name)}">×</button></div></figure>')
 
     def _named(self, address: Any) -> Path:
         path = self._gallery.path(str(address))

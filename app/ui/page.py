@@ -12,6 +12,7 @@ from app import concepts
 from app.errors import sentence
 from app.jobs import Job, Jobs
 from app.ui import controls, job_view, lora_rows, method_choice, recalling
+from app.ui.api import Api
 from app.ui.cards import Card, lacking, with_words
 from app.ui.comparing import CompareTab
 from app.ui.compose_form import Changes, ComposeForm, read_size
@@ -56,6 +57,7 @@ class Page:
                     self.compare.draw(self.form.methods)
                 gallery_tab = self.made.draw()
             self._wire(gallery_tab)
+            Api(engine, self.form, self._maker, gallery, self._suggestions).draw()
 
     def _right(self) -> None:
         with gr.Row(elem_id="actions"):
