@@ -58,7 +58,7 @@ def factors(text: str) -> list[float]:
     try:
         read = [float(word) for word in (text or "").replace(",", " ").split()]
     except ValueError:
-        raise Refused(f"weights {text:.60!r}: write numbers between commas, as in 0.6, 1") from None
+        raise Refused(f"weights {text[:60]!r}: write numbers between commas, as in 0.6, 1") from None
     if any(not -3 <= number <= 3 for number in read) or len(read) > 6:
         raise Refused("weights: at most six numbers, each from -3 to 3")
     return list(dict.fromkeys(read)) or [1.0]
