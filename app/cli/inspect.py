@@ -12,12 +12,12 @@ from rich.text import Text
 
 from app import engines
 from app.cli import tables
+from app.overlaps import compared, line
 from app.terminal import out, printable
 from composition import Refused
 
 if TYPE_CHECKING:
-    from composition import Receipt
-    from composition.loras.conflicts import Conflicts, Overlap, Strength
+    from composition.loras.conflicts import Conflicts, Strength
 
 WIDE = 40  # letters of the longest bar
 MOST_BLOCKS = 24  # rows of bars
@@ -61,7 +61,7 @@ def _alone(path: Path, model: str | None, folders: Sequence[Path], picture: Path
             receipt = engine.inspect(str(path))
     else:
         receipt = reader.inspect(path)
-    conflicts, _ = _compared([path], base)
+    conflicts, _ = compared([path], base)
     (strength,) = conflicts.strengths
     _draw(picture, conflicts)
     if json:
@@ -72,7 +72,7 @@ def _alone(path: Path, model: str | None, folders: Sequence[Path], picture: Path
 
 
 def _together(sources: Sequence[str], paths: Sequence[Path], model: str | None, picture: Path | None, json: bool) -> None:
-    conflicts, receipts = _compared(paths, model or "")
+    conflicts, receipts = compared(paths, model or "")
     _draw(picture, conflicts)
     if json:
         overlaps = [asdict(overlap) for overlap in conflicts.overlaps]
@@ -84,31 +84,10 @@ def _together(sources: Sequence[str], paths: Sequence[Path], model: str | None, 
                                  + (f"; {strength.other} layers of other kinds than LoRA are not compared" if strength.other else ""))))
     _bars(conflicts.strengths)
     for overlap in conflicts.overlaps:
-        out.print(Text(printable(_line(overlap))))
+        out.print(Text(printable(line(overlap))))
     out.print(Text(printable(conflicts.sentence)))
     loras = " ".join(f"--lora {source}:{weight:g}" for source, weight in zip(sources, conflicts.weights.values(), strict=True) if weight)
     out.print(Text(printable(f"to begin with: {loras} --method {conflicts.method}  ({conflicts.why})")))
-
-
-def _line(overlap: "Overlap") -> str:
-    """A pair in one line."""
-    both = f"{overlap.first} and {overlap.second}"
-    if not overlap.shared:
-        return f"{both}: no layer is changed by both"
-    layer, cosine = max(overlap.by_layer.items(), key=lambda row: abs(row[1]))
-    return (f"{both}: cosine {overlap.cosine:+.3f} over {overlap.shared} of {overlap.layers} layers, {overlap.alike} the same way, {overlap.against} against; strength "
-            f"{overlap.ratio:.2g} : 1; furthest from 0 {cosine:+.2f} in {layer}")
-
-
-def _compared(paths: Sequence[Path], model: str) -> "tuple[Conflicts, list[Receipt]]":
-    from composition.fitting import opened
-    from composition.loras import conflicts
-
-    files = opened(paths, model)
-    names: list[str] = []
-    for path in paths:
-        names.append(path.stem if path.stem not in names else f"{path.stem}#{len(names) + 1}")
-    return conflicts.report(dict(zip(names, files, strict=True))), [file.receipt for file in files]
 
 
 def _draw(picture: Path | None, conflicts: "Conflicts") -> None:

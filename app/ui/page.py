@@ -20,6 +20,7 @@ from app.ui.door import Presence
 from app.ui.drops import Drops
 from app.ui.gallery import Gallery
 from app.ui.gallery_tab import GalleryTab
+from app.ui.library_tab import LibraryTab
 from app.ui.making import Maker
 from app.ui.suggestions import Suggestions
 from composition import Refused, Request, record
@@ -45,6 +46,7 @@ class Page:
         self._suggestions = Suggestions(engine)
         self.form = ComposeForm(engine, jobs, drops)
         self.compare, self.made = CompareTab(self._maker, gallery), GalleryTab(gallery, folder)
+        self.library = LibraryTab(engine, self.form, self._suggestions)
         with gr.Blocks(title="Medley", analytics_enabled=False, fill_width=True) as self.blocks:
             gr.HTML("<h1>Medley</h1><p>Several LoRAs in one picture.</p>", elem_id="title")
             with gr.Tabs(elem_id="tabs") as self.tabs:
@@ -55,8 +57,8 @@ class Page:
                         self._right()
                 with gr.Tab("Compare", id="compare"):
                     self.compare.draw(self.form.methods)
-                gallery_tab = self.made.draw()
-            self._wire(gallery_tab)
+                others = (self.made.draw(), self.library.draw())
+            self._wire(*others)
             Api(engine, self.form, self._maker, gallery, self._suggestions).draw()
 
     def _right(self) -> None:
@@ -73,7 +75,7 @@ class Page:
         self.number = gr.State(0)
         self.address = gr.State("")  # of the picture shown
 
-    def _wire(self, gallery_tab: gr.Tab) -> None:
+    def _wire(self, gallery_tab: gr.Tab, library_tab: gr.Tab) -> None:
         form = self.form
         gr.on([self.generate.click, form.prompt.submit], self._generate, form.inputs,
               [self.status, self.stage, self.report, self.generate, self.cancel, form.seed, self.number, self.next, self.address],
@@ -97,6 +99,7 @@ class Page:
         self.keep.click(self._seed_of, self.address, [form.random, form.seed], **SWIFT)
         self.blocks.load(self._load, None, [form.cards, form.controls, form.about], **SWIFT)
         self.compare.wire(form, self.tabs, variations=(self.variations, self.address), others=(self.others, self.address), use=(self._use, self._used))
+        self.library.wire(library_tab)
         self.made.wire(gallery_tab, use=(self._use, self._used))
 
     def _load(self) -> tuple[Any, Any, str]:

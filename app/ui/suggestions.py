@@ -10,8 +10,11 @@ from app.ui.cards import Card
 from composition import Refused
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from app.lora_library import Library
     from composition import Engine
+    from retrieval.cards import Card as Known
     from retrieval.suggest import Suggestion
 
 MOST_LETTERS = 2_000  # of a prompt that is searched with
@@ -24,6 +27,7 @@ class Suggestions:
         self._engine = engine
         self._library: Library | None = None
         self._lock = threading.Lock()
+        self.state = "They are being indexed: suggestions come later."
         threading.Thread(target=self._prepare, name="library", daemon=True).start()
 
     def _prepare(self) -> None:
@@ -33,9 +37,15 @@ class Suggestions:
             library = Library(self._engine.name, self._engine.folders)
             library.refresh()
             library.suggest("a picture to prepare with")
+            self.state = f"{len(library.catalogue.cards())} files are indexed."
             self._library = library
         except Exception as error:  # a page without suggestions is a page
             logging.getLogger("medley").info("no suggestions: %s", error)
+            self.state = "They could not be indexed: nothing is suggested."
+
+    def known(self) -> "dict[Path, Known]":
+        """What the catalogue has of each file; nothing until it was read."""
+        return {card.path: card for card in self._library.catalogue.cards()} if self._library else {}
 
     def of(self, prompt: str, shelf: Mapping[str, Card]) -> list[dict[str, Any]]:
         """For the cards: key, title, what it is for, why, the trigger word that the prompt lacks, and the weight to begin with."""
