@@ -104,7 +104,7 @@ def _row(card: Card, known: "Known | None", twins: Sequence[str]) -> str:
     if card.trouble:
         health.append(card.trouble)
     if known is not None:
-        facts = [known.family, f"rank {'/'.join(map(str, sorted(known.ranks)))}" if known.ranks else "", f"{known.size / 1e6:.1f} MB", known.licence]
+        facts = [known.family.replace("unknown", ""), f"rank {'/'.join(map(str, sorted(known.ranks)))}" if known.ranks else "", f"{known.size / 1e6:.1f} MB", known.licence]
         health += [known.trouble, *known.remarks, f"{known.no_effect} layers do nothing" if known.no_effect else ""]
     health += [f"the same as {', '.join(twins)}"] if twins else []
     said = [printable(each) for each in dict.fromkeys(health) if each]

@@ -3,7 +3,7 @@
 SECURITY.md's promises about the page and their tests:
 - no setting of the user's for Gradio: test_the_users_variables_for_gradio_are_not_read
 - pictures of finished jobs alone, as pictures: test_nothing_but_pictures_of_finished_jobs_is_served
-- nothing is uploaded, bodies are small: test_nothing_can_be_uploaded
+- nothing is uploaded but LoRA files, bodies are small: test_nothing_can_be_uploaded, test_lora_files_alone_are_taken; test_choices.py
 - only the routes that the page needs: test_only_the_routes_of_the_page_are_open
 - each its own picture, nobody another's: test_soak_of_100_requests_from_20_clients
 - a client that goes away costs one evaluation: test_a_client_that_goes_away_..., test_a_client_that_never_looks_...
@@ -219,6 +219,24 @@ def test_nothing_can_be_uploaded(place, visitor):
         assert _raw(place[0], line % length.encode()) in (400, 413)
     chunked = b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nfffff\r\n"
     assert _raw(place[0], chunked) == 411
+
+
+def test_lora_files_alone_are_taken(place, visitor):
+    """By a page of this server, with a length, as safetensors; what is no LoRA is not kept; and no dropped file is served."""
+    data = Path(place[3].find("owl")).read_bytes()
+    assert visitor.ask("POST", "/dropped/a.safetensors", data, Origin="https://elsewhere.example")[0] == 403
+    for method in ("GET", "PUT", "DELETE"):
+        assert visitor.ask(method, "/dropped/a.safetensors")[0] in (404, 405)
+    chunked = b"POST /dropped/a.safetensors HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+    assert _raw(place[0], chunked) == 411
+    for name, body in (("a.pt", data), ("a.safetensors", b"x" * 100), ("..%2Fa.safetensors", data[:-5])):
+        status, _, answer = visitor.ask("POST", f"/dropped/{name}", body)
+        assert status == 200 and json.loads(answer)["trouble"] and "/tmp" not in json.loads(answer)["trouble"]
+    status, headers, answer = visitor.ask("POST", "/dropped/..%2F..%2Fown owl.safetensors".replace(" ", "%20"), data)
+    assert (status, headers["content-type"]) == (200, "application/json") and json.loads(answer)["name"] == "own owl"
+    assert "own owl" in _listed(visitor) and visitor.ask("GET", "/dropped/own%20owl.safetensors")[0] == 404
+    shown, _ = visitor.picture(prompt="an owl", steps=1, loras=[{"key": "own owl", "weight": 1}])
+    assert "own owl: applied" in shown
 
 
 def _raw(address: str, request: bytes) -> int:
