@@ -55,11 +55,11 @@ def verdicts(request: Request, receipts: Sequence[Receipt], picture: Image.Image
     triggers = {name: lora.triggers or receipt.triggers for name, lora, receipt in zip(request.names, request.loras, receipts, strict=True) if name in request.composed}
     phrases = {name: phrase(words, judge.thresholds) for name, words in triggers.items()}
     known = set(phrases.values())
-    said = [each for each in judge.thresholds if each not in known and prompts.says(request.prompt, each)]
-    asked = [each for each in (*phrases.values(), *said) if each]
+    spoken = [each for each in judge.thresholds if each not in known and prompts.says(request.prompt, each)]
+    looked_for = [each for each in (*phrases.values(), *spoken) if each]
     with _opening:  # its cache of texts is nobody's at the same time
-        found = dict(zip(asked, judge.present([picture], asked)[0].tolist(), strict=True)) if asked else {}
-    return [Verdict(name, each, found.get(each)) for name, each in phrases.items()] + [Verdict("", each, found[each]) for each in said]
+        present = dict(zip(looked_for, judge.present([picture], looked_for)[0].tolist(), strict=True)) if looked_for else {}
+    return [Verdict(name, each, present.get(each)) for name, each in phrases.items()] + [Verdict("", each, present[each]) for each in spoken]
 
 
 def phrase(triggers: Iterable[str], thresholds: Mapping[str, object]) -> str:
@@ -68,9 +68,9 @@ def phrase(triggers: Iterable[str], thresholds: Mapping[str, object]) -> str:
     return next((each for each in spellings if each in thresholds), "")
 
 
-def lost(found: Iterable[Verdict]) -> str:
+def lost(verdicts: Iterable[Verdict]) -> str:
     """A sentence on the LoRAs whose concepts the judge does not find, "" where there is none."""
-    names = [f"{each.lora} ({each.phrase})" for each in found if each.lost]
+    names = [f"{each.lora} ({each.phrase})" for each in verdicts if each.lost]
     return f"the judge does not find {', '.join(names)} in the picture" if names else ""
 
 

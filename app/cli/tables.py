@@ -204,21 +204,21 @@ def behaviours(console: Console, measured: Sequence[tuple["Behaviour", bool]]) -
 
 def tiles(console: Console, pictures: Sequence[Tile], sheet: Path) -> None:
     """A table of the ways a picture was made, and where the strip is."""
-    found = [_found(tile) for tile in pictures]
-    judged = ("judge",) if any(found) else ()
+    verdicts = [_judged(tile) for tile in pictures]
+    judged = ("judge",) if any(verdicts) else ()
     rows = table("picture", "seconds", "evaluations", *judged, "file", right=("seconds", "evaluations"))
-    for tile, words in zip(pictures, found, strict=True):
-        said = [Text(printable(words))] if judged else []
+    for tile, words in zip(pictures, verdicts, strict=True):
+        cells = [Text(printable(words))] if judged else []
         if tile.path is None:
-            rows.add_row(tile.title, "", "", *said, Text(f"not made: {printable(tile.refused)}", style="yellow"))
+            rows.add_row(tile.title, "", "", *cells, Text(f"not made: {printable(tile.refused)}", style="yellow"))
         else:
             alike = " (no LoRA has a region: the same as Merge)" if tile.result and tile.result.notes.get("no regions") else ""
-            rows.add_row(tile.title, f"{tile.seconds:.1f}", str(tile.evaluations), *said, Text(tile.path.name + alike))
+            rows.add_row(tile.title, f"{tile.seconds:.1f}", str(tile.evaluations), *cells, Text(tile.path.name + alike))
     console.print(rows)
     console.print(Text(f"side by side: {sheet}"))
 
 
-def _found(tile: Tile) -> str:
+def _judged(tile: Tile) -> str:
     """What the judge says of a picture's LoRAs: "all found", those that are not, "" where none was judged."""
     if tile.result is None:
         return ""

@@ -57,8 +57,8 @@ class Api:
             picture (its address on this server), seed, seconds, evaluations, receipts, remarks, and concepts: what the judge finds.
         """
         try:
-            made = self._request(prompt, loras, method, options, negative, steps, guidance, size, sampler, seed)
-            return await self._made(made, request)
+            asking = self._request(prompt, loras, method, options, negative, steps, guidance, size, sampler, seed)
+            return await self._picture(asking, request)
         except Exception as error:
             raise gr.Error(sentence(error), print_exception=False) from None
 
@@ -84,7 +84,7 @@ class Api:
         answers = []
         for way in ways:
             try:
-                answers.append({"title": way.title, **await self._made(way.request, request)})
+                answers.append({"title": way.title, **await self._picture(way.request, request)})
             except Refused as error:
                 answers.append({"title": way.title, "seed": way.request.seed, "error": sentence(error)})
         return answers
@@ -162,7 +162,7 @@ class Api:
             prompt=prompt, negative=negative, model=self._engine.name, method=method, loras=self._form.loras(rows), options=options or {}, sampler=sampler,
             steps=steps or None, guidance=guidance if guidance >= 0 else None, size=read_size(size), seed=seed if seed >= 0 else secrets.randbelow(2**32)))
 
-    async def _made(self, request: Request, visitor: gr.Request | None) -> dict[str, Any]:
+    async def _picture(self, request: Request, visitor: gr.Request | None) -> dict[str, Any]:
         """A picture through the line of jobs. Raises Refused when there is none."""
         client = (visitor.session_hash if visitor else "") or ""
         job = await asyncio.to_thread(self._maker.submit, request, client)
@@ -175,7 +175,7 @@ class Api:
     def _answer(self, job: Job) -> dict[str, Any]:
         assert job.result is not None and job.path is not None
         result = job.result
-        found = concepts.verdicts(result.request, result.receipts, result.images[0])
+        verdicts = concepts.verdicts(result.request, result.receipts, result.images[0])
         return {"picture": self._gallery.address(job.path), "seed": result.request.seed, "method": result.request.method, "seconds": round(sum(result.seconds.values()), 3),
                 "evaluations": result.notes.get("evaluations", 0), "receipts": [receipt.line() for receipt in result.receipts],
-                "remarks": remarks.remarks(result.notes), "concepts": [{"lora": each.lora, "phrase": each.phrase, "present": each.present} for each in found]}
+                "remarks": remarks.remarks(result.notes), "concepts": [{"lora": each.lora, "phrase": each.phrase, "present": each.present} for each in verdicts]}

@@ -69,7 +69,7 @@ class CompareTab:
         except Exception as error:
             yield {self.status: job_view.refusal(sentence(error))}
             return
-        async for change in self._made(ways, visitor.session_hash or ""):
+        async for change in self._pictures(ways, visitor.session_hash or ""):
             yield change
 
     async def _vary(self, visitor: gr.Request, address: str) -> AsyncIterator[Changes]:
@@ -89,42 +89,42 @@ class CompareTab:
             return
         yield {self._tabs: gr.Tabs(selected="compare")}
         request = record.by_name(await asyncio.to_thread(record.read, path))
-        async for change in self._made(plan(request), visitor.session_hash or ""):
+        async for change in self._pictures(plan(request), visitor.session_hash or ""):
             yield change
 
-    async def _made(self, ways: Sequence[tiles.Way], client: str) -> AsyncIterator[Changes]:
+    async def _pictures(self, ways: Sequence[tiles.Way], client: str) -> AsyncIterator[Changes]:
         """Each way in turn through the line of jobs; cancelling one ends the comparison."""
         row = [tiles.Tile(way) for way in ways]
         yield {self.go: gr.Button(interactive=False), self.cancel: gr.Button(interactive=True), self.grid: tiles.grid(row), self.status: _progress(0, row)}
         stopped = False
         for number, tile in enumerate(row):
             if stopped:
-                tile.said = "not made"
+                tile.state = "not made"
                 continue
-            async for change in self._one(tile, client):
+            async for change in self._picture(tile, client):
                 yield change | {self.grid: tiles.grid(row), self.status: _progress(number, row)}
-            stopped = tile.said == "cancelled"
-        said = '<p class="status" role="status">Cancelled.</p>' if stopped else _progress(len(row), row)
-        yield {self.go: gr.Button(interactive=True), self.cancel: gr.Button(interactive=False), self.number: 0, self.grid: tiles.grid(row), self.status: said}
+            stopped = tile.state == "cancelled"
+        line = '<p class="status" role="status">Cancelled.</p>' if stopped else _progress(len(row), row)
+        yield {self.go: gr.Button(interactive=True), self.cancel: gr.Button(interactive=False), self.number: 0, self.grid: tiles.grid(row), self.status: line}
 
-    async def _one(self, tile: tiles.Tile, client: str) -> AsyncIterator[Changes]:
+    async def _picture(self, tile: tiles.Tile, client: str) -> AsyncIterator[Changes]:
         try:
             job = self._maker.submit(tile.way.request, client)
         except Exception as error:
-            tile.said, tile.failed = sentence(error), True
+            tile.state, tile.failed = sentence(error), True
             return
         looks = self._maker.looks(job, client)
         shown = ""
         yield {self.number: job.number}
         try:
             async for over in looks:
-                said = f"step {job.step} of {job.steps}" if job.steps else f"{before} before this one" if (before := self._maker.jobs.before(job)) else "next"
-                if not over and said != shown and (job.step % 5 == 0 or not shown):
-                    tile.said = shown = said
+                where = f"step {job.step} of {job.steps}" if job.steps else f"{before} before this one" if (before := self._maker.jobs.before(job)) else "next"
+                if not over and where != shown and (job.step % 5 == 0 or not shown):
+                    tile.state = shown = where
                     yield {}
         finally:
             await looks.aclose()  # type: ignore[attr-defined]
-        tile.said = job.error or (job.state if job.finished.is_set() else "cancelled")
+        tile.state = job.error or (job.state if job.finished.is_set() else "cancelled")
         if job.result is None or job.path is None:
             tile.failed = job.state == "failed"
             return

@@ -12,7 +12,7 @@ import gradio as gr
 
 from app.ui import job_view, made
 from app.ui.gallery import Gallery
-from app.ui.made import Made
+from app.ui.made import Kept
 from app.ui.scripts import script
 from composition import Refused
 
@@ -49,7 +49,7 @@ class GalleryTab:
         self.grid.remove(self._delete, filters, outputs, **SWIFT)
         self.archive.click(self._pack, filters, self.status, show_progress="minimal", api_visibility="private")
 
-    def found(self, lora: str, method: str, words: str, starred: bool) -> list[Made]:
+    def matching(self, lora: str, method: str, words: str, starred: bool) -> list[Kept]:
         """The pictures that the filters let through, newest first."""
         wanted = (words or "").lower().split()
         return [each for each in made.pictures(self._folder) if (not lora or lora in each.loras) and (not method or each.method == method)
@@ -59,18 +59,18 @@ class GalleryTab:
 
     def _shown(self, lora: str, method: str, words: str, starred: bool) -> tuple[str, str, Any, Any]:
         every = list(made.pictures(self._folder))
-        found = self.found(lora, method, words, starred)
-        said = f"{len(found)} of {len(every)} pictures" + (f", the newest {SHOWN} are shown" if len(found) > SHOWN else "") + "."
+        matching = self.matching(lora, method, words, starred)
+        count = f"{len(matching)} of {len(every)} pictures" + (f", the newest {SHOWN} are shown" if len(matching) > SHOWN else "") + "."
         loras = sorted({name for each in every for name in each.loras} | ({lora} if lora else set()))
         methods = sorted({each.method for each in every} | ({method} if method else set()))
-        return (self._grid(found[:SHOWN]), job_view.said(said if every else "Nothing was made yet."),
+        return (self._grid(matching[:SHOWN]), job_view.line(count if every else "Nothing was made yet."),
                 gr.Dropdown(choices=[("Any LoRA", ""), *((name, name) for name in loras)], value=lora),
                 gr.Dropdown(choices=[("Any method", ""), *((name, name) for name in methods)], value=method))
 
-    def _grid(self, found: Sequence[Made]) -> str:
-        return f'<div class="tiles flow">{"".join(self._tile(each) for each in found)}</div>' if found else ""
+    def _grid(self, matching: Sequence[Kept]) -> str:
+        return f'<div class="tiles flow">{"".join(self._tile(each) for each in matching)}</div>' if matching else ""
 
-    def _tile(self, of: Made) -> str:
+    def _tile(self, of: Kept) -> str:
         address = escape(self._gallery.served(of.path))
         words, loras = escape(of.prompt), escape(", ".join(of.loras) or "no LoRA")
         star = "Take the star from" if of.starred else "Star"
@@ -96,14 +96,14 @@ class GalleryTab:
 
     def _pack(self, lora: str, method: str, words: str, starred: bool) -> str:
         """All pictures found as one archive, and a link to it. Each takes the place of the one before."""
-        found = self.found(lora, method, words, starred)
-        size = sum(each.path.stat().st_size for each in found)
-        if not found or size > MOST_BYTES:
-            return job_view.refusal("there is nothing to pack" if not found else f"these pictures have over {MOST_BYTES // 10**6} MB: choose fewer")
+        matching = self.matching(lora, method, words, starred)
+        size = sum(each.path.stat().st_size for each in matching)
+        if not matching or size > MOST_BYTES:
+            return job_view.refusal("there is nothing to pack" if not matching else f"these pictures have over {MOST_BYTES // 10**6} MB: choose fewer")
         self._gallery.forget_archives()  # before there are two on the disk
         path = Path(tempfile.mkdtemp(prefix="medley-packed-")) / f"medley-{secrets.token_hex(3)}.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for each in found:
+            for each in matching:
                 archive.write(each.path, each.path.name)
         address = self._gallery.archive(path)
-        return f'<p class="status done"><a id="packed" href="{escape(address)}" download="{escape(path.name)}">Download {len(found)} pictures</a> ({size / 1e6:.1f} MB)</p>'
+        return f'<p class="status done"><a id="packed" href="{escape(address)}" download="{escape(path.name)}">Download {len(matching)} pictures</a> ({size / 1e6:.1f} MB)</p>'

@@ -64,7 +64,7 @@ def stage(job: Job, link: Link) -> str:
     return empty("Cancelled: nothing was kept." if job.state == "cancelled" else "No picture was made.")
 
 
-def said(words: str, lacking: Sequence[str] = ()) -> str:
+def line(words: str, lacking: Sequence[str] = ()) -> str:
     """A line on what was done, and on what could not be."""
     notes = "".join(f"<li>{escape(each)}</li>" for each in lacking)
     return f'<div class="status done" role="status"><span>{escape(words)}</span>' + (f'<ul class="lacking">{notes}</ul>' if notes else "") + "</div>"

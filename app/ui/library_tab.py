@@ -53,15 +53,15 @@ class LibraryTab:
 
     def _shown(self, words: str, chosen: Any) -> tuple[str, str, Any]:
         shelf, wanted = self._form.shelf(), (words or "").lower().split()
-        found = [card for card in shelf.values() if all(word in " ".join([card.key, card.title, card.category, *card.triggers]).lower() for word in wanted)]
+        matching = [card for card in shelf.values() if all(word in " ".join([card.key, card.title, card.category, *card.triggers]).lower() for word in wanted)]
         known = self._known(shelf)
         twins = _twins(known)
-        rows = "".join(_row(card, known.get(card.key), twins.get(card.key, [])) for card in found[:SHOWN])
+        rows = "".join(_row(card, known.get(card.key), twins.get(card.key, [])) for card in matching[:SHOWN])
         table = ('<table class="library"><thead><tr><th scope="col">LoRA</th><th scope="col">Kind</th><th scope="col">Trigger words</th><th scope="col">File</th>'
                  f'<th scope="col">Health</th></tr></thead><tbody>{rows}</tbody></table>') if rows else ""
-        count = f"{len(found)} of {len(shelf)} LoRAs. {self._suggestions.state}"
+        count = f"{len(matching)} of {len(shelf)} LoRAs. {self._suggestions.state}"
         usable = [(card.title, card.key) for card in shelf.values() if not card.trouble]
-        return table, job_view.said(count), gr.Dropdown(choices=usable, value=[key for key in chosen or [] if key in shelf])
+        return table, job_view.line(count), gr.Dropdown(choices=usable, value=[key for key in chosen or [] if key in shelf])
 
     def _known(self, shelf: Mapping[str, Card]) -> dict[str, "Known"]:
         """What the catalogue has of each card's file; nothing until it was read."""
@@ -85,10 +85,10 @@ class LibraryTab:
             paths = self._paths(self._form.shelf())
             if gone := [key for key in chosen if key not in paths]:
                 raise Refused(f"LoRA {gone[0]!r} is not there any more: reload the page")
-            found, _ = overlaps.compared([paths[key] for key in chosen], self._engine.name)
+            conflicts, _ = overlaps.compared([paths[key] for key in chosen], self._engine.name)
         except Exception as error:  # the page stays as it is, with a sentence
             return job_view.refusal(sentence(error))
-        return _conflicts(found)
+        return _report(conflicts)
 
 
 def _twins(known: Mapping[str, "Known"]) -> dict[str, list[str]]:
@@ -107,16 +107,16 @@ def _row(card: Card, known: "Known | None", twins: Sequence[str]) -> str:
         facts = [known.family.replace("unknown", ""), f"rank {'/'.join(map(str, sorted(known.ranks)))}" if known.ranks else "", f"{known.size / 1e6:.1f} MB", known.licence]
         health += [known.trouble, *known.remarks, f"{known.no_effect} layers do nothing" if known.no_effect else ""]
     health += [f"the same as {', '.join(twins)}"] if twins else []
-    said = [printable(each) for each in dict.fromkeys(health) if each]
+    lines = [printable(each) for each in dict.fromkeys(health) if each]
     picture = f'<img src="{card.preview}" alt="">' if card.preview else ""
     return (f'<tr data-key="{escape(card.key)}"><th scope="row">{picture}<span>{escape(card.title)}<small>{escape(card.key)}</small></span></th><td>{escape(card.category)}</td>'
             f'<td title="{escape(card.origin)}">{escape(", ".join(card.triggers[:8]))}</td><td>{escape(printable(", ".join(filter(None, facts))))}</td>'
-            f'<td class="{"ill" if said else "well"}">{escape("; ".join(said)[:400]) or "good"}</td></tr>')
+            f'<td class="{"ill" if lines else "well"}">{escape("; ".join(lines)[:400]) or "good"}</td></tr>')
 
 
-def _conflicts(found: "Conflicts") -> str:
-    pairs = "".join(f"<li>{escape(printable(overlaps.line(overlap)))}</li>" for overlap in found.overlaps)
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in found.weights.items() if weight)
-    sheet = data_url(plot(found.strengths, "").convert("RGB"))
-    return (f'<div class="report conflicts"><p><strong>{escape(printable(found.sentence))}</strong></p><p>To begin with: {escape(printable(weights))}, method {escape(found.method)} '
-            f'({escape(printable(found.why))}).</p><ul>{pairs}</ul><img src="{sheet}" alt="how strong each LoRA is, block by block"></div>')
+def _report(of: "Conflicts") -> str:
+    pairs = "".join(f"<li>{escape(printable(overlaps.line(overlap)))}</li>" for overlap in of.overlaps)
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in of.weights.items() if weight)
+    sheet = data_url(plot(of.strengths, "").convert("RGB"))
+    return (f'<div class="report conflicts"><p><strong>{escape(printable(of.sentence))}</strong></p><p>To begin with: {escape(printable(weights))}, method {escape(of.method)} '
+            f'({escape(printable(of.why))}).</p><ul>{pairs}</ul><img src="{sheet}" alt="how strong each LoRA is, block by block"></div>')

@@ -64,7 +64,7 @@ def _lora(card: Card, row: Mapping[str, Any], parts: Sequence[str]) -> Lora:
 
 def rows(request: Request, shelf: Mapping[str, Card], parts: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a request's LoRAs, and sentences on what of them the page does not have or cannot show."""
-    found, lacking = [], []
+    shown, lacking = [], []
     for lora in request.loras:
         card = next((card for card in shelf.values() if lora.source in (card.source, card.key) and not card.trouble), None)
         if card is None:
@@ -74,5 +74,5 @@ def rows(request: Request, shelf: Mapping[str, Card], parts: Sequence[str]) -> t
         lacking += [f"{lora.name}: {what} cannot be shown on the page and is left out" for what, there in (
             ("its own weights of blocks", lora.blocks and not part), ("its part of the steps", lora.scheduled and not request.windows), ("its region", lora.region is not None),
             ("its weight in the text encoder", lora.text_weight not in (None, lora.weight))) if there]
-        found.append({"key": card.key, "weight": lora.weight, "on": lora.weight != 0.0, "binds": lora.binds or "", "blocks": part})
-    return found, lacking
+        shown.append({"key": card.key, "weight": lora.weight, "on": lora.weight != 0.0, "binds": lora.binds or "", "blocks": part})
+    return shown, lacking

@@ -18,7 +18,7 @@ _lock = Lock()
 
 
 @dataclass(frozen=True)
-class Made:
+class Kept:
     """One picture that is there."""
 
     path: Path
@@ -29,7 +29,7 @@ class Made:
     starred: bool
 
 
-def pictures(folder: Path) -> Iterator[Made]:
+def pictures(folder: Path) -> Iterator[Kept]:
     """All that are there, newest first; a manifest of others chooses no file outside its folder."""
     starred, seen = stars(folder), set[str]()
     for number, row in enumerate(Log(folder / MANIFEST).newest()):
@@ -39,7 +39,7 @@ def pictures(folder: Path) -> Iterator[Made]:
         seen.add(name)
         if is_file(folder / name):
             loras = row.get("loras")
-            yield Made(folder / name, str(row.get("text", "")), str(row.get("method", "")), tuple(map(str, loras)) if isinstance(loras, list) else (),
+            yield Kept(folder / name, str(row.get("text", "")), str(row.get("method", "")), tuple(map(str, loras)) if isinstance(loras, list) else (),
                        row["seed"] if isinstance(row.get("seed"), int) else 0, name in starred)
 
 

@@ -45,7 +45,7 @@ class Page:
         self._maker = Maker(jobs, presence)
         self._suggestions = Suggestions(engine)
         self.form = ComposeForm(engine, jobs, drops)
-        self.compare, self.made = CompareTab(self._maker, gallery), GalleryTab(gallery, folder)
+        self.compare, self.pictures = CompareTab(self._maker, gallery), GalleryTab(gallery, folder)
         self.library = LibraryTab(engine, self.form, self._suggestions)
         with gr.Blocks(title="Medley", analytics_enabled=False, fill_width=True) as self.blocks:
             gr.HTML("<h1>Medley</h1><p>Several LoRAs in one picture.</p>", elem_id="title")
@@ -57,7 +57,7 @@ class Page:
                         self._right()
                 with gr.Tab("Compare", id="compare"):
                     self.compare.draw(self.form.methods)
-                others = (self.made.draw(), self.library.draw())
+                others = (self.pictures.draw(), self.library.draw())
             self._wire(*others)
             Api(engine, self.form, self._maker, gallery, self._suggestions).draw()
 
@@ -100,7 +100,7 @@ class Page:
         self.blocks.load(self._load, None, [form.cards, form.controls, form.about], **SWIFT)
         self.compare.wire(form, self.tabs, variations=(self.variations, self.address), others=(self.others, self.address), use=(self._use, self._used))
         self.library.wire(library_tab)
-        self.made.wire(gallery_tab, use=(self._use, self._used))
+        self.pictures.wire(gallery_tab, use=(self._use, self._used))
 
     def _load(self) -> tuple[Any, Any, str]:
         """What may have changed since the page was built: the files, and what is known of this machine's speed."""
@@ -147,8 +147,8 @@ class Page:
     def _report(self, job: Job) -> str:
         """The report with what the judge finds."""
         assert job.result is not None and job.path is not None
-        found = concepts.verdicts(job.result.request, job.result.receipts, job.result.images[0])
-        return job_view.report(job.result, job.path, self._gallery.address, found)
+        verdicts = concepts.verdicts(job.result.request, job.result.receipts, job.result.images[0])
+        return job_view.report(job.result, job.path, self._gallery.address, verdicts)
 
     @property
     def _used(self) -> list[Any]:
@@ -163,7 +163,7 @@ class Page:
             changes, lacking = recalling.filled(self.form, self._engine, of)
         except Exception as error:  # the page stays as it is, with a sentence
             return {self.tabs: gr.Tabs(selected="compose"), self.status: job_view.refusal(sentence(error))}
-        return {self.tabs: gr.Tabs(selected="compose"), self.status: job_view.said("Filled in from this picture.", lacking),
+        return {self.tabs: gr.Tabs(selected="compose"), self.status: job_view.line("Filled in from this picture.", lacking),
                 self.stage: job_view.finished(address, of.request), self.report: "", self.next: gr.Row(visible=True), self.address: address} | changes
 
     def _recall(self, event: gr.EventData) -> Changes:
@@ -172,7 +172,7 @@ class Page:
             changes, lacking = recalling.filled(self.form, self._engine, recalling.of_file(event.image, event.name))
         except Exception as error:  # the page stays as it is, with a sentence
             return {self.status: job_view.refusal(sentence(error))}
-        return {self.status: job_view.said(f"Recalled from {str(event.name)[:80]}: {len(lacking)} things differ here." if lacking
+        return {self.status: job_view.line(f"Recalled from {str(event.name)[:80]}: {len(lacking)} things differ here." if lacking
                                            else f"Recalled from {str(event.name)[:80]}.", lacking)} | changes
 
     def _recorded(self, address: str) -> record.Record:

@@ -47,10 +47,10 @@ def filled(form: ComposeForm, engine: "Engine", of: record.Record) -> tuple[Chan
 
 def _receipts(form: ComposeForm, engine: "Engine", request: Any) -> dict[str, Receipt]:
     """What the LoRAs of a request are here, those that are."""
-    found = {}
+    receipts = {}
     by_source: Sequence[tuple[str, str]] = [(card.key, card.source) for card in form.shelf().values() if not card.trouble]
     for name, lora in zip(request.names, request.loras, strict=True):
         source = next((source for key, source in by_source if lora.source in (key, source)), None)
         if source is not None:
-            found[name] = engine.inspect(source)
-    return found
+            receipts[name] = engine.inspect(source)
+    return receipts

@@ -23,10 +23,10 @@ class Way:
 
 @dataclass
 class Tile:
-    """What became of it. address: of its picture, "" before it is there. said: where it stands, or why there is none."""
+    """What became of it. address: of its picture, "" before it is there. state: where it stands, or why there is none."""
 
     way: Way
-    said: str = "waiting"
+    state: str = "waiting"
     failed: bool = False
     address: str = ""
     size: tuple[int, int] = (0, 0)
@@ -77,7 +77,7 @@ def _tile(tile: Tile) -> str:
     request = tile.way.request
     title = f'<figcaption><strong>{escape(tile.way.title)}</strong> <small>seed {request.seed}</small></figcaption>'
     if not tile.address:
-        return f'<figure class="tile {"failed" if tile.failed else "coming"}"><div class="blank"><span>{escape(tile.said)}</span></div>{title}</figure>'
+        return f'<figure class="tile {"failed" if tile.failed else "coming"}"><div class="blank"><span>{escape(tile.state)}</span></div>{title}</figure>'
     crisp = ' class="crisp"' if max(tile.size) <= CRISP else ""
     lost = [each.lora for each in tile.verdicts if each.lost]
     about = f"{tile.way.title}, seed {request.seed}: {request.prompt}"

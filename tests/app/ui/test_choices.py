@@ -83,7 +83,7 @@ def test_factors_are_few_numbers(text, numbers):
 
 def test_a_tile_escapes_what_it_says():
     way = tiles.Way("<b>x</b>", Request(prompt="<i>y</i>"))
-    shown = tiles.grid([tiles.Tile(way, said="<u>"), tiles.Tile(way, address="/pictures/a", size=(8, 8))])
+    shown = tiles.grid([tiles.Tile(way, state="<u>"), tiles.Tile(way, address="/pictures/a", size=(8, 8))])
     assert not any(tag in shown for tag in ("<b>", "<i>", "<u>"))
 
 
