@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 from composition.refusal import Cancelled, Refused
-from composition.request import Condition, Lora, Receipt, Request, Result
+from composition.request import Condition, Embedding, Lora, Receipt, Request, Result
 from composition.version import __version__
 
 if TYPE_CHECKING:
     from composition import methods
     from composition.engine import Engine, Event
 
-__all__ = ["Cancelled", "Condition", "Engine", "Event", "Lora", "Receipt", "Refused", "Request", "Result", "__version__", "methods", "samplers"]
+__all__ = ["Cancelled", "Condition", "Embedding", "Engine", "Event", "Lora", "Receipt", "Refused", "Request", "Result", "__version__", "methods", "samplers"]
 
 
 def samplers() -> list[str]:

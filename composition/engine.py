@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from composition import backbones, methods, named, pictures, prompt_syntax, windows
+from composition import backbones, inversions, methods, named, pictures, prompt_syntax, windows
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone
@@ -33,7 +33,7 @@ from composition.methods.shared import measured_order
 from composition.notes import opening_notes, overflow, unranked
 from composition.profiles.store import ProfileStore
 from composition.refusal import Refused
-from composition.request import ALWAYS_NOTE, ALWAYS_ON, Lora, Receipt, Request, Result
+from composition.request import ALWAYS_NOTE, ALWAYS_ON, VAE_NOTE, Lora, Receipt, Request, Result
 from composition.run import Run
 
 _LOCKS: dict[str, threading.RLock] = {}  # one per device: two engines on one device take turns
@@ -63,10 +63,11 @@ class Engine:
 
     def __init__(
         self, backbone: Backbone, name: str, *, folders: Sequence[Path] = (), together: int = 1, fold: bool = True,
-        profiles: ProfileStore | None = None, resolve: Callable[[str], Path] | None = None,
+        profiles: ProfileStore | None = None, resolve: Callable[[str], Path] | None = None, vae: str = "",
     ) -> None:
         self.backbone = backbone
         self.name = name
+        self.vae = vae
         self.folders = tuple(Path(folder) for folder in folders)
         self.profiles = profiles or ProfileStore()
         self._resolve = resolve or (lambda source: library.find(source, self.name, self.folders))
@@ -86,6 +87,7 @@ class Engine:
         cls, model: str = "pocket", *, device: str | None = None, dtype: str | None = None, offload: str = "auto",
         folders: Sequence[Path] = (), together: int = 1, fold: bool = True, quantize: str | None = None,
         denoiser: str | None = None, profiles: ProfileStore | None = None, resolve: Callable[[str], Path] | None = None,
+        vae: str | None = None,
     ) -> "Engine":
         """Open a bundled name, a diffusers folder, a single .safetensors checkpoint, or a hub id.
 
@@ -95,10 +97,11 @@ class Engine:
         into the base. quantize: "nf4", "8bit", "int8" or "fp8", for large models in little memory. denoiser: a .gguf or
         .safetensors file of FLUX's or SD3's transformer alone, in place of the model's own. profiles: where measurements of
         LoRAs are looked up (the bundled ones). resolve: a LoRA's source to its file, in place of the search in `folders`; raises
-        Refused for what is not there. Raises Refused in plain words when the model cannot be opened.
+        Refused for what is not there. vae: a folder, a .safetensors file or a hub id of an autoencoder in place of the model's own.
+        Raises Refused in plain words when the model cannot be opened.
         """
-        backbone = backbones.open(model, device=device, dtype=dtype, offload=offload, quantize=quantize, denoiser=denoiser)
-        return cls(backbone, model, folders=folders, together=together, fold=fold, profiles=profiles, resolve=resolve)
+        backbone = backbones.open(model, device=device, dtype=dtype, offload=offload, quantize=quantize, denoiser=denoiser, vae=vae)
+        return cls(backbone, model, folders=folders, together=together, fold=fold, profiles=profiles, resolve=resolve, vae=vae or "")
 
     def close(self) -> None:
         """Let go of the model's hooks; the model itself is freed with the last reference to it."""
@@ -158,18 +161,19 @@ class Engine:
     def settle(self, request: Request) -> tuple[Request, dict[str, Any]]:
         """The request with everything that it leaves open made explicit, and notes on what was decided.
 
-        Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs; masks and pictures of conditions are
+        Model, steps and guidance are this model's own; <lora:...> tags of the prompt become LoRAs, embedding:... textual inversions; masks and pictures of conditions are
         read, once, into the request, and what draws the latter is named; speed LoRAs get the category that says so; LoRAs get the steps of their category where it asks for windows; the
         methods that order LoRAs by frequency get the measured order where every LoRA has a profile (options order and low). A settled
         request settles to itself. Raises Refused for a LoRA, a mask or a picture that is not there.
         """
         request, tagged = prompt_syntax.settled(request, self.find)
+        request = inversions.settled(request, self.find)
         notes: dict[str, Any] = {prompt_syntax.TAGGED: tagged} if tagged else {}
         loras = [replace(lora, region=pictures.mask_as_text(lora.region, lora.name)) if isinstance(lora.region, str) else lora
                  for lora in request.loras]
         controls = [replace(control, image=pictures.condition_as_text(control.image, control.name), annotator=self._controls.annotator(control))
                     for control in request.conditions]
-        request = replace(request, model=self.name, loras=loras, conditions=controls).settled(*self.backbone.defaults)
+        request = replace(request, model=self.name, vae=self.vae, loras=loras, conditions=controls).settled(*self.backbone.defaults)
         request = named.settled(request, lambda lora: lora.triggers or self.inspect(lora.source).triggers)
         request = replace(request, loras=[replace(lora, category=ALWAYS_ON) if not lora.category and speed.is_one(self.find(lora.source)) else lora
                                           for lora in request.loras])
@@ -232,6 +236,7 @@ class Engine:
         request, settled = self.settle(request)
         loras = [(name, lora, self.find(lora.source)) for name, lora in zip(request.names, request.loras, strict=True)]
         paths = {name: self._controls.find(condition.source) for name, condition in request.controls.items()}
+        words = inversions.opened(request, self.find, self.backbone)
         options = method.read(request.options)
         seconds: dict[str, float] = {}
         with self._lock, self._undisturbed(), ExitStack() as own:
@@ -240,7 +245,8 @@ class Engine:
                 receipts, encodings, fold, shelf = self._prepare(own, request, method, loras)
                 conditions = self._controls.opened(request, paths, size, isolated=not self._steady(request, method), shelf=shelf)
             notes = opening_notes(request, receipts, self.backbone) | settled | ({"fold": fold} if fold else {})
-            notes |= unranked(request, method, self.adapters)
+            notes |= unranked(request, method, self.adapters) | inversions.noted(request, words)
+            notes |= {VAE_NOTE: vae_sha256} if (vae_sha256 := self.backbone.vae_sha256) else {}
             if conditions is not None:
                 notes |= {**conditions.notes} | ({"conditions isolated": True} if conditions.isolated and request.active else {})
             rows = list(zip(request.names, request.loras, receipts, strict=True))
@@ -256,7 +262,8 @@ class Engine:
                 run = Run(
                     self.backbone, self.adapters, request, scheduler, encodings=encodings, cancel=cancel,
                     generators=[Generator().manual_seed(seed) for seed in part], categories=categories, triggers=triggers,
-                    always=always, conditions=conditions, tensors=tensors, profiles=self.profiles, folding=folding)
+                    always=always, conditions=conditions, tensors=tensors, profiles=self.profiles, folding=folding,
+                    inversions=words)
                 images += self._pictures(run, method, options, first, on_step, seconds)
                 notes |= run.notes if first == 0 else {}
                 scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from composition import prompts
+from composition import prompt_syntax, prompts
 from composition.request import Lora, Request
 
 NOTE = "not named"  # in Result.notes: the LoRAs that were taken out
@@ -18,13 +18,13 @@ def settled(request: Request, triggers: Callable[[Lora], Sequence[str]]) -> Requ
     """
     if not request.named_only:
         return request
-    return replace(request, loras=[replace(lora, weight=0.0) if _unnamed(lora, request.prompt, triggers(lora)) else lora for lora in request.loras])
+    return replace(request, loras=[replace(lora, weight=0.0) if _unnamed(lora, prompt_syntax.words(request), triggers(lora)) else lora for lora in request.loras])
 
 
 def noted(request: Request, triggers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The note on a settled request. triggers: of every LoRA, by name."""
     out = [name for name, lora in zip(request.names, request.loras, strict=True)
-           if request.named_only and lora.weight == 0.0 and _unnamed(lora, request.prompt, triggers[name])]
+           if request.named_only and lora.weight == 0.0 and _unnamed(lora, prompt_syntax.words(request), triggers[name])]
     return {NOTE: out} if out else {}
 
 

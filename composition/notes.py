@@ -18,11 +18,11 @@ def opening_notes(request: Request, receipts: Sequence[Receipt], backbone: Backb
     notes: dict[str, Any] = {"method": request.method, "evaluations": 0, SAMPLER_NOTE: schedulers.title(request.sampler, backbone.scheduler)}
     if (distilled := backbone.embedded_guidance(request)) is not None:
         notes[DISTILLED_NOTE] = distilled
-    if pieces := prompt_syntax.unread(request.prompt, request.negative):
+    if pieces := prompt_syntax.unread(request):
         notes[prompt_syntax.UNREAD] = pieces
     if missing := _missing_triggers(request, receipts):
         notes["missing triggers"] = missing
-    if cut := backbone.truncated(request.prompt):
+    if cut := backbone.truncated(prompt_syntax.prompts_of(request)[0]):
         notes["prompt cut"] = cut
     if backbone.scale(request) <= 1.0:
         why = "guidance is off" if distilled is None else "guidance was distilled into this model: set true_guidance over 1"
@@ -54,7 +54,7 @@ def _missing_triggers(request: Request, receipts: Sequence[Receipt]) -> dict[str
     """Of every LoRA that is on in some step: its trigger words, where the prompt has none of them."""
     triggers = {name: lora.triggers or receipt.triggers
                 for name, lora, receipt in zip(request.names, request.loras, receipts, strict=True) if name in request.active}
-    return {name: list(words) for name, words in triggers.items() if prompts.lacks(request.prompt, words)}
+    return {name: list(words) for name, words in triggers.items() if prompts.lacks(prompt_syntax.words(request), words)}
 
 
 def overflow(error: NotFinite, request: Request, adapters: Adapters, backbone: Backbone) -> str:

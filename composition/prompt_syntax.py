@@ -1,7 +1,8 @@
-"""What other tools write in a prompt besides words: <lora:name:weight> tags, weights, schedules, BREAK, AND.
+"""What people write in a prompt besides words: <lora:name:weight> tags, weights, BREAK; and schedules, choices, AND.
 
-A tag becomes a LoRA and leaves the prompt. The rest has no meaning here and is only recognised, so that it can be reported. The forms are
-A1111's (its prompt parser and extra networks) and its relatives'. Every function takes time linear in the prompt.
+A tag becomes a LoRA and leaves the prompt; weights and BREAK are read (`prompt_weights`), in requests from schema 2 on. The rest has no meaning
+here and is only recognised, so that it can be reported. The forms are A1111's (its prompt parser and extra networks) and its relatives'. Every
+function takes time linear in the prompt.
 """
 
 import re
@@ -12,8 +13,10 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from composition import prompt_weights
+from composition.prompt_weights import Text
 from composition.refusal import Refused, explain
-from composition.request import MAX_LORAS, Lora, Request
+from composition.request import MAX_LORAS, SCHEMA_VERSION, Lora, Request
 
 TAGGED = "loras from the prompt"  # the note on tags that became LoRAs
 UNREAD = "prompt syntax"  # the note on what is read as plain words
@@ -24,6 +27,9 @@ _TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
 _OPEN_TAG = re.compile(r"<(?:lora|lyco):", re.IGNORECASE)
 _OTHER_TAG = re.compile(r"<(?:hypernet|segment|object|region|random|wildcard|alternate|fromto|embed|repeat|preset)[:\[][^<>]*>", re.IGNORECASE)
 _WORD = re.compile(r"(?<!\w)(?:BREAK|AND|ADDBASE|ADDCOL|ADDROW)(?!\w)|(?<!\w)embedding:[\w.-]+|__[\w/*-]{1,100}__")
+_READ = re.compile(r"BREAK|embedding:.*")  # of these what a request of today means something by
+WEIGHTED = 2  # the schema from which prompts have weights, BREAK and no end; of older ones a picture is made again as it was
+_CHOICE = re.compile(r"\{[^{}|]{0,200}\|[^{}]{0,200}\}")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})%?")
 
 
@@ -114,16 +120,46 @@ def settled(request: Request, find: Callable[[str], Path]) -> tuple[Request, dic
     return with_tags, dict(list(with_tags.weights.items())[len(request.loras):])
 
 
-def unread(*prompts: str) -> list[str]:
-    """The pieces of these prompts that other tools read as instructions and Medley as plain words, each once, shortened."""
+def prompts_of(request: Request) -> tuple[Text, Text]:
+    """The request's prompt and negative prompt as they are encoded. Raises Refused for a weight out of range."""
+    both = request.prompt, request.negative
+    return both if request.schema_version < WEIGHTED else (prompt_weights.read(both[0]), prompt_weights.read(both[1]))
+
+
+def words(request: Request) -> str:
+    """The words of the request's prompt, without the syntax around them."""
+    return request.prompt if request.schema_version < WEIGHTED else prompt_weights.plain(request.prompt)
+
+
+def verbatim(request: Request, text: str) -> str:
+    """A text as the request's prompts have to write it so that its brackets mean nothing."""
+    return text if request.schema_version < WEIGHTED else prompt_weights.escaped(text)
+
+
+def today(request: Request) -> Request:
+    """The request in today's schema, for prompts that are to be edited: the brackets of an older one keep meaning nothing."""
+    if request.schema_version >= WEIGHTED:
+        return request
+    prompt, negative = (prompt_weights.escaped(text) for text in (request.prompt, request.negative))
+    return replace(request, prompt=prompt, negative=negative, schema_version=SCHEMA_VERSION)
+
+
+def unread(request: Request) -> list[str]:
+    """The pieces of its prompts that other tools read as instructions and Medley as plain words, each once, shortened."""
     pieces: dict[str, None] = {}
-    for prompt in prompts:
-        spans = [*_bracketed(prompt), *(match.span() for match in _WORD.finditer(prompt)),
-                 *(match.span() for match in _OTHER_TAG.finditer(prompt))]
+    read = request.schema_version >= WEIGHTED
+    for prompt in (request.prompt, request.negative):
+        spans = [*(_choices(prompt) if read else _bracketed(prompt)), *(match.span() for match in _OTHER_TAG.finditer(prompt)),
+                 *(match.span() for match in _WORD.finditer(prompt) if not (read and _READ.fullmatch(match[0])))]
         for start, end in sorted(spans):
             piece = prompt[start:end]
             pieces[piece if len(piece) <= MAX_SHOWN else f"{piece[:MAX_SHOWN]}..."] = None
     return list(pieces)[:MOST_SHOWN]
+
+
+def _choices(prompt: str) -> list[tuple[int, int]]:
+    """[a:b:0.5], [a|b] and {a|b}, which are not read beside weights."""
+    return [*prompt_weights.schedules(prompt), *(match.span() for match in _CHOICE.finditer(prompt))]
 
 
 def _bracketed(prompt: str) -> list[tuple[int, int]]:
@@ -163,4 +199,4 @@ def _bracketed(prompt: str) -> list[tuple[int, int]]:
 
 def sentence(pieces: Sequence[str]) -> str:
     """What `unread` found, for people."""
-    return (f"prompt weights and the like are read as plain words: {', '.join(pieces)} (other tools take them for instructions)")
+    return f"read as plain words: {', '.join(pieces)} (other tools take them for instructions)"

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from composition import prompt_syntax
+from composition.prompt_weights import Prompt, Text, marked, text_of
 from composition.refusal import Refused
 from composition.request import Lora, Receipt, Request
 
@@ -26,18 +28,23 @@ class Scene:
     """A prompt split by concept.
 
     concepts: names of the LoRAs that are bound, in the order of the request; everywhere: those that are not.
-    prompts: the base's first, then one for each concept. spans[c][p]: where concept c stands in prompt p.
+    prompts: the base's first, then one for each concept, with the weights that the request's has. spans[c][p]: where concept c stands in the
+    text of prompt p.
     """
 
     concepts: tuple[str, ...]
     everywhere: tuple[str, ...]
-    prompts: tuple[str, ...]
+    prompts: tuple[Text, ...]
     spans: tuple[tuple[Span, ...], ...]
+
+    @property
+    def texts(self) -> list[str]:
+        return list(map(text_of, self.prompts))
 
 
 def says(prompt: str, words: str) -> bool:
     """True when the prompt has these words, whole, in order and in any case: "bowl" does not say "owl"."""
-    return bool(_places(prompt, words))
+    return bool(standing(prompt, words))
 
 
 def lacks(prompt: str, triggers: Sequence[str]) -> bool:
@@ -53,19 +60,21 @@ def with_triggers(request: Request, inspect: Callable[[str], Receipt]) -> tuple[
     added: list[str] = []
     for lora in request.loras:
         triggers = lora.triggers or inspect(lora.source).triggers
-        if lacks(", ".join([request.prompt, *added]), triggers):
+        if lacks(", ".join([prompt_syntax.words(request), *added]), triggers):
             added.append(triggers[0])
-    return replace(request, prompt=", ".join([request.prompt, *added]) if request.prompt else ", ".join(added)), added
+    texts = [prompt_syntax.verbatim(request, words) for words in added]
+    return replace(request, prompt=", ".join([request.prompt, *texts] if request.prompt else texts)), added
 
 
 def scene(
-    prompt: str, loras: Mapping[str, Lora], categories: Mapping[str, str], triggers: Mapping[str, Sequence[str]]
+    whole: Text, loras: Mapping[str, Lora], categories: Mapping[str, str], triggers: Mapping[str, Sequence[str]]
 ) -> Scene:
     """Split a prompt by its LoRAs' `binds`, else their trigger words.
 
-    Raises Refused when the words of a LoRA are not in the prompt, are there twice, or belong to another LoRA too.
+    Words that are put in another's place have the weight of the last of them. Raises Refused when the words of a LoRA are not in the prompt, are there twice, or belong to another LoRA too.
     """
     bound: dict[str, Span] = {}
+    prompt = text_of(whole)
     for name, lora in loras.items():
         if (span := _span(prompt, name, lora, categories.get(name, ""), triggers.get(name, ()))) is not None:
             bound[name] = span
@@ -76,15 +85,15 @@ def scene(
             raise Refused(f"{first} and {second} are bound to words that overlap ({', '.join(map(repr, words))}): bind each to words of its own")
     plain = {name: _without(prompt[slice(*bound[name])], triggers.get(name, ())) for name in bound}
     own = {name: _with(prompt[slice(*bound[name])], triggers.get(name, ())) for name in bound}
-    prompts = [_written(prompt, bound, order, plain)]
-    prompts += [_written(prompt, bound, order, plain | {name: own[name]}) for name in bound]
+    prompts = [_written(whole, bound, order, plain)]
+    prompts += [_written(whole, bound, order, plain | {name: own[name]}) for name in bound]
     return Scene(
         tuple(bound), tuple(name for name in loras if name not in bound), tuple(text for text, _ in prompts),
         tuple(tuple(spans[name] for _, spans in prompts) for name in bound))
 
 
 def alone(prompt: str, loras: Mapping[str, Lora], triggers: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """For each LoRA the prompt without the words of the others: what they are bound to, else all of their trigger words."""
+    """For each LoRA the text of the prompt without the words of the others: what they are bound to, else all of their trigger words."""
     words = {name: [lora.binds] if lora.binds is not None else list(triggers.get(name, ())) for name, lora in loras.items()}
     return {name: _without(prompt, [each for other, theirs in words.items() if other != name for each in theirs]) for name in loras}
 
@@ -108,14 +117,14 @@ def tokens(
 
 def _span(prompt: str, name: str, lora: Lora, category: str, triggers: Sequence[str]) -> Span | None:
     if lora.binds is not None:
-        places = _places(prompt, lora.binds)
+        places = standing(prompt, lora.binds)
         if not places:
             raise Refused(f"LoRA {name} is bound to {lora.binds!r}, which the prompt does not contain: write the words as they stand in it")
         return _only(places, name, lora.binds)
     if category in EVERYWHERE and lora.region is None:
         return None
     for words in triggers:
-        if places := _places(prompt, words):
+        if places := standing(prompt, words):
             return _only(places, name, words)
     if lora.region is not None:
         return None
@@ -124,7 +133,7 @@ def _span(prompt: str, name: str, lora: Lora, category: str, triggers: Sequence[
                   f'{{"source": "{name}", "binds": "the fox"}}, or set category "style" to apply it everywhere')
 
 
-def _places(prompt: str, words: str) -> list[Span]:
+def standing(prompt: str, words: str) -> list[Span]:
     """Where these words stand in the prompt: whole, in order, in any case, with any spaces between them.
 
     In scripts that are written without spaces between words, anywhere.
@@ -154,7 +163,7 @@ def _without(phrase: str, triggers: Sequence[str]) -> str:
     """The phrase without trigger words; as it is when no word with a meaning would be left."""
     bare = phrase
     for words in triggers:
-        for a, b in reversed(_places(bare, words)):
+        for a, b in reversed(standing(bare, words)):
             bare = bare[:a] + bare[b:]
     bare = re.sub(r"\s+", " ", bare).strip()
     return bare if _content(bare) else phrase
@@ -162,7 +171,7 @@ def _without(phrase: str, triggers: Sequence[str]) -> str:
 
 def _with(phrase: str, triggers: Sequence[str]) -> str:
     """The phrase with its first trigger words, when it has none: after its article, and in place of words that they repeat."""
-    if not triggers or any(_places(phrase, words) for words in triggers):
+    if not triggers or any(standing(phrase, words) for words in triggers):
         return phrase
     article = re.match(r"\s*(?:(?:a|an|the)\s+)?", phrase, re.IGNORECASE)
     head, rest = phrase[: article.end()] if article else "", phrase[article.end() :] if article else phrase
@@ -172,11 +181,17 @@ def _with(phrase: str, triggers: Sequence[str]) -> str:
     return f"{head}{triggers[0]} {rest}"
 
 
-def _written(prompt: str, bound: Mapping[str, Span], order: Sequence[str], words: Mapping[str, str]) -> tuple[str, dict[str, Span]]:
+def _written(whole: Text, bound: Mapping[str, Span], order: Sequence[str], words: Mapping[str, str]) -> tuple[Text, dict[str, Span]]:
     """The prompt with these words in place of the bound spans, and the spans where they now stand."""
-    text, at, spans = "", 0, {}
+    prompt, marks = text_of(whole), whole.marks() if isinstance(whole, Prompt) else []
+    text, at, spans, carried = "", 0, {}, []
     for name in order:
-        text += prompt[at : bound[name][0]]
+        begin, end = bound[name]
+        text += prompt[at:begin]
         spans[name] = (len(text), len(text) + len(words[name]))
-        text, at = text + words[name], bound[name][1]
-    return text + prompt[at:], spans
+        if marks:
+            same = words[name] == prompt[begin:end]
+            carried += [*marks[at:begin], *(marks[begin:end] if same else [(marks[end - 1][0], False)] * len(words[name]))]
+        text, at = text + words[name], end
+    text += prompt[at:]
+    return (marked(text, [*carried, *marks[at:]]) if isinstance(whole, Prompt) else text), spans

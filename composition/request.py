@@ -18,15 +18,17 @@ from composition import untrusted
 from composition.refusal import Refused, explain
 from composition.sampler_names import canonical
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: brackets, BREAK and the end of a long prompt meant nothing (`prompt_syntax`)
 MAX_PIXELS = 4096 * 4096
 MAX_LORAS = 64
 MAX_CONDITIONS = 16
+MAX_EMBEDDINGS = 32
 MAX_IMAGE = 16_000_000  # letters of a picture as a data URL
 SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
 DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
 ALWAYS_NOTE = "always on"  # there: the LoRAs that no method touched
-_LATER = ("anchored", "windows", "named_only")  # fields of a request that its JSON leaves out where they are not set
+VAE_NOTE = "vae"  # there: the sha256 of the weights of an autoencoder in place of the model's own
+_LATER = ("anchored", "windows", "named_only", "embeddings", "vae")  # fields of a request that its JSON leaves out where they are not set
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)]
@@ -157,10 +159,28 @@ class Condition:
 
 
 @dataclass(frozen=True, config=_config)
+class Embedding:
+    """A textual inversion of a request.
+
+    source: a path to a .safetensors file, or a name in one of the LoRA folders. word: what stands for it in the prompts ("": the word that the
+    file names, else the file's name), in place of what it means otherwise; `embedding:name` in a prompt is one whose word is that.
+    """
+
+    source: Annotated[str, Field(min_length=1, max_length=4096)]
+    word: Annotated[str, Field(max_length=200)] = ""
+
+    @property
+    def name(self) -> str:
+        """The last part of the source without its ending."""
+        return _last_part(self.source)
+
+
+@dataclass(frozen=True, config=_config)
 class Request:
     """All that is needed to make a picture again.
 
-    prompt is used verbatim: a trigger word that is missing becomes a note, never an insertion.
+    prompt is used verbatim: a trigger word that is missing becomes a note, never an insertion. (word:1.2), (word), [word] and BREAK in it and in
+    negative are read as A1111 does, and \\( is a bracket (docs/prompts.md).
     size is (width, height) in pixels, None for the model's own. count pictures are made, with seeds seed, seed+1, ...;
     each has a generator of its own. batched: ask all LoRAs in one batch of rows (more memory, faster) or one by
     one; on a processor, pictures of 512 pixels and more are evaluated one by one all the same, which is faster there.
@@ -170,7 +190,8 @@ class Request:
     ("Euler a") is taken for our name of it.
     anchored: the negative row of guidance is the base's own prediction, without any LoRA; without guidance there is none. windows: LoRAs that
     are on in all steps get a part of them by their category: content early and style late ("both"), or style late alone ("style";
-    `composition.windows`). named_only: LoRAs of whose trigger words the prompt says none are off (`composition.named`).
+    `composition.windows`). named_only: LoRAs of whose trigger words the prompt says none are off (`composition.named`). embeddings: textual
+    inversions. vae: the autoencoder that the engine was opened with in place of the model's own.
     """
 
     prompt: Annotated[str, Field(max_length=20_000)]
@@ -192,6 +213,8 @@ class Request:
     anchored: bool = False
     windows: Windows = ""
     named_only: bool = False
+    embeddings: Annotated[Sequence[Embedding], Field(max_length=MAX_EMBEDDINGS), AfterValidator(tuple)] = ()
+    vae: Annotated[str, Field(max_length=4096)] = ""
     schema_version: int = SCHEMA_VERSION
 
     @field_validator("size")

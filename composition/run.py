@@ -4,12 +4,14 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from composition import inversions, prompt_syntax
 from composition.adapters import Adapters
 from composition.adapters.gates import Combine
 from composition.adapters.stack import Route, Watch
@@ -20,8 +22,10 @@ from composition.hooks.attention import AllRecorded, recorded
 from composition.hooks.cache import Cache
 from composition.hooks.costs import layer_costs, share_until
 from composition.hooks.regional import Segments, joined, regional
+from composition.inversions import Inversion
 from composition.loop import Conditioning, Step
 from composition.profiles.store import ProfileStore
+from composition.prompt_weights import Prompt, Text
 from composition.refusal import Cancelled
 from composition.request import Lora, Request
 
@@ -57,7 +61,8 @@ class Run:
     already encoded, value by value, by prompt and text-LoRA weights. categories, triggers: of each LoRA by name, as the request or else
     its file says. always: those that are a part of the base (`Adapters.session`), by name, which no method
     sees. conditions: those that act in every evaluation; `read_conditions` comes first. tensors: the hash of each LoRA's
-    tensors by name. profiles: what was measured of LoRAs. folding: writes the sum of the LoRAs into the weights until a stack of contexts
+    tensors by name. profiles: what was measured of LoRAs. inversions: the request's textual inversions, by the word that
+    stands for each. folding: writes the sum of the LoRAs into the weights until a stack of contexts
     ends; None where that may not be.
     """
 
@@ -76,6 +81,8 @@ class Run:
     tensors: Mapping[str, str] = field(default_factory=dict)
     profiles: ProfileStore = field(default_factory=ProfileStore)
     folding: Callable[[ExitStack], str] | None = None
+    inversions: Mapping[str, Inversion] = field(default_factory=dict)
+    _lengths: dict[Text, int] = field(default_factory=dict)  # of prompts, in chunks
     _shares: dict[Any, float] = field(default_factory=dict)
     _slots: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by name of a cache's slot: the conditions it was filled with
     _anchor: tuple[Step, Tensor] | None = None  # the last evaluation and the base's negative row there
@@ -100,23 +107,48 @@ class Run:
         """Whether the negative row is the base's own, without any LoRA: the request says so, and there is guidance and a LoRA."""
         return self.request.anchored and self._rows > 1 and bool(self.loras)
 
-    def encode(self, prompt: str | None = None, use: Mapping[str, float] | None = None) -> Conditioning:
+    @cached_property
+    def prompt(self) -> Text:
+        """The request's prompt as it is encoded, with its weights and textual inversions."""
+        return self.spelled(prompt_syntax.prompts_of(self.request)[0])
+
+    @cached_property
+    def negative(self) -> Text:
+        return self.spelled(prompt_syntax.prompts_of(self.request)[1])
+
+    def spelled(self, prompt: Text) -> Text:
+        """The prompt with the textual inversions that its words name."""
+        return inversions.named(prompt, self.inversions) if isinstance(prompt, Prompt) else prompt
+
+    def as_prompt(self, text: str) -> Text:
+        """Words as a prompt of this request: of any length, where the request's are."""
+        return Prompt(text) if isinstance(self.prompt, Prompt) else text
+
+    def offsets(self, prompt: Text) -> list[tuple[int, int]]:
+        """The letters of the prompt's text that each token the model sees stands for."""
+        return self.backbone.offsets(self.spelled(prompt))
+
+    def encode(
+        self, prompt: Text | None = None, use: Mapping[str, float] | None = None, among: Sequence[Text] = ()
+    ) -> Conditioning:
         """The prompt (None: the request's) and its negative, encoded with the text-encoder part of these LoRAs.
 
-        use: name to denoiser weight (None: all of `loras` at their own); a LoRA's text_weight, when set, is used in proportion.
+        use: name to denoiser weight (None: all of `loras` at their own); a LoRA's text_weight, when set, is used in proportion. among: prompts
+        with which it is to lie in one batch: as long as the longest.
         """
         use = {name: lora.weight for name, lora in self.loras.items()} if use is None else use
         text = self.text_weights(use)
-        prompt = self.request.prompt if prompt is None else prompt
+        prompt = self.prompt if prompt is None else self.spelled(prompt)
         guided = self._rows > 1
-        keys = {value: (value, prompt, self.request.negative if guided else None, self._touching(text, encoders))
-                for value, encoders in self.backbone.reads.items()}
+        negative = self.negative if guided else None
+        least = max(map(self._chunks, [prompt, *among, *([negative] if guided else [])]))
+        keys = {value: (value, prompt, negative, least, self._touching(text, encoders)) for value, encoders in self.backbone.reads.items()}
         if missing := [value for value, key in keys.items() if key not in self.encodings]:
             self._check_cancel()
             self.adapters.use_text({name: weight for name, weight in text.items() if weight != 0.0})
             try:
                 with torch.no_grad():
-                    encoded = self.backbone.encode([prompt], [self.request.negative] if guided else None, missing)
+                    encoded = self.backbone.encode([prompt], [negative] if guided else None, missing, least, inversions.vectors(self.inversions))
                 self.encodings.update({keys[value]: tensor for value, tensor in encoded.values.items()})
             finally:
                 self.adapters.use_text({})
@@ -124,6 +156,14 @@ class Run:
         if (embedded := self.backbone.embedded_guidance(self.request)) is not None:
             values["guidance"] = torch.full((self._rows, 1), embedded, device=self.backbone.device)
         return Conditioning(values)
+
+    def _chunks(self, prompt: Text | None) -> int:
+        """How many chunks a prompt has, worked out once a run."""
+        if not isinstance(prompt, Prompt):
+            return 1
+        if prompt not in self._lengths:
+            self._lengths[prompt] = self.backbone.chunks(self.spelled(prompt))
+        return self._lengths[prompt]
 
     def text_weights(self, use: Mapping[str, float]) -> dict[str, float]:
         """The weights in the text encoders of LoRAs that have these in the denoiser."""

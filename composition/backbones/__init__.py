@@ -12,19 +12,23 @@ if TYPE_CHECKING:  # the command line reads names from below here without loadin
 
 def open(
     source: str, *, device: str | None = None, dtype: str | None = None, offload: str = "auto", quantize: str | None = None,
-    denoiser: str | None = None,
+    denoiser: str | None = None, vae: str | None = None,
 ) -> "Backbone":
     """Find, load and place a model; `loading.open`, `.quantize` and `.placement` say what may be refused."""
     from composition.backbones.loading import open as opening
     from composition.backbones.loading import placement
     from composition.backbones.loading import quantize as quantization
+    from composition.backbones.loading import vae as autoencoders
 
     where = opening.find(source)
     family = opening.family(where)
     plan = placement.choose(device, dtype, offload, family=family)
     quantization.check(quantize, plan.device)
     pipeline = opening.load(where, plan.dtype, quantize=quantize, denoiser=Path(denoiser).expanduser() if denoiser else None)
-    return of(pipeline, family, placement.place(pipeline, plan))
+    sha256 = autoencoders.replaced(pipeline, vae, plan.dtype) if vae else ""
+    backbone = of(pipeline, family, placement.place(pipeline, plan))
+    backbone.vae_sha256 = sha256
+    return backbone
 
 
 def of(pipeline: Any, family: str, placement: Any = None) -> "Backbone":

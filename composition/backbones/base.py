@@ -8,8 +8,10 @@ from jaxtyping import Float, Num
 from PIL import Image
 from torch import Generator, Tensor, nn
 
+from composition.backbones.chunks import Vectors
 from composition.backbones.loading.placement import Placement
 from composition.loop import Conditioning
+from composition.prompt_weights import Text
 from composition.request import Request
 
 
@@ -43,6 +45,7 @@ class Backbone(Protocol):
     denoiser: nn.Module
     scheduler: Any
     placement: Placement | None
+    vae_sha256: str  # of the weights of an autoencoder in place of the model's own, "" for its own
 
     @property
     def writable(self) -> bool:
@@ -82,12 +85,20 @@ class Backbone(Protocol):
         """The guidance that a distilled model reads as a number, for the value "guidance" of a conditioning; None for others."""
         ...
 
-    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None, wanted: Collection[str] = ...) -> Conditioning:
-        """(R, B, ...) tensors: R = 2 with negatives, 1 without. wanted: which of `reads`, by default all."""
+    def encode(
+        self, prompts: Sequence[Text], negatives: Sequence[Text] | None, wanted: Collection[str] = ..., least: int = 1,
+        vectors: Vectors | None = None,
+    ) -> Conditioning:
+        """(R, B, ...) tensors: R = 2 with negatives, 1 without. wanted: which of `reads`, by default all. A str is encoded as the stock
+        pipeline does. least: so many chunks at the least (`chunks`). vectors: of the prompts' textual inversions."""
         ...
 
-    def truncated(self, prompt: str) -> str:
-        """The end of the prompt that the text encoder cannot see, "" when it sees all."""
+    def chunks(self, prompt: Text) -> int:
+        """How many chunks of 75 tokens the prompt is read in: prompts lie beside each other when they have equally many."""
+        ...
+
+    def truncated(self, prompt: Text) -> str:
+        """The end of the prompt that no text encoder sees, "" when all is seen."""
         ...
 
     def start(
@@ -109,8 +120,8 @@ class Backbone(Protocol):
 
     def axis(self, layer: str) -> Axis: ...
 
-    def offsets(self, prompt: str) -> list[tuple[int, int]]:
-        """The characters of the prompt that each token the model sees stands for; (0, 0) for one that stands for none."""
+    def offsets(self, prompt: Text) -> list[tuple[int, int]]:
+        """The letters of the prompt's text that each token the model sees stands for; (0, 0) for one that stands for none."""
         ...
 
     def prompt_attention(self) -> Mapping[str, int]:

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
-from composition.backbones import vae
+from composition.backbones import chunks, vae
 from composition.backbones.base import Axis, Defaults, Joint
 from composition.backbones.pipeline import PipelineBackbone
 from composition.loop import Conditioning
+from composition.prompt_weights import Text, text_of
 from composition.refusal import Refused
 from composition.request import Request
 
@@ -73,26 +74,34 @@ class FluxBackbone(PipelineBackbone):
         return size
 
     def encode(
-        self, prompts: Sequence[str], negatives: Sequence[str] | None, wanted: Collection[str] = ("text", "pooled")
+        self, prompts: Sequence[Text], negatives: Sequence[Text] | None, wanted: Collection[str] = ("text", "pooled"), least: int = 1,
+        vectors: chunks.Vectors | None = None,
     ) -> Conditioning:
         sides = [self._read(list(side), wanted) for side in (negatives, prompts) if side is not None]
         return Conditioning({name: torch.stack([side[name] for side in sides]) for name in wanted})
 
-    def _read(self, prompts: list[str], wanted: Collection[str]) -> dict[str, Tensor]:
-        pipe, where = self.pipeline, self.device
+    def _read(self, prompts: list[Text], wanted: Collection[str]) -> dict[str, Tensor]:
+        pipe, where, texts = self.pipeline, self.device, list(map(text_of, prompts))
         if set(wanted) == {"pooled"}:  # encode_prompt would read T5 again, by far the larger
-            return {"pooled": pipe._get_clip_prompt_embeds(prompts, num_images_per_prompt=1, device=where)}
+            return {"pooled": pipe._get_clip_prompt_embeds(texts, num_images_per_prompt=1, device=where)}
         text, pooled, _ = pipe.encode_prompt(
-            prompt=prompts, prompt_2=None, device=where, num_images_per_prompt=1, max_sequence_length=self.longest)
+            prompt=texts, prompt_2=None, device=where, num_images_per_prompt=1, max_sequence_length=self.longest)
+        weights = chunks.token_weights(prompts, pipe.tokenizer_2, text.shape[1])
+        if any(weight != 1.0 for row in weights for weight in row):
+            empty = pipe._get_t5_prompt_embeds([""], num_images_per_prompt=1, max_sequence_length=self.longest, device=where)
+            text = chunks.weighted(text, empty[0], text.new_tensor(weights))
         return {name: value for name, value in {"text": text, "pooled": pooled}.items() if name in wanted}
 
-    def truncated(self, prompt: str) -> str:
+    def chunks(self, prompt: Text) -> int:
+        return 1  # T5 reads it whole, and of CLIP the pooled value alone is read
+
+    def truncated(self, prompt: Text) -> str:
         tokenizer, room = self.pipeline.tokenizer_2, self.longest - 1
-        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        ids = tokenizer(text_of(prompt), add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[room:]) if len(ids) > room else ""
 
-    def offsets(self, prompt: str) -> list[tuple[int, int]]:
-        encoded = self.pipeline.tokenizer_2(prompt, return_offsets_mapping=True, truncation=True, max_length=self.longest)
+    def offsets(self, prompt: Text) -> list[tuple[int, int]]:
+        encoded = self.pipeline.tokenizer_2(text_of(prompt), return_offsets_mapping=True, truncation=True, max_length=self.longest)
         return [tuple(pair) for pair in encoded.offset_mapping]
 
     def start(

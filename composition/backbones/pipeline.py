@@ -17,6 +17,7 @@ class PipelineBackbone:
     """A pipeline whose denoiser is the first of `parts`; its text encoders follow, as far as it has them."""
 
     parts: ClassVar[tuple[str, ...]]
+    vae_sha256 = ""
 
     def __init__(self, pipeline: Any, placement: Placement | None = None) -> None:
         self.pipeline = pipeline

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
-from composition.backbones import vae
+from composition.backbones import chunks, vae
 from composition.backbones.base import Axis, Defaults, Joint
 from composition.backbones.flux import LOCALIZING, shift
 from composition.backbones.pipeline import PipelineBackbone
 from composition.loop import Conditioning
+from composition.prompt_weights import Text, text_of
 from composition.refusal import Refused
 from composition.request import Request
 
@@ -53,35 +54,58 @@ class SD3Backbone(PipelineBackbone):
         return size
 
     def encode(
-        self, prompts: Sequence[str], negatives: Sequence[str] | None, wanted: Collection[str] = ("text", "pooled")
+        self, prompts: Sequence[Text], negatives: Sequence[Text] | None, wanted: Collection[str] = ("text", "pooled"), least: int = 1,
+        vectors: chunks.Vectors | None = None,
     ) -> Conditioning:
         guided = negatives is not None
+        if not chunks.simple([*prompts, *(negatives or ())], self.pipeline.tokenizer, least):
+            return self._encode_parts(prompts, negatives, wanted, least)
         text, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
-            prompt=list(prompts), prompt_2=None, prompt_3=None, device=self.device, num_images_per_prompt=1,
-            do_classifier_free_guidance=guided, negative_prompt=list(negatives) if negatives is not None else None,
+            prompt=list(map(text_of, prompts)), prompt_2=None, prompt_3=None, device=self.device, num_images_per_prompt=1,
+            do_classifier_free_guidance=guided, negative_prompt=list(map(text_of, negatives)) if negatives is not None else None,
             max_sequence_length=LONGEST)
         pairs = {"text": (negative, text), "pooled": (negative_pooled, pooled)}
         return Conditioning({name: torch.stack(pairs[name] if guided else pairs[name][1:]) for name in wanted})
 
-    def truncated(self, prompt: str) -> str:
-        tokenizer, room = self._longest()
+    def _encode_parts(
+        self, prompts: Sequence[Text], negatives: Sequence[Text] | None, wanted: Collection[str], least: int
+    ) -> Conditioning:
+        """The same of prompts that the CLIP encoders read in chunks, both in step; T5 reads each whole, with its weights."""
+        pipe, every = self.pipeline, [*(negatives or ()), *prompts]
+
+        def read(parts: list[chunks.Chunk]) -> dict[str, Tensor]:
+            texts = [part.text for part in parts]
+            both = [pipe._get_clip_prompt_embeds(texts, device=self.device, clip_model_index=index) for index in (0, 1)]
+            return {"text": torch.cat([text for text, _ in both], -1), "pooled": torch.cat([pooled for _, pooled in both], -1)}
+
+        values = chunks.encoded(every, pipe.tokenizer, least, read)
+        t5 = pipe._get_t5_prompt_embeds([*map(text_of, every), ""], device=self.device, max_sequence_length=LONGEST)
+        if pipe.text_encoder_3 is not None:
+            t5 = chunks.weighted(t5, t5[-1], t5.new_tensor(chunks.token_weights([*every, ""], pipe.tokenizer_3, LONGEST)))
+        wide = torch.nn.functional.pad(values["text"], (0, t5.shape[-1] - values["text"].shape[-1]))
+        values["text"] = torch.cat([wide, t5[:-1].to(wide)], 1)
+        return Conditioning({name: values[name].unflatten(0, (-1, len(prompts))) for name in wanted})
+
+    def chunks(self, prompt: Text) -> int:
+        return len(chunks.chunks(prompt, self.pipeline.tokenizer)[0])
+
+    def truncated(self, prompt: Text) -> str:
+        pipe = self.pipeline
+        if not isinstance(prompt, str):
+            return chunks.chunks(prompt, pipe.tokenizer)[1]
+        whole = pipe.text_encoder_3 is not None
+        tokenizer, room = (pipe.tokenizer_3, LONGEST - 1) if whole else (pipe.tokenizer, pipe.tokenizer.model_max_length - 2)
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[room:]) if len(ids) > room else ""
 
-    def _longest(self) -> tuple[Any, int]:
-        """The tokenizer of the encoder that sees most of a prompt, and how many tokens of it."""
+    def offsets(self, prompt: Text) -> list[tuple[int, int]]:
         pipe = self.pipeline
-        if pipe.text_encoder_3 is not None:
-            return pipe.tokenizer_3, LONGEST - 1
-        return pipe.tokenizer, pipe.tokenizer.model_max_length - 2
-
-    def offsets(self, prompt: str) -> list[tuple[int, int]]:
-        pipe = self.pipeline
-        first, second = (_offsets(words, prompt, pipe.tokenizer_max_length) for words in (pipe.tokenizer, pipe.tokenizer_2))
+        first, second = (chunks.offsets(prompt, tokenizer) for tokenizer in (pipe.tokenizer, pipe.tokenizer_2))
         if first != second:
             raise Refused("the CLIP tokenizers of this model split the prompt differently, so the places of its words are not known")
-        short = first + [(0, 0)] * (pipe.tokenizer_max_length - len(first))
-        return short + (_offsets(pipe.tokenizer_3, prompt, LONGEST) if pipe.text_encoder_3 is not None else [])
+        length = pipe.tokenizer_max_length
+        short = first + [(0, 0)] * (-len(first) % length)
+        return short + (_offsets(pipe.tokenizer_3, text_of(prompt), LONGEST) if pipe.text_encoder_3 is not None else [])
 
     def start(
         self, request: Request, scheduler: Any, generators: Sequence[Generator]

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float, Num
 from torch import Generator, Tensor
 
-from composition.backbones import vae
+from composition.backbones import chunks, vae
 from composition.backbones.base import Axis, Defaults, Joint
 from composition.backbones.loading.placement import Placement
 from composition.backbones.pipeline import PipelineBackbone
 from composition.loop import Conditioning
+from composition.prompt_weights import Text, text_of
 from composition.refusal import Refused
 from composition.request import Request
 
@@ -54,34 +55,67 @@ class UNetBackbone(PipelineBackbone):
         return None
 
     def encode(
-        self, prompts: Sequence[str], negatives: Sequence[str] | None, wanted: Collection[str] = ("text", "pooled")
+        self, prompts: Sequence[Text], negatives: Sequence[Text] | None, wanted: Collection[str] = ("text", "pooled"), least: int = 1,
+        vectors: chunks.Vectors | None = None,
     ) -> Conditioning:
         guided = negatives is not None
         # SDXL zeroes the negative row only when no negative prompt is given at all, as its authors trained it.
-        negative_prompts = list(negatives) if negatives is not None and any(negatives) else None
+        given = negatives is not None and any(map(text_of, negatives))
+        if not chunks.simple([*prompts, *(negatives or ())], self._tokenizer, least):
+            return self._encode_parts(prompts, negatives, given, wanted, least, vectors or {})
+        negative_prompts = list(map(text_of, negatives)) if negatives is not None and given else None
         call = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
+        texts = list(map(text_of, prompts))
         if self.family == "sdxl":
-            positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
-                prompt=list(prompts), negative_prompt=negative_prompts, **call)
+            positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(prompt=texts, negative_prompt=negative_prompts, **call)
             pairs = {"text": (negative, positive), "pooled": (negative_pooled, pooled)}
         else:
-            positive, negative = self.pipeline.encode_prompt(list(prompts), negative_prompt=negative_prompts, **call)
+            positive, negative = self.pipeline.encode_prompt(texts, negative_prompt=negative_prompts, **call)
             pairs = {"text": (negative, positive)}
         return Conditioning({name: torch.stack(pair if guided else pair[1:]) for name, pair in pairs.items() if name in wanted})
 
-    def truncated(self, prompt: str) -> str:
-        tokenizer = self.pipeline.tokenizer
+    def _encode_parts(
+        self, prompts: Sequence[Text], negatives: Sequence[Text] | None, given: bool, wanted: Collection[str], least: int, vectors: chunks.Vectors
+    ) -> Conditioning:
+        """The same of prompts that are read in chunks. given: whether any negative prompt has words."""
+        def read(parts: list[chunks.Chunk]) -> dict[str, Tensor]:
+            with chunks.inverted(self._encoders, parts, vectors):
+                values = self.pipeline.encode_prompt([part.text for part in parts], device=self.device, num_images_per_prompt=1,
+                                                     do_classifier_free_guidance=False)
+            return {"text": values[0], "pooled": values[2]} if self.family == "sdxl" else {"text": values[0]}
+
+        values = chunks.encoded([*(negatives or ()), *prompts], self._tokenizer, least, read)
+        rows = {name: value.unflatten(0, (-1, len(prompts))) for name, value in values.items() if name in wanted}
+        if negatives is not None and not given and self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            rows = {name: torch.cat([torch.zeros_like(value[:1]), value[1:]]) for name, value in rows.items()}
+        return Conditioning(rows)
+
+    @property
+    def _encoders(self) -> Mapping[str, tuple[Any, Any]]:
+        """Text encoder and tokenizer, by the former's name."""
+        pairs = {name: (getattr(self.pipeline, name, None), getattr(self.pipeline, name.replace("text_encoder", "tokenizer"), None)) for name in self.parts[1:]}
+        return {name: pair for name, pair in pairs.items() if pair[0] is not None}
+
+    @property
+    def _tokenizer(self) -> Any:
+        return next(tokenizer for _, tokenizer in self._encoders.values())
+
+    def chunks(self, prompt: Text) -> int:
+        return len(chunks.chunks(prompt, self._tokenizer)[0])
+
+    def truncated(self, prompt: Text) -> str:
+        tokenizer = self._tokenizer
+        if not isinstance(prompt, str):
+            return chunks.chunks(prompt, tokenizer)[1]
         room = tokenizer.model_max_length - 2
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return tokenizer.decode(ids[room:]) if len(ids) > room else ""
 
-    def offsets(self, prompt: str) -> list[tuple[int, int]]:
-        tokenizers = [getattr(self.pipeline, name) for name in ("tokenizer", "tokenizer_2") if hasattr(self.pipeline, name)]
-        offsets = [tokenizer(prompt, return_offsets_mapping=True, truncation=True, max_length=tokenizer.model_max_length).offset_mapping
-                   for tokenizer in tokenizers if tokenizer is not None]
-        if any(other != offsets[0] for other in offsets[1:]):
+    def offsets(self, prompt: Text) -> list[tuple[int, int]]:
+        found = [chunks.offsets(prompt, tokenizer) for _, tokenizer in self._encoders.values()]
+        if any(other != found[0] for other in found[1:]):
             raise Refused("the two tokenizers of this model split the prompt differently, so the places of its words are not known")
-        return [tuple(pair) for pair in offsets[0]]
+        return found[0]
 
     def start(
         self, request: Request, scheduler: Any, generators: Sequence[Generator]

@@ -92,7 +92,7 @@ class _Course:
         self.refined = shares(refine if options.refine is None else options.refine)
         self.by_change = options.maps == "change" or options.maps == "auto" and bool(run.backbone.joint) and not options.reference
         self.losses: list[list[float]] = []
-        run.notes["clora"] = {"prompts": list(self.scene.prompts), "everywhere": list(self.scene.everywhere), "loss": self.losses,
+        run.notes["clora"] = {"prompts": self.scene.texts, "everywhere": list(self.scene.everywhere), "loss": self.losses,
                               "maps": "change" if self.by_change else "attention"}
 
     def predict(self, step: Step) -> Prediction:

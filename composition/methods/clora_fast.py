@@ -56,7 +56,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
     scene, layers = shared.scene_of(run), run.backbone.localizing_layers()
     positions = shared.token_positions(run, scene)
     source = options.ask if options.ask != "auto" else "change" if run.backbone.joint else "base"
-    run.notes["clora"] = {"prompts": list(scene.prompts), "everywhere": list(scene.everywhere), "maps": source}
+    run.notes["clora"] = {"prompts": scene.texts, "everywhere": list(scene.everywhere), "maps": source}
     kept: dict[tuple[int, ...], Float[Tensor, "B K h w"]] = {}
 
     def predict(step: Step) -> Prediction:

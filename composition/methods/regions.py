@@ -30,12 +30,12 @@ class Options:
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     bounded = {name: lora for name, lora in run.loras.items() if lora.region is not None}
-    scene = prompts.scene(run.request.prompt, bounded, run.categories, run.triggers)
+    scene = prompts.scene(run.prompt, bounded, run.categories, run.triggers)
     texts = dict(zip(scene.concepts, scene.prompts[1:], strict=True))
     if run.loras and not bounded:
         run.notes["no regions"] = True
     if bounded:
-        run.notes["regions"] = {"prompts": {"": scene.prompts[0], **texts}, "everywhere": [name for name in run.loras if name not in bounded]}
+        run.notes["regions"] = {"prompts": dict(zip(("", *scene.concepts), scene.texts, strict=True)), "everywhere": [name for name in run.loras if name not in bounded]}
 
     def predict(step: Step) -> Prediction:
         live = run.live(step)
@@ -46,7 +46,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
         everywhere = {name: weight for name, weight in live.items() if name not in bounded}
         uses = [everywhere, *({name: live[name]} | everywhere for name in here)]
         prompts_of = [scene.prompts[0], *(texts.get(name, scene.prompts[0]) for name in here)]
-        passes = [Pass(use, run.encode(text, use)) for use, text in zip(uses, prompts_of, strict=True)]
+        passes = [Pass(use, run.encode(text, use, among=scene.prompts)) for use, text in zip(uses, prompts_of, strict=True)]
         size = grid(step, 0)
         places = torch.stack([masks.region(bounded[name], size) for name in here]).to(step.latents)[None]
         if options.soft:

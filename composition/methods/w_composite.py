@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from composition.loop import Predict, Prediction, Step
+from composition import prompt_syntax
 from composition.methods import method
 from composition.methods.shared.text_vector import text_vector
 from composition.run import Run
@@ -41,7 +42,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
 
 def nearness(run: Run, names: Sequence[str]) -> dict[str, float]:
     """The weights of these LoRAs, summing to 1; never under a hundredth of the largest."""
-    whole, near = text_vector(run, run.request.prompt), {}
+    whole, near = text_vector(run, prompt_syntax.words(run.request)), {}
     for name in names:
         if words := run.triggers.get(name, ()):
             near[name] = max(0.01, float(F.cosine_similarity(whole, text_vector(run, ", ".join(words)), dim=0)))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 
 from composition.loop import Predict, Prediction, Step
+from composition import prompt_syntax
 from composition.methods import method
 from composition.methods.shared.text_vector import text_vector
 from composition.run import Run
@@ -56,7 +57,7 @@ def compose(run: Run, options: Options) -> Iterator[Predict]:
 
 def needs(run: Run) -> dict[str, float]:
     """How much the prompt needs each LoRA; only their ratio means anything."""
-    prompt = run.request.prompt
+    prompt = prompt_syntax.words(run.request)
     whole, need = text_vector(run, prompt), {}
     for name in run.names:
         words = run.triggers.get(name, ())

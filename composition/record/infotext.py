@@ -105,7 +105,7 @@ def read(text: str) -> Reading:
     lost += [f"LoRA {name} (hash {digits}) was used, but the prompt does not say with which weight: give it with --lora"
              for name, digits in hashes.items() if name not in named]
     lost += _resources(pairs, len(request.loras), remarks)
-    if pieces := prompt_syntax.unread(request.prompt, request.negative):
+    if pieces := prompt_syntax.unread(request):
         remarks.append(prompt_syntax.sentence(pieces))
     known = _SILENT | {key for key, *_ in _FIELDS}
     remarks += [f"{key}: {_short(value)} is not used" for key, value in parts.pairs.items() if key.lower() not in known]

@@ -36,7 +36,7 @@ class Facts(NamedTuple):
 
 def facts(repository: str) -> Facts:
     """Ask the hub about a model; its page can be read without a token even when its files cannot. Raises Refused."""
-    with _plainly(repository):
+    with plainly(repository):
         info = HfApi().model_info(repository, files_metadata=True)
     card = info.card_data
     named = str(getattr(card, "license_name", None) or getattr(card, "license", None) or "not stated")
@@ -57,7 +57,7 @@ def allowed(repository: str, token: str | None = None) -> bool:
     except GatedRepoError:
         return False
     except Exception:
-        with _plainly(repository):
+        with plainly(repository):
             raise
     return True
 
@@ -73,14 +73,14 @@ def keep(token: str) -> None:
 
 def index(repository: str) -> Path:
     """The model_index.json of a hub id, from the cache or the hub."""
-    with _plainly(repository):
+    with plainly(repository):
         return Path(hf_hub_download(repository, "model_index.json"))
 
 
 def download(repository: str) -> Path:
     """The folder of a hub id in the hub's own cache, fetched as far as it is not there yet. Never a pickle."""
     folder = index(repository).parent
-    with _plainly(repository):
+    with plainly(repository):
         try:
             names: Iterable[str] = list_repo_files(repository)
         except GatedRepoError:
@@ -93,7 +93,7 @@ def download(repository: str) -> Path:
 
 
 @contextmanager
-def _plainly(repository: str) -> Iterator[None]:
+def plainly(repository: str) -> Iterator[None]:
     """The hub's errors in the user's words."""
     try:
         yield

@@ -22,7 +22,7 @@ BREADTH = 1 / 8  # the blur of maps of change, as a share of the picture's short
 
 def scene_of(run: Run) -> prompts.Scene:
     """The run's prompt by its LoRAs' words. Raises Refused for a LoRA with a region and no words: no map could be its own."""
-    scene = prompts.scene(run.request.prompt, run.loras, run.categories, run.triggers)
+    scene = prompts.scene(run.prompt, run.loras, run.categories, run.triggers)
     if wordless := [name for name in scene.everywhere if run.loras[name].region is not None]:
         raise Refused(f"LoRA {wordless[0]} has a region, but the prompt has no words of it: say with binds which are its own, or use "
                       "method regions, which needs none")
@@ -39,7 +39,7 @@ def passes_of(run: Run, scene: prompts.Scene, live: Mapping[str, float], concept
     together = {c: {name: live[name] for name in (scene.concepts[other] for other in sorted({c, *company.get(c, ())})) if name in live} for c in concepts}
     uses = [everywhere, *(together[c] | everywhere for c in concepts)]
     texts = [scene.prompts[0], *(scene.prompts[c + 1] for c in concepts)]
-    return [Pass(use, run.encode(text, use)) for use, text in zip(uses, texts, strict=True)]
+    return [Pass(use, run.encode(text, use, among=scene.prompts)) for use, text in zip(uses, texts, strict=True)]
 
 
 def worn_by(scene: prompts.Scene, categories: Mapping[str, str]) -> dict[int, set[int]]:
@@ -58,9 +58,9 @@ def worn_by(scene: prompts.Scene, categories: Mapping[str, str]) -> dict[int, se
 
 def token_positions(run: Run, scene: prompts.Scene) -> list[list[list[int]]]:
     """[concept][prompt] the positions of the tokens of the concept's words. Raises Refused where they are cut off."""
-    offsets = [run.backbone.offsets(text) for text in scene.prompts]
-    cut = [bool(run.backbone.truncated(text)) for text in scene.prompts]
-    return [[list(prompts.tokens(text, span, offsets[p], cut=cut[p])) for p, (text, span) in enumerate(zip(scene.prompts, spans, strict=True))]
+    offsets = [run.offsets(prompt) for prompt in scene.prompts]
+    cut = [bool(run.backbone.truncated(prompt)) for prompt in scene.prompts]
+    return [[list(prompts.tokens(text, span, offsets[p], cut=cut[p])) for p, (text, span) in enumerate(zip(scene.texts, spans, strict=True))]
             for spans in scene.spans]
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save
 from torch import Generator, Tensor
 
-from composition import atomic, prompts
+from composition import atomic, prompt_syntax, prompts
 from composition.adapters.stack import Product, Rewrite, Stack
 from composition.loop import Step
 from composition.loras.safetensors import load_safely
@@ -126,7 +126,7 @@ def measure(run: Run, step: Step, names: Sequence[str], texts: Sequence[str], ri
             rows = ranks.flatten(0, 1)
             mine.add(rows if exact else rows.float(), layer.spans[k])
 
-        run.observe(first, {name: 1.0}, run.encode(text, {name: 1.0}), watch)
+        run.observe(first, {name: 1.0}, run.encode(run.as_prompt(text), {name: 1.0}), watch)
     matrices, wrong, merged, whole = {}, 0.0, 0.0, 0.0
     for path, layer in run.adapters.stacks().items():
         ranks, factors = ranks_of(layer, live), layer.stored()
@@ -153,9 +153,9 @@ def calibration_prompts(run: Run, wanted: Prompts) -> list[str]:
     """What each LoRA is asked for by: its first trigger word (its name where it has none); the request's prompt without the words of the
     others ("own"); or the whole prompt ("request")."""
     if wanted == "request":
-        return [run.request.prompt] * len(run.names)
+        return [prompt_syntax.words(run.request)] * len(run.names)
     if wanted == "own":
-        return list(prompts.alone(run.request.prompt, run.loras, run.triggers).values())
+        return list(prompts.alone(prompt_syntax.words(run.request), run.loras, run.triggers).values())
     return [next(iter(run.triggers.get(name, ())), name.replace("_", " ")) for name in run.names]
 
 
