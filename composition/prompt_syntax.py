@@ -146,9 +146,14 @@ def today(request: Request) -> Request:
 
 def unread(request: Request) -> list[str]:
     """The pieces of its prompts that other tools read as instructions and Medley as plain words, each once, shortened."""
+    return unread_in(request.prompt, request.negative, schema=request.schema_version)
+
+
+def unread_in(*prompts: str, schema: int = SCHEMA_VERSION) -> list[str]:
+    """The same of prompts of a request of this schema."""
     pieces: dict[str, None] = {}
-    read = request.schema_version >= WEIGHTED
-    for prompt in (request.prompt, request.negative):
+    read = schema >= WEIGHTED
+    for prompt in prompts:
         spans = [*(_choices(prompt) if read else _bracketed(prompt)), *(match.span() for match in _OTHER_TAG.finditer(prompt)),
                  *(match.span() for match in _WORD.finditer(prompt) if not (read and _READ.fullmatch(match[0])))]
         for start, end in sorted(spans):

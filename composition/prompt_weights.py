@@ -80,7 +80,7 @@ def read(prompt: str) -> Prompt:
         if not -HEAVIEST <= weight <= HEAVIEST:
             raise Refused(f"the prompt gives {piece.strip()[:MAX_SHOWN]!r} the weight {weight:.4g}; weights from {-HEAVIEST:g} to {HEAVIEST:g} are read")
         for index, part in enumerate(_BREAK.split(piece)):
-            if index and marks:
+            if index and marks and not begins:
                 begins = True
                 text.append(" ")
                 marks.append((1.0, False))

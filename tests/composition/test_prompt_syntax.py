@@ -1,11 +1,12 @@
 """Other tools' prompt syntax: tags become LoRAs, the rest is found and said, in linear time."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from composition import Lora, Refused, Request
+from composition import Lora, Refused, Request, prompt_weights
 from composition import prompt_syntax as syntax
 
 FILES = {name: Path(f"/loras/{name}.safetensors") for name in ("raccoon", "owl", "styles/ink")}
@@ -66,8 +67,17 @@ def test_a_tag_that_cannot_be_used_is_refused(request_, said):
     (r"a logo \(2024:1\), 50% off: now", []),
     ("unclosed (a:1.2 and [b:c", []),
 ])  # fmt: skip
+def test_what_a_request_of_schema_1_reads_as_plain_words_is_found(prompt, pieces):
+    assert syntax.unread_in(prompt, schema=1) == pieces
+
+
+@pytest.mark.parametrize(("prompt", "pieces"), [
+    ("a (red hair:1.2) fox, ((masterpiece)) [dull] BREAK embedding:bad_hands", []),
+    ("[fox:owl:0.5] BREAK a cat AND a (dog:1.1)", ["[fox:owl:0.5]", "AND"]),
+    ("[a|b], {red|blue} __colour__ <hypernet:x:1>", ["[a|b]", "{red|blue}", "__colour__", "<hypernet:x:1>"]),
+])  # fmt: skip
 def test_what_is_read_as_plain_words_is_found(prompt, pieces):
-    assert syntax.unread(prompt) == pieces
+    assert syntax.unread(Request(prompt=prompt)) == pieces
 
 
 @pytest.mark.parametrize("part", ["<lora:", "<lora:a", " ", "(", "((a:1.1", "[::", "[a:", "a:1.1)", "__a", "\\(", "<random:", "embedding:"])
@@ -78,7 +88,11 @@ def test_time_is_linear_in_the_prompt(part):
         prompt = part * count
         begun = time.perf_counter()
         syntax.untagged(prompt)
-        syntax.unread(prompt)
+        syntax.unread_in(prompt, schema=1)
+        syntax.unread_in(prompt)
+        prompt_weights.plain(prompt)
+        with suppress(Refused):
+            prompt_weights.read(prompt)
         return time.perf_counter() - begun
 
     assert seconds(200_000) < 10 * seconds(50_000) + 0.5

@@ -150,7 +150,10 @@ def _request(path: Path) -> None:
     request = Request.read(path.read_bytes())
     assert Request.read(request.json()) == request, "what was read is not what is written"
     request.active, request.names  # noqa: B018
-    prompt_syntax.unread(request.prompt, request.negative)
+    prompt_syntax.unread(request)
+    prompt_syntax.today(request)
+    with suppress(Refused):  # a weight out of range
+        prompt_syntax.prompts_of(request)
     prompt_syntax.settled(request, lambda source: Path(source.replace("\0", "")))
 
 
