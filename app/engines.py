@@ -32,6 +32,7 @@ class EngineOptions:
     folders: tuple[Path, ...] = ()
     quantize: str | None = None
     denoiser: str | None = None
+    vae: str | None = None
 
 
 def folders(named: Sequence[Path], flag: str = "--lora-dir ") -> tuple[Path, ...]:
@@ -77,6 +78,7 @@ def open_engine(model: str, place: EngineOptions) -> "Engine":
     files = catalogue()
     engine = Engine.open(model, device=place.device, dtype=place.dtype, offload=place.offload, folders=place.folders,
                          quantize=place.quantize, denoiser=place.denoiser, profiles=ProfileStore(settings.home() / "profiles"),
+                         vae=place.vae,
                          resolve=lambda source: files.find(source, model, place.folders))
     if engine.device.type == "cpu" and sum(part.numel() for part in engine.backbone.denoiser.parameters()) < SMALL:
         torch.set_num_threads(1)  # its layers are over before a second thread is awake: measured 1.6 times faster

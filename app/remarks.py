@@ -5,7 +5,7 @@ from typing import Any
 
 from app.terminal import printable
 from composition import Condition, Request, named, pictures, prompt_syntax, windows
-from composition.request import ALWAYS_NOTE
+from composition.request import ALWAYS_NOTE, UNNAMED_NOTE
 
 
 def remarks(notes: Mapping[str, Any]) -> list[str]:
@@ -22,6 +22,8 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
                   for name, words in missing.items()]
     if cut := notes.get("prompt cut"):
         lines.append(f"the model does not see the end of the prompt: {cut!r}")
+    if names := notes.get(UNNAMED_NOTE):
+        lines.append(f"no prompt says {', '.join(map(str, names))}, so the textual inversion is not read: write that word, or another with --embedding FILE:WORD")
     if why := notes.get("negative prompt not read"):
         lines.append(f"the negative prompt was not read: {why}")
     if why := notes.get("not anchored"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app import engines
-from composition import Lora, Request
+from composition import Lora, Request, prompt_syntax
 
 if TYPE_CHECKING:
     from app.lora_library import Library
@@ -37,13 +37,13 @@ def composed(
     from retrieval.suggest import MOST
 
     present = {Path(lora.source).stem for lora in request.loras}
-    suggestions = [each for each in library.suggest(request.prompt, most=most or MOST) if each.candidate.name not in present]
+    suggestions = [each for each in library.suggest(prompt_syntax.words(request), most=most or MOST) if each.candidate.name not in present]
     placed = [each for each in suggestions if not each.everywhere]
     chosen = method or (APART if len(request.loras) + len(suggestions) > 1 and placed else PLAIN)
     loras, words = list(request.loras), []
-    for each in sorted(suggestions, key=lambda each: request.prompt.lower().find(each.phrase.lower())):
+    for each in sorted(suggestions, key=lambda each: prompt_syntax.words(request).lower().find(each.phrase.lower())):
         if each.trigger:
-            words.append(each.trigger)
+            words.append(prompt_syntax.verbatim(request, each.trigger))
         binds = None if each.everywhere or chosen == PLAIN else each.trigger or each.phrase
         loras.append(Lora(str(library.path(each)), weight=each.weight, binds=binds, category=EVERYWHERE if each.everywhere and not each.candidate.category else ""))
     return replace(request, prompt=", ".join([request.prompt, *words]), loras=loras, method=chosen), suggestions

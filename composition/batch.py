@@ -212,16 +212,18 @@ class Identity:
         weights = engine.backbone.denoiser.parameters()
         kinds = sorted({f"{type(part).__name__} {part.dtype}" for part in weights})  # a quantised model has others
         self._same = [model_stamps(engine.name), [_stamp(path) for path in files], kinds, str(engine.device.type), str(engine.dtype),
-                      record.versions()]  # fmt: skip
+                      record.versions(), *([engine.backbone.vae_sha256] if engine.vae else [])]  # fmt: skip
         self._digests: dict[tuple[Path, int, int], str] = {}
 
     def of(self, request: Request) -> str:
         """The id, 20 hexadecimal digits, of a settled request, which has its masks and the pictures of its conditions in it.
 
         Raises Refused for a LoRA that is not there."""
+        from composition import inversions
         from composition.loras import controls  # it brings torch, which a command that draws nothing does without
 
         paths = [self._engine.find(lora.source) for lora in request.loras]
+        paths += inversions.sources(request.embeddings, self._engine.find)
         for condition in request.conditions:  # of a ControlNet's folder its weights
             path = self._engine.find_condition(condition.source)
             paths += controls.weights(path) if path.is_dir() else [path]

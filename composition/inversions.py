@@ -17,10 +17,8 @@ from composition import prompt_syntax, prompts
 from composition.loras.safetensors import load_safely
 from composition.prompt_weights import Prompt, Word, text_of
 from composition.refusal import Refused
-from composition.request import MAX_EMBEDDINGS, Embedding, Request
+from composition.request import EMBEDDINGS_NOTE, MAX_EMBEDDINGS, UNNAMED_NOTE, Embedding, Request
 
-NOTE = "embeddings"  # in Result.notes: word to the sha256 of the file and the number of its vectors
-UNUSED = "embeddings not named"  # there: words that stand in neither prompt
 MOST = 75  # vectors of one: a chunk of a prompt
 
 _NAMED = re.compile(r"(?<![\w:])embedding:([\w-]+(?:\.[\w-]+)*)")
@@ -87,8 +85,8 @@ def noted(request: Request, opened: Mapping[str, Inversion]) -> dict[str, Any]:
     """What the picture's record says of them: hashes, and words that no prompt has."""
     texts = [text_of(prompt) for prompt in prompt_syntax.prompts_of(request)]
     unused = [word for word in opened if not any(prompts.says(text, word) for text in texts)]
-    return ({NOTE: {word: {"sha256": each.sha256, "vectors": each.count} for word, each in opened.items()}} if opened else {}) | (
-        {UNUSED: unused} if unused else {})
+    return ({EMBEDDINGS_NOTE: {word: {"sha256": each.sha256, "vectors": each.count} for word, each in opened.items()}} if opened else {}) | (
+        {UNNAMED_NOTE: unused} if unused else {})
 
 
 def named(prompt: Prompt, opened: Mapping[str, Inversion]) -> Prompt:

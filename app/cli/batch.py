@@ -1,6 +1,7 @@
 """`medley batch`: the pictures of a manifest, one request a line. The flags and the words; the work is in composition.batch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,12 +35,13 @@ def batch(
     quantize: Annotated[str | None, typer.Option("--quantize", "--quantise", metavar="KIND", help="nf4, 8bit, int8 or fp8, as for "
                                                  "generate.")] = None,
     denoiser: Annotated[str | None, typer.Option(metavar="FILE", help="A file of the transformer alone, in place of the model's own.")] = None,
+    vae: Annotated[str | None, typer.Option(metavar="FOLDER|FILE|HUB ID", help="Another VAE, for the lines that name none (\"vae\").")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
     """Make many pictures, one request a line, into one folder; stop at any time and go on later."""
     record.ready(out_dir)
     chosen = manifest.read(lines, model or "pocket")[:limit]
-    place = engines.EngineOptions(device, dtype, offload, engines.folders(lora_dir or []), quantize, denoiser)
+    place = engines.EngineOptions(device, dtype, offload, engines.folders(lora_dir or []), quantize, denoiser, vae)
     items = _generate(chosen, out_dir, place)
     failed = [line for line in chosen if line.error or any(item.error for item in items[line.number])]
     if json:
@@ -60,12 +62,12 @@ def _generate(lines: Sequence[manifest.Line], folder: Path, place: engines.Engin
     for line in lines:
         if line.error:
             _complain(line.number, line.error)
-    models = list(dict.fromkeys(line.request.model for line in lines if line.request))
-    for model in sorted(models, key=lambda name: Path(name).exists() or "/" not in name):  # of the hub first: later it may be closed
-        mine = [(line.number, line.request) for line in lines if line.request and line.request.model == model]
+    models = list(dict.fromkeys((line.request.model, line.request.vae) for line in lines if line.request))
+    for model, vae in sorted(models, key=lambda names: Path(names[0]).exists() or "/" not in names[0]):  # of the hub first: later it may be closed
+        mine = [(line.number, line.request) for line in lines if line.request and (line.request.model, line.request.vae) == (model, vae)]
         requests = [request for _, request in mine]
         try:
-            with engines.open_engine(model, place) as engine:
+            with engines.open_engine(model, replace(place, vae=vae or place.vae)) as engine:
                 title = model if len(models) > 1 else "making"
                 for item in workbench.run_batch(engine, requests, folder, title, err, [Path(place.denoiser).expanduser()] if place.denoiser else []):
                     number = mine[item.index][0]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from app.options import options as method_options
 from app.options import size as read_size
-from composition import Condition, Lora, Refused, Request, untrusted
+from composition import Condition, Embedding, Lora, Refused, Request, prompt_syntax, untrusted
 from composition.prompts import with_triggers as with_triggers
 from composition.refusal import explain
 
@@ -50,6 +50,25 @@ def _lora_json(text: str) -> Lora:
     if "source" not in fields:
         raise Refused(f'--lora {text:.200}: "source" is missing, as in {{"source": "owl", "weight": 0.8}}')
     return Lora(**fields)
+
+
+def embedding(text: str) -> Embedding:
+    """FILE, FILE:WORD (C:\\words\\cat.safetensors:cat too), or the fields of an Embedding as JSON."""
+    try:
+        if text.lstrip().startswith("{"):
+            return Embedding(**untrusted.parse(text))
+        if text.strip() and Path(text).exists():
+            return Embedding(text.strip())
+        source, colon, word = text.rpartition(":")
+        if not colon or re.search(r"[\\/]", word):
+            return Embedding(text.strip())
+        if source.strip() and word.strip():
+            return Embedding(source.strip(), word.strip())
+    except (ValidationError, TypeError) as error:
+        raise Refused(f"--embedding {text:.200}: {explain(error) if isinstance(error, ValidationError) else 'source is missing'}") from None
+    except untrusted.Unreadable as error:
+        raise Refused(f"--embedding {text:.200}: it {error}") from None
+    raise Refused(f"--embedding {text:.200}: write FILE or FILE:WORD, as in cat.safetensors:sks")
 
 
 def control(text: str) -> Condition:
@@ -112,6 +131,8 @@ def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Re
     fields = {key: value for key, value in values.items() if value is not None and value != [] and key in _PLAIN}
     if values.get("lora"):
         fields["loras"] = tuple(lora(text) for text in values["lora"])
+    if values.get("embedding"):
+        fields["embeddings"] = tuple(embedding(text) for text in values["embedding"])
     if values.get("control"):
         fields["conditions"] = tuple(control(text) for text in values["control"])
     if values.get("size"):
@@ -119,6 +140,8 @@ def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Re
     if fields.get("windows") == "none":
         fields["windows"] = ""
     before = start or Request(prompt="")
+    if "prompt" in fields or "negative" in fields:
+        before = prompt_syntax.today(before)
     method = fields.get("method", before.method)
     kept = dict(before.options) if method == before.method else {}
     fields["options"] = kept | method_options(values.get("option") or [], method)
@@ -135,7 +158,7 @@ def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Re
 
 
 _PLAIN = {"prompt", "negative", "model", "method", "sampler", "steps", "guidance", "true_guidance", "seed", "count", "batched", "allow_partial", "anchored",
-          "windows", "named_only"}
+          "windows", "named_only", "vae"}
 
 
 _HINTS = {  # flags as other tools call them, and how to say it here
@@ -149,6 +172,9 @@ _HINTS = {  # flags as other tools call them, and how to say it here
                     "--control canny=photo.png:0.8"),
     **dict.fromkeys(("--annotator", "--preprocessor", "--processor"), "the annotator of a picture is \"annotator\" in --control's JSON, as in "
                     "--control '{\"source\": \"canny\", \"image\": \"photo.png\", \"annotator\": \"scribble\"}'"),
+    **dict.fromkeys(("--textual-inversion", "--embeddings", "--ti"), "a textual inversion is --embedding FILE:WORD, or embedding:NAME in the prompt"),
+    **dict.fromkeys(("--vae-path", "--vae_path", "--autoencoder"), "another VAE is --vae FOLDER, a .safetensors file or a hub id"),
+    **dict.fromkeys(("--request", "--config", "--params"), "a request file is --from FILE.json, and is written with --save-request FILE.json"),
     **dict.fromkeys(("--loras", "--lora-path"), "each LoRA has a --lora of its own, as in --lora owl --lora ink:0.5"),
     **dict.fromkeys(("--prompt", "-p"), 'the prompt stands by itself, in quotes, as in medley generate "an owl in the snow"'),
     **dict.fromkeys(("--negative-prompt", "--negative_prompt", "--neg", "-n"), 'what to avoid is --negative "..."'),

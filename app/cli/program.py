@@ -74,7 +74,10 @@ Size = Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels (t
 Out = Annotated[Path, typer.Option("--out", "--output", "-o", help="Folder for the pictures.")]
 Triggers = Annotated[bool, typer.Option("--triggers", help="Add a trigger word of every LoRA that has none in the prompt.")]
 Partial = Annotated[bool | None, typer.Option("--allow-partial", help="Use LoRAs of which not every tensor fits.")]
-From = Annotated[Path | None, typer.Option("--from", metavar="PICTURE.png", help="Start from the request in this picture.")]
+Embeddings = Annotated[list[str] | None, typer.Option("--embedding", metavar="FILE[:WORD]", help="A textual inversion, and the word of the prompts that stands "
+                                                       "for it (the file's own). Repeat for more. embedding:NAME in a prompt needs no flag.")]
+Vae = Annotated[str | None, typer.Option(metavar="FOLDER|FILE|HUB ID", help="Another VAE (autoencoder) of the model's family in place of its own.")]
+From = Annotated[Path | None, typer.Option("--from", metavar="PICTURE.png|REQUEST.json", help="Start from the request in this picture or file.")]
 AllowDownload = Annotated[bool, typer.Option("--allow-download", help="Let the record of --from fetch a model from the hub.")]
 AllowPaths = Annotated[bool, typer.Option("--allow-paths", help="Let the record of --from open files of this machine by path.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (the best there is).")]
@@ -92,9 +95,9 @@ PICTURES = Path("pictures")
 
 def _place(
     device: str | None, dtype: str | None, offload: str, folders: list[Path] | None, quantize: str | None = None,
-    denoiser: str | None = None,
+    denoiser: str | None = None, vae: str | None = None,
 ) -> engines.EngineOptions:
-    return engines.EngineOptions(device, dtype, offload, engines.folders(folders or []), quantize, denoiser)
+    return engines.EngineOptions(device, dtype, offload, engines.folders(folders or []), quantize, denoiser, vae)
 
 
 @app.command()
@@ -117,20 +120,25 @@ def generate(
     allow_paths: AllowPaths = False, allow_download: AllowDownload = False,
     keep_paths: Annotated[bool, typer.Option("--keep-paths", help="Write the paths of files into the picture, not only their names.")] = False,
     device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None,
-    lora_dir: Folders = None, masks: Masks = False, json: Json = False,
+    vae: Vae = None, embedding: Embeddings = None, lora_dir: Folders = None, masks: Masks = False,
+    save_request: Annotated[Path | None, typer.Option("--save-request", metavar="FILE.json", help="Write the request, with all that was settled, as a file for "
+                                                      "--from.")] = None,
+    json: Json = False,
 ) -> None:
     """Make pictures from a prompt and LoRAs."""
     record.ready(out_dir)
-    place, original = _place(device, dtype, offload, lora_dir, quantize, denoiser), recalled.start(picture, model, allow_paths, allow_download)
+    place, original = _place(device, dtype, offload, lora_dir, quantize, denoiser), recalled.start(picture, model, allow_paths, allow_download, vae)
     request, drawn = flags.request(context.params, original.request if original else None)
     say = err if json else out
     request = suggest.added(request, place.folders, method, say) if auto else request
-    with engines.open_engine(request.model, place) as engine:
+    with engines.open_engine(request.model, replace(place, vae=request.vae or None)) as engine:
         request = recalled.located(request, original, engine, strict=not allow_paths and not lora)
         request, settled = engine.settle(request)
         for line in remarks.remarks(settled):
             say.print(Text(printable(line), style="dim"))
         request = _triggered(request, engine, say) if triggers else request
+        if save_request is not None:
+            say.print(Text(printable(f"request: {record.save_request(request, save_request, keep_paths=keep_paths)}"), style="dim"))
         results, drawn_places = [], []
         with workbench.bench(engine, request.length * request.count, err) as at:
             for path, result in session.pictures(at, request, out_dir, keep_paths=keep_paths):
@@ -139,7 +147,7 @@ def generate(
                     drawn_places.append(session.places(path, result))
                 if original and len(results) == 1:
                     receipts = dict(zip(request.names, result.receipts, strict=True))
-                    for line in record.differences(original, receipts, record.versions(), result.condition_receipts):
+                    for line in record.differences(original, receipts, record.versions(), result.condition_receipts, result.notes):
                         err.print(Text(printable(line), style="yellow"))
     if json:
         out.document(tables.generated(request, results, drawn))
@@ -168,11 +176,12 @@ def compare(
     anchored: Anchored = None, windows: Windows = None, named_only: NamedOnly = None,
     out_dir: Out = PICTURES, triggers: Triggers = False,
     allow_partial: Partial = None, picture: From = None, allow_paths: AllowPaths = False, allow_download: AllowDownload = False,
-    device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None, lora_dir: Folders = None,
+    device: Device = None, dtype: Dtype = None, offload: Offload = "auto", quantize: Quantize = None, denoiser: Denoiser = None,
+    vae: Vae = None, embedding: Embeddings = None, lora_dir: Folders = None,
 ) -> None:
     """The same seed and LoRAs by every method, and without any LoRA, side by side."""
     record.ready(out_dir)
-    place, original = _place(device, dtype, offload, lora_dir, quantize, denoiser), recalled.start(picture, model, allow_paths, allow_download)
+    place, original = _place(device, dtype, offload, lora_dir, quantize, denoiser), recalled.start(picture, model, allow_paths, allow_download, vae)
     from composition import methods as known
 
     names = [name.strip() for name in methods.split(",")] if methods else sorted(known.all(), key=lambda name: name != "merge")
@@ -187,7 +196,7 @@ def _compare(
     request: Request, ways: dict[str, dict[str, Any]], folder: Path, prefix: str, place: engines.EngineOptions, *, drawn: bool,
     triggers: bool = False, original: record.Record | None = None, strict: bool = False,
 ) -> None:
-    with engines.open_engine(request.model, place) as engine:
+    with engines.open_engine(request.model, replace(place, vae=request.vae or None)) as engine:
         request = recalled.located(request, original, engine, strict=strict)
         settled_request, settled = engine.settle(replace(request, options={}))
         request = replace(settled_request, options=request.options)  # each way has its own, and its order is settled with it
@@ -262,7 +271,7 @@ def profile(
 def ui(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="The port (the first free one from 7860).")] = None,
     model: Model = None, device: Device = None, dtype: Dtype = None, offload: Offload = "auto", lora_dir: Folders = None,
-    out_dir: Out = PICTURES, browse: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    vae: Vae = None, out_dir: Out = PICTURES, browse: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     longest: Annotated[float, typer.Option(min=0.1, max=10_000, metavar="MINUTES", help="Minutes that a picture may take: what would take longer, "
                                            "by this machine's speed, is refused.")] = 30.0,
 ) -> None:
@@ -271,7 +280,7 @@ def ui(
     engines.prepare(model or "pocket")
     from app.ui import serve
 
-    number, place = serve.port(port), _place(device, dtype, offload, lora_dir)
+    number, place = serve.port(port), _place(device, dtype, offload, lora_dir, vae=vae)
     with engines.open_engine(model or "pocket", place) as engine:
         serve.serve(engine, out_dir, number, lambda address: out.print(Text(f"{address}  (Ctrl-C stops)")), browse=browse,
                     longest=60 * longest)

@@ -1,4 +1,4 @@
-"""`--from`: what a picture's record may choose. Names; and files of this machine or a download only when that was allowed."""
+"""`--from`: what the record of a picture, or a request file, may choose. Names; and files of this machine or a download only when that was allowed."""
 
 import os
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from composition import Engine
 
 
-def start(picture: Path | None, model: str | None, allow_paths: bool, allow_download: bool) -> record.Record | None:
-    """The record that --from names, its remarks said. Raises Refused when it does not say which model to use, and when that is a file of
-    this machine or must be fetched, and neither was allowed."""
+def start(picture: Path | None, model: str | None, allow_paths: bool, allow_download: bool, vae: str | None = None) -> record.Record | None:
+    """The record that --from names, its remarks said. Raises Refused when it does not say which model to use, and when that, or its VAE, is a file of
+    this machine or must be fetched, and neither was allowed. vae: what --vae says in its place."""
     if picture is None:
         engines.prepare(model or "pocket")
         return None
@@ -33,8 +33,20 @@ def start(picture: Path | None, model: str | None, allow_paths: bool, allow_down
                       "which one to use here")
     if not model:
         _may_open(picture, original.request.model, allow_paths, allow_download)
+    if original.request.vae and vae is None:
+        _may_use(picture, original.request.vae, allow_paths, allow_download)
     engines.prepare(model or original.request.model)
     return original
+
+
+def _may_use(picture: Path, vae: str, allow_paths: bool, allow_download: bool) -> None:
+    """Refuse the VAE of somebody's record where it is a path that was not allowed, or may be fetched without being asked for."""
+    here = Path(vae).expanduser().exists()
+    if not allow_paths and (here or record.is_path(vae)):
+        raise Refused(f"{picture} was made with the VAE {vae!r}, a file or folder of its maker: say with --vae where it is here, or --vae \"\" for the "
+                      "model's own")
+    if not here and not allow_download:
+        raise Refused(f"{picture} was made with the VAE {vae!r} of the hub: give --allow-download, or --vae with the one to use (\"\" for the model's own)")
 
 
 def _may_open(picture: Path, model: str, allow_paths: bool, allow_download: bool) -> None:
@@ -71,6 +83,10 @@ def _in_folders(request: Request, conditions: Sequence[Condition], engine: "Engi
         if os.path.realpath(path := engine.find(lora.source)) not in known:
             raise Refused(f"the record's LoRA {lora.name!r} would be {path}, which lies in no folder of LoRAs: give --allow-paths, or that file "
                           "with --lora")
+    for embedding in request.embeddings:
+        if os.path.realpath(path := engine.find(embedding.source)) not in known:
+            raise Refused(f"the record's textual inversion {embedding.name!r} would be {path}, which lies in no folder of LoRAs: give --allow-paths, or "
+                          "that file with --embedding")
     known = {os.path.realpath(each.path) for each in engine.conditions()}
     for condition in conditions:
         if os.path.realpath(path := engine.find_condition(condition.source)) not in known:

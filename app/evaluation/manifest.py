@@ -17,7 +17,7 @@ from typing import Any
 from app.errors import sentence
 from app.evaluation.cases import Case, CollectedCases, ExpectedConcept, Problem, clipped
 from app.evaluation.variants import SUPPLIED
-from composition import Receipt, Refused, Request, manifest
+from composition import Receipt, Refused, Request, manifest, prompt_syntax
 
 CONCEPT = {"phrase", "name", "category", "references"}
 
@@ -57,7 +57,7 @@ def _case(row: dict[str, Any], folder: Path, inspect: Callable[[str], Receipt | 
         path = _inside(folder, picture)
         if not os.path.isfile(path):
             raise Refused(f"the picture {picture!r:.200} is missing")
-    text = row.get("text", request.prompt if request else None)
+    text = row.get("text", prompt_syntax.words(request) if request else None)
     if not isinstance(text, str) or not text.strip():
         raise Refused('a text is needed: the prompt, as "text" beside file_name or as "prompt" of a request')
     listed = row.get("concepts")

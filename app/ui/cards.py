@@ -12,7 +12,7 @@ from typing import Any, get_args
 from PIL import Image
 
 from app.terminal import printable
-from composition import pictures, prompts
+from composition import pictures, prompt_weights, prompts
 from composition.loras import library, metadata
 from composition.loras.reader import shown
 from composition.loras.safetensors import load_header
@@ -68,13 +68,14 @@ def cards(files: Iterable[Path], elsewhere: Sequence[Path] = ()) -> dict[str, Ca
 
 def lacking(prompt: str, chosen: Iterable[Card]) -> list[Card]:
     """The cards of which the prompt has no trigger word, as the engine counts them."""
-    return [card for card in chosen if prompts.lacks(prompt, card.triggers)]
+    return [card for card in chosen if prompts.lacks(prompt_weights.plain(prompt), card.triggers)]
 
 
 def with_words(prompt: str, words: Sequence[str]) -> str:
     """The prompt with these words at its end, those it has already left out."""
     for word in words:
-        if not prompts.says(prompt, word):
+        if not prompts.says(prompt_weights.plain(prompt), word):
+            word = prompt_weights.escaped(word)
             prompt = f"{prompt.rstrip().rstrip(',')}, {word}" if prompt.strip() else word
     return prompt
 

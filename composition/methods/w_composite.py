@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from composition.loop import Predict, Prediction, Step
 from composition import prompt_syntax
+from composition.loop import Predict, Prediction, Step
 from composition.methods import method
 from composition.methods.shared.text_vector import text_vector
 from composition.run import Run

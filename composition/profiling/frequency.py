@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from composition import prompt_weights
 from composition.engine import Engine
 from composition.methods.shared import spectrum
 from composition.profiles.frequency import EARLY, Profile
@@ -24,7 +25,7 @@ def measure(
     receipt = engine.inspect(lora.source)
     triggers = lora.triggers or receipt.triggers
     words = prompt or (triggers[0] if triggers else receipt.title or lora.name.replace("_", " "))
-    with_it = Request(prompt=words, loras=[lora], model=engine.name, steps=steps, count=seeds)
+    with_it = Request(prompt=prompt or prompt_weights.escaped(words), loras=[lora], model=engine.name, steps=steps, count=seeds)
     done, courses = 0, []
     for request in (with_it, replace(with_it, loras=())):
         series: dict[int, list[float]] = {}

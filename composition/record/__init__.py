@@ -6,5 +6,6 @@ needs to be made again; details(path) is all that a file says. What does not: ma
 
 from composition.record.png import MANIFEST, details, free, mend, publish, read, ready, relist, save, versions
 from composition.record.recall import Record, by_name, differences, is_path, located
+from composition.record.request_file import save as save_request
 
-__all__ = ["MANIFEST", "Record", "by_name", "details", "differences", "free", "is_path", "located", "mend", "publish", "read", "ready", "relist", "save", "versions"]
+__all__ = ["MANIFEST", "Record", "by_name", "details", "differences", "free", "is_path", "located", "mend", "publish", "read", "ready", "relist", "save", "save_request", "versions"]

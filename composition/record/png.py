@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 from composition import atomic, pictures, untrusted
 from composition.log import Log
 from composition.prompt_syntax import TAGGED
-from composition.record import infotext, recall
+from composition.record import infotext, recall, request_file
 from composition.record.recall import Record
 from composition.refusal import Refused
 from composition.request import DISTILLED_NOTE, SAMPLER_NOTE, SCHEMA_VERSION, Receipt, Request, Result
@@ -155,7 +155,10 @@ def read(path: Path) -> Request:
 
 
 def details(path: Path) -> Record:
-    """All that a PNG, JPEG or WebP says of how it was made. Raises Refused when it says nothing that can be read."""
+    """All that a PNG, JPEG or WebP says of how it was made; of a .json file the request that it is. Raises Refused when it says nothing that can
+    be read."""
+    if path.suffix.lower() == ".json":
+        return request_file.details(path)
     _, text = pictures.load_with_texts(path)
     if "medley" in text:
         return _ours(text["medley"], path)

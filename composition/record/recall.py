@@ -5,7 +5,7 @@ as small pictures of its own. Recalled, a name is looked up, and the file it mea
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from composition import pictures, prompt_syntax
 from composition.record import infotext
 from composition.refusal import Refused
-from composition.request import Receipt, Request
+from composition.request import EMBEDDINGS_NOTE, VAE_NOTE, Receipt, Request
 
 FEWEST_DIGITS = 8  # of a hash that is compared
 
@@ -43,7 +43,7 @@ def last_part(path: str) -> str:
 
 
 def model_name(model: str) -> str:
-    """A model's name in a record: of a path the last part, a folder's with a slash behind it, so that it is no bundled name."""
+    """A model's or a VAE's name in a record: of a path the last part, a folder's with a slash behind it, so that it is no bundled name."""
     if not is_path(model):
         return model
     return last_part(model) + ("" if model.lower().endswith(".safetensors") else "/")
@@ -63,7 +63,8 @@ def without_paths(request: Request) -> Request:
                      if isinstance(lora.region, str) else lora.region) for lora in request.loras]
     conditions = [replace(condition, source=condition.name, image=pictures.condition_as_text(condition.image, condition.name))
                   for condition in request.conditions]
-    return replace(request, loras=loras, conditions=conditions, model=model_name(request.model))
+    embeddings = [replace(each, source=each.name) for each in request.embeddings]
+    return replace(request, loras=loras, conditions=conditions, embeddings=embeddings, model=model_name(request.model), vae=model_name(request.vae))
 
 
 def by_name(request: Request) -> Request:
@@ -80,7 +81,9 @@ def by_name(request: Request) -> Request:
     prompt, tags = prompt_syntax.untagged(request.prompt)  # a settled request has no tags; a stranger's may name files by them
     loras = [replace(lora, source=lora.name) for lora in (*request.loras, *(tag.lora for tag in tags))]
     conditions = [replace(condition, source=condition.name) for condition in request.conditions]
-    return replace(request, prompt=prompt, loras=loras, conditions=conditions, model=model_name(request.model))
+    embeddings = [replace(each, source=each.name) for each in request.embeddings]
+    return replace(request, prompt=prompt, loras=loras, conditions=conditions, embeddings=embeddings, model=model_name(request.model),
+                   vae=model_name(request.vae))
 
 
 def located(request: Request, record: Record, files: Sequence[Path], find: Callable[[str], Path]) -> Request:
@@ -103,6 +106,17 @@ def located(request: Request, record: Record, files: Sequence[Path], find: Calla
     return replace(request, loras=loras)
 
 
+def _hashes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """What the notes of both know by hash: what it is, and both hashes."""
+    were, are = (notes.get(EMBEDDINGS_NOTE) for notes in (before, now))
+    if isinstance(were, Mapping) and isinstance(are, Mapping):
+        for word in were.keys() & are.keys():
+            if isinstance(were[word], Mapping):
+                yield f"textual inversion {word}", str(were[word].get("sha256")), str(are[word]["sha256"])
+    if VAE_NOTE in before and VAE_NOTE in now:
+        yield "the VAE", str(before[VAE_NOTE]), str(now[VAE_NOTE])
+
+
 def _receipt(path: Path) -> Receipt | None:
     from composition.loras import reader
 
@@ -123,9 +137,12 @@ def fits(digits: str, receipt: Receipt | None) -> bool:
 
 def differences(
     record: Record, receipts: Mapping[str, Receipt], versions: Mapping[str, str], condition_receipts: Mapping[str, Receipt] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """How a run differs from the recorded one, in sentences: files of LoRAs and conditions that are others, other versions of the libraries."""
-    lines = []
+    """How a run differs from the recorded one, in sentences: files of LoRAs, conditions, textual inversions and of the VAE that are others, other
+    versions of the libraries. notes: the run's."""
+    lines = [f"{what} is not the file it was made with (sha256 {before[:12]}, now {now[:12]}); the picture will differ"
+             for what, before, now in _hashes(record.notes, notes or {}) if before != now]
     for name, digits in record.hashes.items():
         if name in receipts and re.fullmatch(rf"[0-9a-fA-F]{{{FEWEST_DIGITS},64}}", digits) and not fits(digits, receipts[name]):
             lines.append(f"LoRA {name} is not the file it was made with (hash {digits}, here "
