@@ -44,7 +44,7 @@ def settled(request: Request, find: Callable[[str], Path]) -> Request:
 
     find: a source to its file. Raises Refused for what is not there, a word that two stand for, and for too many.
     """
-    embeddings = [replace(each, word=each.word or read(_found(each.source, find)).word or each.name) for each in request.embeddings]
+    embeddings = [replace(each, word=each.word or read(_file_of(each.source, find)).word or each.name) for each in request.embeddings]
     known = {each.word.lower() for each in embeddings}
     if len(known) < len(embeddings):
         raise Refused(f"two textual inversions stand for the same word ({', '.join(each.word for each in embeddings)}): give each its own, as in "
@@ -58,7 +58,7 @@ def settled(request: Request, find: Callable[[str], Path]) -> Request:
     if len(embeddings) > MAX_EMBEDDINGS:
         raise Refused(f"the prompts name {len(embeddings)} textual inversions; a request has at most {MAX_EMBEDDINGS}")
     for each in embeddings:
-        _found(each.source, find)
+        _file_of(each.source, find)
     return replace(request, embeddings=embeddings)
 
 
@@ -69,15 +69,15 @@ def opened(request: Request, find: Callable[[str], Path], backbone: Any) -> dict
     widths = {name: module.config.hidden_size for name, module in backbone.components.items() if name in (_FIRST, _SECOND)}
     result = {}
     for each in request.embeddings:
-        result[each.word] = inversion = read(path := _found(each.source, find))
+        result[each.word] = inversion = read(path := _file_of(each.source, find))
         if missing := [name for name in widths if name not in inversion.vectors]:
-            raise Refused(f"{path.name} has no vectors for the model's {missing[0]}: {_made_for(inversion)}")
+            raise Refused(f"{path.name} has no vectors for the model's {missing[0]}: {_origin(inversion)}")
         for name, width in widths.items():
             if inversion.vectors[name].shape[1] != width:
                 raise Refused(f"{path.name} has vectors of {inversion.vectors[name].shape[1]} numbers and this model's {name} reads {width}: "
-                              + _made_for(inversion))
+                              + _origin(inversion))
         if extra := [name for name in inversion.vectors if name not in widths]:
-            raise Refused(f"{path.name} has vectors for a {extra[0]}, which this model lacks: {_made_for(inversion)}")
+            raise Refused(f"{path.name} has vectors for a {extra[0]}, which this model lacks: {_origin(inversion)}")
     return result
 
 
@@ -114,27 +114,27 @@ def read(path: Path) -> Inversion:
     if any(tensor.ndim != 2 or not tensor.numel() or not tensor.is_floating_point() for tensor in tensors.values()):
         raise Refused(f"{path.name} is no textual inversion: it holds tensors that are no vectors")
     if set(tensors) == set(_SDXL):
-        found, word = {_SDXL[name]: tensor for name, tensor in tensors.items()}, ""
+        vectors, word = {_SDXL[name]: tensor for name, tensor in tensors.items()}, ""
     elif len(tensors) == 1:
         name, tensor = next(iter(tensors.items()))
-        found, word = {_SDXL.get(name, _FIRST): tensor}, "" if name in ("emb_params", "*", *_SDXL) or len(name) > 100 else name
+        vectors, word = {_SDXL.get(name, _FIRST): tensor}, "" if name in ("emb_params", "*", *_SDXL) or len(name) > 100 else name
     else:
         raise Refused(f"{path.name} is no textual inversion: it holds {len(tensors)} tensors, where one was expected (emb_params), or clip_l and clip_g "
                       "for SDXL")
-    counts = {tensor.shape[0] for tensor in found.values()}
+    counts = {tensor.shape[0] for tensor in vectors.values()}
     if len(counts) > 1 or max(counts) > MOST:
         raise Refused(f"{path.name} has {' and '.join(map(str, sorted(counts)))} vectors; as many for each text encoder, and at most {MOST}, are read")
-    return Inversion(file.sha256, found, word)
+    return Inversion(file.sha256, vectors, word)
 
 
-def _made_for(inversion: Inversion) -> str:
+def _origin(inversion: Inversion) -> str:
     if len(inversion.vectors) == 2:
         return "it was made for SDXL"
     width = next(iter(inversion.vectors.values())).shape[1]
     return f"it was made for {_OF_WIDTH.get(width, 'another model')}"
 
 
-def _found(source: str, find: Callable[[str], Path]) -> Path:
+def _file_of(source: str, find: Callable[[str], Path]) -> Path:
     path = Path(source).expanduser()
     if path.suffix and path.is_file():
         return path
@@ -146,4 +146,4 @@ def _found(source: str, find: Callable[[str], Path]) -> Path:
 
 def sources(embeddings: Sequence[Embedding], find: Callable[[str], Path]) -> list[Path]:
     """The files of a settled request's textual inversions."""
-    return [_found(each.source, find) for each in embeddings]
+    return [_file_of(each.source, find) for each in embeddings]

@@ -95,11 +95,11 @@ def token_weights(prompts: Sequence[Text], tokenizer: Any, length: int) -> list[
 def offsets(prompt: Text, tokenizer: Any) -> list[tuple[int, int]]:
     """The letters of the prompt's text that each token stands for, chunk after chunk; (0, 0) for one that stands for none."""
     parts, longest = chunks(prompt, tokenizer)[0], tokenizer.model_max_length
-    found: list[tuple[int, int]] = []
+    places: list[tuple[int, int]] = []
     for index, chunk in enumerate(parts):
-        found += [(0, 0)] * (index * longest - len(found))
-        found += [(chunk.letters[a], chunk.letters[b - 1] + 1) if a < b else (0, 0) for a, b in _offsets(chunk.text, tokenizer, longest)]
-    return found
+        places += [(0, 0)] * (index * longest - len(places))
+        places += [(chunk.letters[a], chunk.letters[b - 1] + 1) if a < b else (0, 0) for a, b in _offsets(chunk.text, tokenizer, longest)]
+    return places
 
 
 @contextmanager
@@ -149,11 +149,11 @@ def _spelled(prompt: Text) -> tuple[str, list[int], dict[int, tuple[str, int]]]:
 def _room(text: str, inner: set[int], tokenizer: Any) -> int:
     """How many letters of the text go into a chunk. inner: letters before which it is not split."""
     room = tokenizer.model_max_length - 2
-    found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
-    if len(found.input_ids) <= room:
+    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+    if len(encoding.input_ids) <= room:
         return len(text)
-    tokens = tokenizer.convert_ids_to_tokens(found.input_ids[:room])
-    starts = [a for a, _ in found.offset_mapping]
+    tokens = tokenizer.convert_ids_to_tokens(encoding.input_ids[:room])
+    starts = [a for a, _ in encoding.offset_mapping]
     between = [k for k in range(1, room + 1) if tokens[k - 1].endswith("</w>") and starts[k] not in inner]
     commas = [k for k in between if k > room - NEAR and text[starts[k - 1] : starts[k]].strip() == ","]
     if between:
@@ -168,10 +168,10 @@ def _weights(prompt: Text, chunk: Chunk, tokenizer: Any, length: int) -> list[fl
     if not (isinstance(prompt, Prompt) and prompt.weights):
         return [1.0] * length
     marks = prompt.marks()
-    found = [marks[chunk.letters[b - 1]][0] if a < b else 1.0 for a, b in _offsets(chunk.text, tokenizer, length)]
-    return found + [1.0] * (length - len(found))
+    weights = [marks[chunk.letters[b - 1]][0] if a < b else 1.0 for a, b in _offsets(chunk.text, tokenizer, length)]
+    return weights + [1.0] * (length - len(weights))
 
 
 def _offsets(text: str, tokenizer: Any, longest: int) -> list[tuple[int, int]]:
-    found = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=longest)
-    return [tuple(pair) for pair in found.offset_mapping]
+    encoding = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=longest)
+    return [tuple(pair) for pair in encoding.offset_mapping]

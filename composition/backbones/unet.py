@@ -60,10 +60,10 @@ class UNetBackbone(PipelineBackbone):
     ) -> Conditioning:
         guided = negatives is not None
         # SDXL zeroes the negative row only when no negative prompt is given at all, as its authors trained it.
-        given = negatives is not None and any(map(text_of, negatives))
+        worded = negatives is not None and any(map(text_of, negatives))
         if not chunks.simple([*prompts, *(negatives or ())], self._tokenizer, least):
-            return self._encode_parts(prompts, negatives, given, wanted, least, vectors or {})
-        negative_prompts = list(map(text_of, negatives)) if negatives is not None and given else None
+            return self._encode_parts(prompts, negatives, worded, wanted, least, vectors or {})
+        negative_prompts = list(map(text_of, negatives)) if negatives is not None and worded else None
         call = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
         texts = list(map(text_of, prompts))
         if self.family == "sdxl":
@@ -75,9 +75,9 @@ class UNetBackbone(PipelineBackbone):
         return Conditioning({name: torch.stack(pair if guided else pair[1:]) for name, pair in pairs.items() if name in wanted})
 
     def _encode_parts(
-        self, prompts: Sequence[Text], negatives: Sequence[Text] | None, given: bool, wanted: Collection[str], least: int, vectors: chunks.Vectors
+        self, prompts: Sequence[Text], negatives: Sequence[Text] | None, worded: bool, wanted: Collection[str], least: int, vectors: chunks.Vectors
     ) -> Conditioning:
-        """The same of prompts that are read in chunks. given: whether any negative prompt has words."""
+        """The same of prompts that are read in chunks. worded: whether any negative prompt has words."""
         def read(parts: list[chunks.Chunk]) -> dict[str, Tensor]:
             with chunks.inverted(self._encoders, parts, vectors):
                 values = self.pipeline.encode_prompt([part.text for part in parts], device=self.device, num_images_per_prompt=1,
@@ -86,7 +86,7 @@ class UNetBackbone(PipelineBackbone):
 
         values = chunks.encoded([*(negatives or ()), *prompts], self._tokenizer, least, read)
         rows = {name: value.unflatten(0, (-1, len(prompts))) for name, value in values.items() if name in wanted}
-        if negatives is not None and not given and self.pipeline.config.get("force_zeros_for_empty_prompt"):
+        if negatives is not None and not worded and self.pipeline.config.get("force_zeros_for_empty_prompt"):
             rows = {name: torch.cat([torch.zeros_like(value[:1]), value[1:]]) for name, value in rows.items()}
         return Conditioning(rows)
 
@@ -112,10 +112,10 @@ class UNetBackbone(PipelineBackbone):
         return tokenizer.decode(ids[room:]) if len(ids) > room else ""
 
     def offsets(self, prompt: Text) -> list[tuple[int, int]]:
-        found = [chunks.offsets(prompt, tokenizer) for _, tokenizer in self._encoders.values()]
-        if any(other != found[0] for other in found[1:]):
+        places = [chunks.offsets(prompt, tokenizer) for _, tokenizer in self._encoders.values()]
+        if any(other != places[0] for other in places[1:]):
             raise Refused("the two tokenizers of this model split the prompt differently, so the places of its words are not known")
-        return found[0]
+        return places[0]
 
     def start(
         self, request: Request, scheduler: Any, generators: Sequence[Generator]

@@ -204,7 +204,8 @@ def _resources(pairs: Mapping[str, str], tagged: int, remarks: list[str]) -> lis
     for name in _object(pairs.get("hashes", "")):
         kind, _, rest = name.partition(":")
         if kind.lower() in ("embed", "hypernet"):
-            remarks.append(f"{kind.lower()} {_short(rest)} is not used")
+            remarks.append(f"embed {_short(rest)} is read where a prompt says embedding:{_short(rest)}, or with --embedding" if kind.lower() == "embed" else
+                           f"{kind.lower()} {_short(rest)} is not used")
     if "ti hashes" in pairs:
         remarks.append(f"TI hashes: {_short(pairs['ti hashes'])} is not used")
     return lost if len(lost) > tagged else []  # the tags are the same LoRAs by other names

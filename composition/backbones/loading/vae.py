@@ -26,7 +26,7 @@ _SCALING = {"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": Non
 
 def replaced(pipeline: Any, source: str, number: dtype) -> str:
     """Put the autoencoder of `source` into an open pipeline, in this number type; the sha256 of its file. Raises Refused for what does not fit it."""
-    weights, config = _found(source)
+    weights, config = _located(source)
     own = pipeline.vae
     if not isinstance(own, AutoencoderKL):
         raise Refused(f"this model's autoencoder is a {type(own).__name__}, which no other takes the place of")
@@ -48,7 +48,7 @@ def replaced(pipeline: Any, source: str, number: dtype) -> str:
     return file.sha256
 
 
-def _found(source: str) -> tuple[Path, Mapping[str, Any] | None]:
+def _located(source: str) -> tuple[Path, Mapping[str, Any] | None]:
     """The file of weights, and the configuration where there is one beside it."""
     path = Path(source).expanduser()
     if path.is_dir():

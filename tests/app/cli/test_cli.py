@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -53,6 +54,32 @@ def test_from_makes_the_same_bytes(make, medley, toy):
     assert changed.seed == 99
     assert (changed.options, changed.loras, changed.sampler) == (before.options, before.loras, before.sampler)
     assert Path("other/0000.png").read_bytes() != Path("pictures/0000.png").read_bytes()
+
+
+def test_words_a_vae_and_a_request_file(make, medley, toy):
+    """A textual inversion by its name in the prompt, another VAE, and both again from a request file and from the picture."""
+    Path("words").mkdir()
+    save_file({"emb_params": torch.ones(2, 24)}, "words/sks.safetensors")
+    toys.sd(5).vae.save_pretrained("decoder")
+    run = ("--vae", "decoder", "--seed", 4, "--lora-dir", "words")
+    assert make(*run, "--save-request", "asked.json", prompt="a (fox:1.2) in embedding:sks").code == 0
+    asked = record.read(Path("asked.json"))
+    assert (asked.vae, asked.embeddings[0].word) == ("decoder", "embedding:sks")
+    assert [lora.source for lora in asked.loras] == ["fox", "owl"] and asked.steps == 3
+    again = ("--model", toy.model, "--lora-dir", toy.loras, "--lora-dir", "words")
+    for index, source in enumerate(("asked.json", "pictures/0000.png")):
+        said = medley("generate", "--from", source, *again)
+        assert said.code == 2 and "VAE 'decoder'" in said.err
+        said = medley("generate", "--from", source, *again, "--vae", "decoder", "--out", f"again{index}")
+        assert said.code == 0 and "is not the file" not in said.err, said.err
+        assert Path(f"again{index}/0000.png").read_bytes() == Path("pictures/0000.png").read_bytes()
+    save_file({"emb_params": torch.ones(1, 24)}, "words/sks.safetensors")
+    said = medley("generate", "--from", "asked.json", *again, "--vae", "", "--out", "own")
+    assert said.code == 0 and record.read(Path("own/0000.png")).vae == ""
+    said = medley("generate", "--from", "pictures/0000.png", *again, "--vae", "decoder", "--out", "other")
+    assert "textual inversion embedding:sks is not the file it was made with" in said.err
+    said = make("--embedding", "words/sks.safetensors:fox", "--out", "word")
+    assert said.code == 0 and record.read(Path("word/0000.png")).embeddings[0].word == "fox"
 
 
 def test_anchored_and_windows(make, medley, toy):

@@ -4,7 +4,7 @@ import pytest
 
 from app import options
 from app.cli import flags
-from composition import Lora, Receipt, Refused, Request
+from composition import Embedding, Lora, Receipt, Refused, Request
 
 
 @pytest.mark.parametrize(("text", "source", "weight"), [
@@ -104,3 +104,27 @@ def test_triggers_are_added_only_where_none_is_there():
     assert flags.with_triggers(made, _inspect) == (made, [])
     own = Request(prompt="", loras=[Lora("owl", triggers=("mine",))])
     assert flags.with_triggers(own, _inspect)[0].prompt == "mine"
+
+
+@pytest.mark.parametrize(("text", "source", "word"), [
+    ("cat.safetensors", "cat.safetensors", ""), ("cat:sks", "cat", "sks"), (r"C:\words\cat.safetensors", r"C:\words\cat.safetensors", ""),
+    (r"C:\words\cat.safetensors:<sks>", r"C:\words\cat.safetensors", "<sks>"), ('{"source": "cat", "word": "a:b"}', "cat", "a:b"),
+])  # fmt: skip
+def test_embedding(text, source, word):
+    assert flags.embedding(text) == Embedding(source, word)
+
+
+@pytest.mark.parametrize("text", ["", ":", "cat:", '{"word": "a"}', '{"source": "a", "b": 1}', "{"])
+def test_embedding_refused(text):
+    with pytest.raises(Refused, match="--embedding"):
+        flags.embedding(text)
+
+
+def test_an_old_prompt_that_is_replaced_is_read_as_today():
+    """What is kept of an older request means what it meant; what is new means what it means now."""
+    old = Request(prompt="a (fox:1.2)", negative="(dull)", schema_version=1)
+    kept, _ = flags.request({"seed": 3, "guidance": 4}, old)
+    assert (kept.prompt, kept.schema_version) == ("a (fox:1.2)", 1)
+    renewed, _ = flags.request({"prompt": "an (owl:1.2)", "vae": "a/b", "embedding": ["cat:sks"]}, old)
+    assert (renewed.prompt, renewed.negative, renewed.schema_version, renewed.vae) == ("an (owl:1.2)", r"\(dull\)", 2, "a/b")
+    assert renewed.embeddings == (Embedding("cat", "sks"),)
