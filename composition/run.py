@@ -140,15 +140,15 @@ class Run:
         text = self.text_weights(use)
         prompt = self.prompt if prompt is None else self.spelled(prompt)
         guided = self._rows > 1
-        negative = self.negative if guided else None
-        least = max(map(self._chunks, [prompt, *among, *([negative] if guided else [])]))
-        keys = {value: (value, prompt, negative, least, self._touching(text, encoders)) for value, encoders in self.backbone.reads.items()}
+        negatives = [self.negative] if guided else None
+        least = max(map(self._chunks, [prompt, *among, *(negatives or ())]))
+        keys = {value: (value, prompt, *(negatives or ()), least, self._touching(text, encoders)) for value, encoders in self.backbone.reads.items()}
         if missing := [value for value, key in keys.items() if key not in self.encodings]:
             self._check_cancel()
             self.adapters.use_text({name: weight for name, weight in text.items() if weight != 0.0})
             try:
                 with torch.no_grad():
-                    encoded = self.backbone.encode([prompt], [negative] if guided else None, missing, least, inversions.vectors(self.inversions))
+                    encoded = self.backbone.encode([prompt], negatives, missing, least, inversions.vectors(self.inversions))
                 self.encodings.update({keys[value]: tensor for value, tensor in encoded.values.items()})
             finally:
                 self.adapters.use_text({})
@@ -157,7 +157,7 @@ class Run:
             values["guidance"] = torch.full((self._rows, 1), embedded, device=self.backbone.device)
         return Conditioning(values)
 
-    def _chunks(self, prompt: Text | None) -> int:
+    def _chunks(self, prompt: Text) -> int:
         """How many chunks a prompt has, worked out once a run."""
         if not isinstance(prompt, Prompt):
             return 1

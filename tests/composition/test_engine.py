@@ -62,7 +62,7 @@ def test_a_request_survives_json():
 
 
 def test_what_a_user_should_know_is_noted(engine):
-    long = "the fox " * 80
+    long = "the fox, " * 501
     result = engine.run(laws.request("merge", Lora("fox", triggers=("zorro",)), Lora("owl", binds="the owl"), prompt=long,
                                      sampler="ddim"))
     assert result.notes["missing triggers"] == {"fox": ["zorro"]}

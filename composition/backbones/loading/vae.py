@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 from huggingface_hub import hf_hub_download
-from torch import Tensor, dtype
+from torch import Tensor, dtype, nn
 
 from composition import untrusted
 from composition.backbones.loading import hub
@@ -44,7 +44,7 @@ def replaced(pipeline: Any, source: str, number: dtype) -> str:
         what = f"its {name} is {_shape(tensors[name])}, the model's {_shape(own.state_dict()[name])}" if wrong else f"{len(missing)} tensors are missing, {name} first"
         raise Refused(f"{source} is not an autoencoder of this model's family: {what}")
     vae.load_state_dict({name: tensors[name] for name in expected})
-    pipeline.vae = vae.to(number).eval().requires_grad_(False)
+    pipeline.vae = nn.Module.to(vae, number).eval().requires_grad_(False)
     return file.sha256
 
 
@@ -95,7 +95,8 @@ def _tensors(source: str, tensors: Mapping[str, Tensor], own: AutoencoderKL) -> 
     with tempfile.TemporaryDirectory() as folder:
         own.save_config(str(Path(folder) / "vae"))
         try:
-            vae = AutoencoderKL.from_single_file(inner, config=folder, subfolder="vae", local_files_only=True)
+            model: Any = AutoencoderKL
+            vae = model.from_single_file(inner, config=folder, subfolder="vae", local_files_only=True)
         except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise Refused(f"{source} is not an autoencoder of this model's family ({reason})") from None

@@ -96,8 +96,8 @@ def test_a_tag_is_drawn_as_with_the_flag_and_recalled_once(medley, toy, common, 
 def test_a_tag_of_no_lora_is_refused_and_the_rest_is_said(medley, common):
     said = medley("generate", "a fox <lora:nothing:0.5>", *common)
     assert said.code == 2 and "<lora:nothing:0.5> in the prompt: no LoRA is named 'nothing'" in said.err
-    said = medley("generate", "a (fox:1.3) BREAK", "--negative", "[a:b:0.5]", *common)
-    assert said.code == 0 and "plain words: (fox:1.3), BREAK, [a:b:0.5]" in said.out
+    said = medley("generate", "a (fox:1.3) BREAK {a|b}", "--negative", "[a:b:0.5]", *common)
+    assert said.code == 0 and "plain words: {a|b}, [a:b:0.5]" in said.out
 
 
 def test_compare_takes_tags_out_of_the_picture_without_loras(medley, common, tmp_path):
