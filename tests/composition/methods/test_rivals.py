@@ -24,7 +24,7 @@ class Words(Run):
     always = {}
 
     def __init__(self, prompt, **triggers):
-        self.request = SimpleNamespace(prompt=prompt, active={name: Lora(name) for name in triggers})
+        self.request = SimpleNamespace(prompt=prompt, negative="", schema_version=1, active={name: Lora(name) for name in triggers})
         self.triggers = {name: tuple(words) for name, words in triggers.items()}
 
     def encode(self, text, use):
