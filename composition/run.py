@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from composition import inversions, prompt_syntax
+from composition import inversions
 from composition.adapters import Adapters
 from composition.adapters.gates import Combine
 from composition.adapters.stack import Route, Watch
@@ -25,9 +25,10 @@ from composition.hooks.regional import Segments, joined, regional
 from composition.inversions import Inversion
 from composition.loop import Conditioning, Step
 from composition.profiles.store import ProfileStore
-from composition.prompt_weights import Prompt, Text
+from composition.prompt_weights import Text
 from composition.refusal import Cancelled
 from composition.request import Lora, Request
+from composition.spelling import Spelling
 
 # Latent places over which a processor is faster with one LoRA after the other than with a batch of rows: measured at Stable
 # Diffusion 1.5's size (cached passes 14 % faster at 64 x 64, whole ones 4 %; at 48 x 48 whole ones 10 % slower).
@@ -82,7 +83,6 @@ class Run:
     profiles: ProfileStore = field(default_factory=ProfileStore)
     folding: Callable[[ExitStack], str] | None = None
     inversions: Mapping[str, Inversion] = field(default_factory=dict)
-    _lengths: dict[Text, int] = field(default_factory=dict)  # of prompts, in chunks
     _shares: dict[Any, float] = field(default_factory=dict)
     _slots: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by name of a cache's slot: the conditions it was filled with
     _anchor: tuple[Step, Tensor] | None = None  # the last evaluation and the base's negative row there
@@ -108,25 +108,9 @@ class Run:
         return self.request.anchored and self._rows > 1 and bool(self.loras)
 
     @cached_property
-    def prompt(self) -> Text:
-        """The request's prompt as it is encoded, with its weights and textual inversions."""
-        return self.spelled(prompt_syntax.prompts_of(self.request)[0])
-
-    @cached_property
-    def negative(self) -> Text:
-        return self.spelled(prompt_syntax.prompts_of(self.request)[1])
-
-    def spelled(self, prompt: Text) -> Text:
-        """The prompt with the textual inversions that its words name."""
-        return inversions.named(prompt, self.inversions) if isinstance(prompt, Prompt) else prompt
-
-    def as_prompt(self, text: str) -> Text:
-        """Words as a prompt of this request: of any length, where the request's are."""
-        return Prompt(text) if isinstance(self.prompt, Prompt) else text
-
-    def offsets(self, prompt: Text) -> list[tuple[int, int]]:
-        """The letters of the prompt's text that each token the model sees stands for."""
-        return self.backbone.offsets(self.spelled(prompt))
+    def spelling(self) -> Spelling:
+        """The request's prompts, and others, as they are encoded."""
+        return Spelling(self.backbone, self.request, self.inversions)
 
     def encode(
         self, prompt: Text | None = None, use: Mapping[str, float] | None = None, among: Sequence[Text] = ()
@@ -138,10 +122,10 @@ class Run:
         """
         use = {name: lora.weight for name, lora in self.loras.items()} if use is None else use
         text = self.text_weights(use)
-        prompt = self.prompt if prompt is None else self.spelled(prompt)
+        prompt = self.spelling.prompt if prompt is None else self.spelling.spelled(prompt)
         guided = self._rows > 1
-        negatives = [self.negative] if guided else None
-        least = max(map(self._chunks, [prompt, *among, *(negatives or ())]))
+        negatives = [self.spelling.negative] if guided else None
+        least = max(map(self.spelling.chunks, [prompt, *among, *(negatives or ())]))
         keys = {value: (value, prompt, *(negatives or ()), least, self._touching(text, encoders)) for value, encoders in self.backbone.reads.items()}
         if missing := [value for value, key in keys.items() if key not in self.encodings]:
             self._check_cancel()
@@ -156,14 +140,6 @@ class Run:
         if (embedded := self.backbone.embedded_guidance(self.request)) is not None:
             values["guidance"] = torch.full((self._rows, 1), embedded, device=self.backbone.device)
         return Conditioning(values)
-
-    def _chunks(self, prompt: Text) -> int:
-        """How many chunks a prompt has, worked out once a run."""
-        if not isinstance(prompt, Prompt):
-            return 1
-        if prompt not in self._lengths:
-            self._lengths[prompt] = self.backbone.chunks(self.spelled(prompt))
-        return self._lengths[prompt]
 
     def text_weights(self, use: Mapping[str, float]) -> dict[str, float]:
         """The weights in the text encoders of LoRAs that have these in the denoiser."""

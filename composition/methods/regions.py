@@ -30,7 +30,7 @@ class Options:
 @contextmanager
 def compose(run: Run, options: Options) -> Iterator[Predict]:
     bounded = {name: lora for name, lora in run.loras.items() if lora.region is not None}
-    scene = prompts.scene(run.prompt, bounded, run.categories, run.triggers)
+    scene = prompts.scene(run.spelling.prompt, bounded, run.categories, run.triggers)
     texts = dict(zip(scene.concepts, scene.prompts[1:], strict=True))
     if run.loras and not bounded:
         run.notes["no regions"] = True

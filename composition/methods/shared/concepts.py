@@ -22,7 +22,7 @@ BREADTH = 1 / 8  # the blur of maps of change, as a share of the picture's short
 
 def scene_of(run: Run) -> prompts.Scene:
     """The run's prompt by its LoRAs' words. Raises Refused for a LoRA with a region and no words: no map could be its own."""
-    scene = prompts.scene(run.prompt, run.loras, run.categories, run.triggers)
+    scene = prompts.scene(run.spelling.prompt, run.loras, run.categories, run.triggers)
     if wordless := [name for name in scene.everywhere if run.loras[name].region is not None]:
         raise Refused(f"LoRA {wordless[0]} has a region, but the prompt has no words of it: say with binds which are its own, or use "
                       "method regions, which needs none")
@@ -58,7 +58,7 @@ def worn_by(scene: prompts.Scene, categories: Mapping[str, str]) -> dict[int, se
 
 def token_positions(run: Run, scene: prompts.Scene) -> list[list[list[int]]]:
     """[concept][prompt] the positions of the tokens of the concept's words. Raises Refused where they are cut off."""
-    offsets = [run.offsets(prompt) for prompt in scene.prompts]
+    offsets = [run.spelling.offsets(prompt) for prompt in scene.prompts]
     cut = [bool(run.backbone.truncated(prompt)) for prompt in scene.prompts]
     return [[list(prompts.tokens(text, span, offsets[p], cut=cut[p])) for p, (text, span) in enumerate(zip(scene.texts, spans, strict=True))]
             for spans in scene.spans]

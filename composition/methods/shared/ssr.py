@@ -126,7 +126,7 @@ def measure(run: Run, step: Step, names: Sequence[str], texts: Sequence[str], ri
             rows = ranks.flatten(0, 1)
             mine.add(rows if exact else rows.float(), layer.spans[k])
 
-        run.observe(first, {name: 1.0}, run.encode(run.as_prompt(text), {name: 1.0}), watch)
+        run.observe(first, {name: 1.0}, run.encode(run.spelling.text(text), {name: 1.0}), watch)
     matrices, wrong, merged, whole = {}, 0.0, 0.0, 0.0
     for path, layer in run.adapters.stacks().items():
         ranks, factors = ranks_of(layer, live), layer.stored()

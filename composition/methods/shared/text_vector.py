@@ -8,4 +8,4 @@ from composition.run import Run
 
 def text_vector(run: Run, text: str) -> Float[Tensor, " D"]:
     """The mean over all positions of the text encoder's output, without any LoRA."""
-    return run.encode(run.as_prompt(text), use={}).values["text"][-1, 0].float().mean(0)
+    return run.encode(run.spelling.text(text), use={}).values["text"][-1, 0].float().mean(0)

@@ -21,10 +21,10 @@ class Words(Run):
     """A run whose text vectors are known: each word is an axis, a text is the mean of its words over 4 positions."""
 
     axes = ("fox", "owl", "moon", "and", "the")
-    always = {}
+    always, backbone, inversions = {}, None, {}
 
     def __init__(self, prompt, **triggers):
-        self.request = SimpleNamespace(prompt=prompt, negative="", schema_version=1, active={name: Lora(name) for name in triggers})
+        self.request = SimpleNamespace(prompt=prompt, schema_version=1, active={name: Lora(name) for name in triggers})
         self.triggers = {name: tuple(words) for name, words in triggers.items()}
 
     def encode(self, text, use):
