@@ -40,10 +40,13 @@ class Meter:
 
     def check(self, request: Request, engine: "Engine") -> None:
         """Raises Refused, with the estimate, for a picture that would take too long."""
-        width, height = engine.backbone.size(request)
-        steps = request.settled(*engine.backbone.defaults).length
-        each = evaluations(request)
-        seconds = self.estimate(steps, each, width * height)
+        from composition import starting
+
+        each, seconds = evaluations(request), None
+        for part in starting.passes(request.settled(*engine.backbone.defaults), engine.backbone):
+            (width, height), steps = engine.backbone.size(part.whole), part.shown.length
+            if (more := self.estimate(steps, each, width * height)) is not None:
+                seconds = (seconds or 0.0) + more
         if seconds is not None and seconds * request.count > self.longest:
             raise Refused(f"{steps} steps of {each:g} evaluations at {width}x{height} would take about {spoken(seconds * request.count)} on this machine, and "
                           f"a picture may take {spoken(self.longest)}: use a smaller size or fewer steps, or start medley ui with a higher "

@@ -20,6 +20,7 @@ from app.cost import Meter, spoken
 from app.errors import sentence
 from app.preview import Preview
 from composition import Cancelled, Refused, Request, Result
+from composition.request import STARTED_NOTE
 
 if TYPE_CHECKING:
     from composition import Engine, Event
@@ -207,7 +208,9 @@ class Jobs:
             result = self._engine.run(job.request, on_step=tell, cancel=job.stop)
             if job.stop.is_set():  # cancelled after the last evaluation
                 return "cancelled", ""
-            self._learn(result.request, result.notes.get("evaluations", 0) / result.request.length, times)
+            if result.request.hires is None:  # whose steps are of two sizes
+                ran = result.notes.get(STARTED_NOTE, {}).get("steps", result.request.length)
+                self._learn(result.request, result.notes.get("evaluations", 0) / ran, times)
             job.path, job.result = self._keep(result), result
         except Cancelled:
             return ("failed", late) if late else ("cancelled", "")

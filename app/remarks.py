@@ -5,7 +5,7 @@ from typing import Any
 
 from app.terminal import printable
 from composition import Condition, Request, named, pictures, prompt_syntax, windows
-from composition.request import ALWAYS_NOTE, UNNAMED_NOTE
+from composition.request import ALWAYS_NOTE, FITTED_NOTE, HIRES_NOTE, STARTED_NOTE, UNNAMED_NOTE
 
 
 def remarks(notes: Mapping[str, Any]) -> list[str]:
@@ -14,6 +14,13 @@ def remarks(notes: Mapping[str, Any]) -> list[str]:
     tagged = notes.get(prompt_syntax.TAGGED)
     if isinstance(tagged, Mapping):
         lines += [f"LoRA {name} (weight {weight:g}) is taken from its tag in the prompt" for name, weight in tagged.items()]
+    if fitted := notes.get(FITTED_NOTE):
+        lines.append(str(fitted))
+    if isinstance(began := notes.get(STARTED_NOTE), Mapping):
+        lines.append(f"started from {began.get('file') or 'a picture'} at strength {began.get('strength'):g}: {began.get('steps')} of {began.get('of')} steps ran"
+                     + (f"; {began['kept']:.0%} of it is kept to the bit" if "kept" in began else ""))
+    if isinstance(larger := notes.get(HIRES_NOTE), Mapping):
+        lines.append(f"hires pass at {larger.get('size')}, strength {larger.get('strength'):g}: {larger.get('steps')} of {larger.get('of')} steps ran")
     if pieces := notes.get(prompt_syntax.UNREAD):
         lines.append(prompt_syntax.sentence(pieces))
     missing = notes.get("missing triggers")

@@ -9,14 +9,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 from composition.refusal import Cancelled, Refused
-from composition.request import Condition, Embedding, Lora, Receipt, Request, Result
+from composition.request import Condition, Embedding, Hires, Lora, Picture, Receipt, Request, Result
 from composition.version import __version__
 
 if TYPE_CHECKING:
     from composition import methods
     from composition.engine import Engine, Event
 
-__all__ = ["Cancelled", "Condition", "Embedding", "Engine", "Event", "Lora", "Receipt", "Refused", "Request", "Result", "__version__", "methods", "samplers"]
+__all__ = ["Cancelled", "Condition", "Embedding", "Engine", "Event", "Hires", "Lora", "Picture", "Receipt", "Refused", "Request", "Result", "__version__",
+           "methods", "samplers"]
 
 
 def samplers() -> list[str]:

@@ -6,7 +6,6 @@ or for a whole group of requests.
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 
-from composition import backbones, inversions, methods, named, pictures, prompt_syntax, windows
+from composition import backbones, inversions, methods, named, passes, pictures, prompt_syntax, starting, windows
 from composition.adapters import Adapters
 from composition.backbones import schedulers
 from composition.backbones.base import Backbone
@@ -26,11 +26,11 @@ from composition.backbones.loading import placement
 from composition.condition_sources import ConditionSources, Control
 from composition.conditions import Shelf
 from composition.hooks import attention, banks, cache, control_lora, controlnet
-from composition.loop import NotFinite, Step, sample
+from composition.loop import Step
 from composition.loras import library, reader, speed
 from composition.methods import Method
 from composition.methods.shared import measured_order
-from composition.notes import opening_notes, overflow, unranked
+from composition.notes import opening_notes, unranked
 from composition.profiles.store import ProfileStore
 from composition.refusal import Refused
 from composition.request import ALWAYS_NOTE, ALWAYS_ON, VAE_NOTE, Lora, Receipt, Request, Result
@@ -174,6 +174,8 @@ class Engine:
         controls = [replace(control, image=pictures.condition_as_text(control.image, control.name), annotator=self._controls.annotator(control))
                     for control in request.conditions]
         request = replace(request, model=self.name, vae=self.vae, loras=loras, conditions=controls).settled(*self.backbone.defaults)
+        request, fitted = starting.settled(request, self.backbone)
+        notes |= fitted
         request = named.settled(request, lambda lora: lora.triggers or self.inspect(lora.source).triggers)
         request = replace(request, loras=[replace(lora, category=ALWAYS_ON) if not lora.category and speed.is_one(self.find(lora.source)) else lora
                                           for lora in request.loras])
@@ -232,20 +234,25 @@ class Engine:
         method = methods.find(request.method)
         method.read(request.options)
         self._controls.check(request)
-        size = self.backbone.size(request)
-        request, settled = self.settle(request)
+        self.backbone.size(request)
+        whole, settled = self.settle(request)
+        parts = starting.passes(whole, self.backbone)
+        request = parts[0].shown
         loras = [(name, lora, self.find(lora.source)) for name, lora in zip(request.names, request.loras, strict=True)]
-        paths = {name: self._controls.find(condition.source) for name, condition in request.controls.items()}
+        paths = [{name: self._controls.find(condition.source) for name, condition in part.shown.controls.items()} for part in parts]
         words = inversions.opened(request, self.find, self.backbone)
         options = method.read(request.options)
         seconds: dict[str, float] = {}
         with self._lock, self._undisturbed(), ExitStack() as own:
-            with _timed(seconds, "load"):
-                scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
+            with passes.timed(seconds, "load"):
+                for part in parts:
+                    schedulers.make(request.sampler, self.backbone.scheduler, part.whole.steps)  # Refused before anything is changed
                 receipts, encodings, fold, shelf = self._prepare(own, request, method, loras)
-                conditions = self._controls.opened(request, paths, size, isolated=not self._steady(request, method), shelf=shelf)
+                acting = [self._controls.opened(part.shown, files, self.backbone.size(part.shown), isolated=not self._steady(request, method),
+                                                shelf=shelf) for part, files in zip(parts, paths, strict=True)]
+            conditions = acting[0]
             notes = opening_notes(request, receipts, self.backbone) | settled | ({"fold": fold} if fold else {})
-            notes |= unranked(request, method, self.adapters) | inversions.noted(request, words)
+            notes |= unranked(request, method, self.adapters) | starting.noted(whole, parts) | inversions.noted(request, words)
             notes |= {VAE_NOTE: vae_sha256} if (vae_sha256 := self.backbone.vae_sha256) else {}
             if conditions is not None:
                 notes |= {**conditions.notes} | ({"conditions isolated": True} if conditions.isolated and request.active else {})
@@ -258,16 +265,15 @@ class Engine:
             folding = partial(self._fold, request=request) if self._may_fold(request) and not self.adapters.in_weights else None
             images = []
             for first in range(0, request.count, self.together):
-                part = request.seeds[first : first + self.together]
-                run = Run(
-                    self.backbone, self.adapters, request, scheduler, encodings=encodings, cancel=cancel,
-                    generators=[Generator().manual_seed(seed) for seed in part], categories=categories, triggers=triggers,
-                    always=always, conditions=conditions, tensors=tensors, profiles=self.profiles, folding=folding,
-                    inversions=words)
-                images += self._pictures(run, method, options, first, on_step, seconds)
-                notes |= run.notes if first == 0 else {}
-                scheduler = schedulers.make(request.sampler, self.backbone.scheduler, request.steps)
-            return Result(tuple(images), request, notes, seconds, receipts, conditions.receipts if conditions else {})
+                seeds = request.seeds[first : first + self.together]
+                runs = [Run(self.backbone, self.adapters, part.shown, schedulers.make(request.sampler, self.backbone.scheduler, part.whole.steps),
+                            encodings=encodings, cancel=cancel, generators=[Generator().manual_seed(seed) for seed in seeds],
+                            categories=categories, triggers=triggers, always=always, conditions=conditions, tensors=tensors,
+                            profiles=self.profiles, folding=folding, inversions=words) for part, conditions in zip(parts, acting, strict=True)]
+                images += self._pictures(runs, parts, whole, method, options, first, on_step, seconds)
+                if first == 0:
+                    notes |= runs[0].notes | {"evaluations": sum(run.notes.get("evaluations", 0) for run in runs)}
+            return Result(tuple(images), whole, notes, seconds, receipts, conditions.receipts if conditions else {})
 
     def _prepare(
         self, own: ExitStack, request: Request, method: Method, loras: Sequence[tuple[str, Lora, Path]]
@@ -350,44 +356,31 @@ class Engine:
         return "" if keep.beside else keep.why
 
     def _pictures(
-        self, run: Run, method: Method, options: Any, first: int, on_step: Callable[[Event], None] | None,
-        seconds: dict[str, float],
-    ) -> list[Any]:
-        """One batch: the method's predictions through the loop, then the pictures."""
+        self, runs: Sequence[Run], parts: Sequence[starting.Pass], whole: Request, method: Method, options: Any, first: int,
+        on_step: Callable[[Event], None] | None, seconds: dict[str, float],
+    ) -> list[Image.Image]:
+        """One batch: pass after pass, the method's predictions through the loop, then the pictures."""
+        lengths, done = [part.shown.length for part in parts], 0
+        picture = whole.picture and pictures.start(whole.picture.image)
+        start: Any = [picture] * len(runs[0].generators) if picture else None
+        images: list[Image.Image] = []
+        for run, part in zip(runs, parts, strict=True):
 
-        def tell(step: Step) -> None:
-            if on_step:
-                batches = -(-run.request.count // self.together)
-                done = first // self.together * step.count + step.index + 1
-                on_step(Event(done, step.count * batches, first, step.latents))
+            def tell(step: Step, before: int = done) -> None:
+                if on_step:
+                    batches, total = -(-whole.count // self.together), sum(lengths)
+                    on_step(Event(first // self.together * total + before + step.index + 1, total * batches, first, step.latents))
 
-        try:
-            if run.conditions is not None:
-                with _timed(seconds, "conditions"):
-                    run.read_conditions()
-            with _timed(seconds, "denoise"):
-                latents, timesteps = self.backbone.start(run.request, run.scheduler, run.generators)
-                with method.compose(run, options) as predict:
-                    latents = sample(
-                        predict, run.scheduler, latents, timesteps, stages=schedulers.stages(run.scheduler),
-                        generator=list(run.generators), on_step=tell)
-            with _timed(seconds, "decode"):
-                return self.backbone.decode(latents)
-        except NotFinite as error:
-            raise Refused(overflow(error, run.request, self.adapters, self.backbone)) from None
-        finally:
-            self.backbone.release()
+            mask = starting.repaint(whole.picture, self.backbone.size(part.whole))
+            images, latents = passes.through(run, part, partial(method.compose, run, options), start, mask, tell, seconds)
+            if mask is not None and whole.picture is not None:
+                images = [starting.composed(image, old, mask, whole.picture.soft) for image, old in zip(images, start, strict=True)]
+            done += part.shown.length
+            if part is not parts[-1]:
+                start = starting.enlarged(images, latents, whole, self.backbone.size(parts[-1].whole))
+        return images
 
 
 def always_on(request: Request, method: Method) -> tuple[str, ...]:
     """The LoRAs that are a part of the base, whatever the method does with the others; none where it adds all up in every step and row anyway."""
     return () if method.steady and not request.anchored else tuple(name for name in request.active if name not in request.composed)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    begun = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun

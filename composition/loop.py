@@ -98,21 +98,27 @@ def sample(
     stages: Sequence[tuple[int, int]] | None = None,
     generator: Generator | Sequence[Generator] | None = None,
     on_step: Callable[[Step], None] | None = None,
+    keep: Callable[[Float[Tensor, "B *S"], Num[Tensor, ""] | None], Float[Tensor, "B *S"]] | None = None,
 ) -> Float[Tensor, "B *S"]:
     """Denoise `latents` over `timesteps`; equal to the loop of the stock pipelines for the same predictions.
 
     stages: (step, stage) of each of `timesteps` (`schedulers.stages`); None: each is a step. generator: one per picture, for
     schedulers that draw noise. on_step sees each step's result, after its last evaluation. Gradients are off but may be
-    switched on inside predict (inference mode, which forbids that, is never used). Raises NotFinite when the latents overflow.
+    switched on inside predict (inference mode, which forbids that, is never used). keep: puts back what of the latents is to be kept, after
+    every whole step: gets them and the scheduler's next time, None after the last. Raises NotFinite when the latents overflow.
     """
     stages = [(index, 0) for index in range(len(timesteps))] if stages is None else stages
     count = stages[-1][0] + 1 if stages else 0
     noise = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     watch = _Watch(count)
-    for (index, stage), (following, _), t in zip(stages, [*stages[1:], (count, 0)], timesteps, strict=True):
+    times = [*timesteps, None]
+    for place, ((index, stage), (following, _)) in enumerate(zip(stages, [*stages[1:], (count, 0)], strict=True)):
+        t = timesteps[place]
         with torch.no_grad():
             value, moved = predict(Step(index, count, t, latents, stage))
             latents = scheduler.step(value, t, moved, return_dict=False, **noise)[0]
+            if keep is not None and following != index:
+                latents = keep(latents, times[place + 1])
         if following != index:
             watch.see(index, latents)
         if on_step and following != index:

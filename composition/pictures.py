@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from composition import png_rows, untrusted
 from composition.refusal import Refused
+from composition.request import MAX_IMAGE
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # others have decoders that start programs (PostScript) or that few have read
 MAX_PIXELS = 100_000_000  # of one picture; more is a mistake or an attack
@@ -235,6 +236,50 @@ def origin(image: str) -> str:
         head = _PICTURE.match(image)
         image = unquote(head[2] or "") if head else ""
     return re.split(r"[\\/]", image.rstrip("\\/"))[-1]
+
+
+# the picture that a request starts from ---------------------------------------------------------------------------------
+
+
+def start(image: str) -> Image.Image:
+    """The picture to start from, by a path or a data URL: upright, opaque, mode "RGB". Raises Refused for what cannot be read."""
+    try:
+        picture = opaque(_in_colour(_opened(image)))
+    except Refused as error:
+        raise Refused(f"the picture to start from cannot be used: {error}") from None
+    if min(picture.size) < LEAST_SIDE:
+        raise Refused(f"the picture to start from has {picture.width}x{picture.height} pixels; at least {LEAST_SIDE} are needed each way")
+    return picture
+
+
+def repainted(mask: str) -> Image.Image:
+    """The mask of what is painted anew, by a path or a data URL, as mode "L"; what is transparent is black. Raises Refused for what cannot be
+    read or is black everywhere."""
+    try:
+        picture = _grey(_opened(mask))
+    except Refused as error:
+        raise Refused(f"the mask cannot be used: {error}") from None
+    if not picture.getextrema()[1]:
+        raise Refused("the mask is black everywhere, so nothing would be painted anew: make white what is to change")
+    return picture
+
+
+def lossless(picture: Image.Image, file: str = "") -> str:
+    """The picture as a data URL without any loss; as WebP of quality 95 where that would be too long for a request."""
+    for settings in ({"lossless": True, "quality": 50}, {"quality": 95}):
+        stream = io.BytesIO()
+        picture.save(stream, format="WEBP", **settings)
+        text = _head("webp", file) + base64.b64encode(stream.getvalue()).decode()
+        if len(text) < MAX_IMAGE:
+            break
+    return text
+
+
+def mask_text(mask: Image.Image, image: str) -> str:
+    """A grey picture as a data URL, with the name of the file that it came from."""
+    stream = io.BytesIO()
+    mask.save(stream, format="PNG")
+    return _head("png", origin(image)) + base64.b64encode(stream.getvalue()).decode()
 
 
 def opaque(picture: Image.Image) -> Image.Image:

@@ -52,7 +52,7 @@ def _plain(item: Any) -> str:
     """What was expected, without the words of the library that checked it."""
     limits = item.get("ctx", {})
     words = {
-        "less_than_equal": "must be at most {le:g}", "greater_than_equal": "must be at least {ge:g}", "less_than": "must be under {lt:g}",
+        "less_than_equal": "must be at most {le:g}", "greater_than_equal": "must be at least {ge:g}", "less_than": "must be under {lt:g}", "greater_than": "must be over {gt:g}",
         "missing": "is missing", "unexpected_keyword_argument": "is no field of it", "extra_forbidden": "is no field of it",
         "finite_number": "must be a plain number", "int_parsing": "must be a whole number", "int_type": "must be a whole number",
         "int_from_float": "must be a whole number", "float_parsing": "must be a number", "float_type": "must be a number",

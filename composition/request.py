@@ -1,13 +1,11 @@
-"""What a picture is made from, and what comes back: Request, Lora, Condition, Receipt, Result.
+"""What a picture is made from, and what comes back: Request, Lora, Condition, Picture, Hires, Receipt, Result.
 
 One schema for the Python API, the CLI, the UI, manifests and the text inside a PNG. Everything is frozen and
 validated once, when it is built; nothing below this file checks it again.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from PIL import Image
@@ -16,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from composition import untrusted
 from composition.refusal import Refused, explain
+from composition.request_parts import MAX_IMAGE, Embedding, Hires, Picture, last_part
 from composition.sampler_names import canonical
 
 SCHEMA_VERSION = 2  # 1: brackets, BREAK and the end of a long prompt meant nothing (`prompt_syntax`)
@@ -23,14 +22,15 @@ MAX_PIXELS = 4096 * 4096
 MAX_LORAS = 64
 MAX_CONDITIONS = 16
 MAX_EMBEDDINGS = 32
-MAX_IMAGE = 16_000_000  # letters of a picture as a data URL
 SAMPLER_NOTE = "sampler"  # in Result.notes: what the sampler amounted to, as A1111 calls it
 DISTILLED_NOTE = "distilled guidance"  # there: the guidance that the model read as a number
 ALWAYS_NOTE = "always on"  # there: the LoRAs that no method touched
 EMBEDDINGS_NOTE = "embeddings"  # there: of each textual inversion, by its word, the sha256 of its file and the number of its vectors
 UNNAMED_NOTE = "embeddings not named"  # there: the words of those that stand in neither prompt
 VAE_NOTE = "vae"  # there: the sha256 of the weights of an autoencoder in place of the model's own
-_LATER = ("anchored", "windows", "named_only", "embeddings", "vae")  # fields of a request that its JSON leaves out where they are not set
+FITTED_NOTE = "fitted"  # there: how the picture that it starts from was brought to its size
+STARTED_NOTE, HIRES_NOTE = "started from", "hires"  # there: which steps of them ran, and what of the picture was kept
+_LATER = ("anchored", "windows", "named_only", "embeddings", "vae", "picture", "hires")  # fields of a request that its JSON leaves out where they are not set
 SEEDS = 2**64  # what a torch.Generator takes, and other tools write
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=-10.0, le=10.0, allow_inf_nan=False)]
@@ -40,10 +40,6 @@ Category = Literal["", "character", "clothing", "style", "place", "object", "pos
 ALWAYS_ON: Category = "speed"  # of LoRAs that change how a model samples: no method switches, gates or bounds them
 
 _config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-
-
-def _last_part(source: str) -> str:
-    return re.sub(r"(?i)\.safetensors$", "", PurePath(source.replace("\\", "/")).name)
 
 
 def _unique(all_names: Iterable[str]) -> tuple[str, ...]:
@@ -100,7 +96,7 @@ class Lora:
     @property
     def name(self) -> str:
         """The last part of the source without its ending: "loras/owl.safetensors" is "owl"."""
-        return _last_part(self.source)
+        return last_part(self.source)
 
     @property
     def scheduled(self) -> bool:
@@ -153,28 +149,11 @@ class Condition:
     @property
     def name(self) -> str:
         """The last part of the source without its ending: "conditions/canny.safetensors" is "canny"."""
-        return _last_part(self.source)
+        return last_part(self.source)
 
     def on(self, index: int, count: int) -> bool:
         """Whether it acts at step `index` (from 0) of `count`."""
         return self.strength > 0.0 and self.start <= index / count < self.end
-
-
-@dataclass(frozen=True, config=_config)
-class Embedding:
-    """A textual inversion of a request.
-
-    source: a path to a .safetensors file, or a name in one of the LoRA folders. word: what stands for it in the prompts ("": the word that the
-    file names, else the file's name), in place of what it means otherwise; `embedding:name` in a prompt is one whose word is that.
-    """
-
-    source: Annotated[str, Field(min_length=1, max_length=4096)]
-    word: Annotated[str, Field(max_length=200)] = ""
-
-    @property
-    def name(self) -> str:
-        """The last part of the source without its ending."""
-        return _last_part(self.source)
 
 
 @dataclass(frozen=True, config=_config)
@@ -194,6 +173,9 @@ class Request:
     are on in all steps get a part of them by their category: content early and style late ("both"), or style late alone ("style";
     `composition.windows`). named_only: LoRAs of whose trigger words the prompt says none are off (`composition.named`). embeddings: textual
     inversions. vae: the autoencoder that the engine was opened with in place of the model's own.
+    picture: what it starts from; without a size the picture's own shape, at about as many pixels as the model's own size has. hires: a second
+    pass at a larger size. Where a part of the steps runs, start and end of LoRAs and conditions, and whatever else is said of steps, mean
+    the steps that run.
     """
 
     prompt: Annotated[str, Field(max_length=20_000)]
@@ -217,6 +199,8 @@ class Request:
     named_only: bool = False
     embeddings: Annotated[Sequence[Embedding], Field(max_length=MAX_EMBEDDINGS), AfterValidator(tuple)] = ()
     vae: Annotated[str, Field(max_length=4096)] = ""
+    picture: Picture | None = None
+    hires: Hires | None = None
     schema_version: int = SCHEMA_VERSION
 
     @field_validator("size")
@@ -231,6 +215,12 @@ class Request:
     def _named(cls, sampler: str) -> str:
         """A title ("Euler a") as our name for it; unknown names are refused by `backbones.schedulers`."""
         return canonical(sampler)
+
+    @model_validator(mode="after")
+    def _one_space(self) -> "Request":
+        if self.hires and self.hires.space == "latent" and self.picture and self.picture.mask:
+            raise ValueError("hires: with a mask the picture is enlarged in pixels, since what is kept must not change: set space to pixel")
+        return self
 
     @field_validator("schema_version")
     @classmethod

@@ -128,7 +128,7 @@ class Run:
         least = max(map(self.spelling.chunks, [prompt, *among, *(negatives or ())]))
         keys = {value: (value, prompt, *(negatives or ()), least, self._touching(text, encoders)) for value, encoders in self.backbone.reads.items()}
         if missing := [value for value, key in keys.items() if key not in self.encodings]:
-            self._check_cancel()
+            self.check_cancel()
             self.adapters.use_text({name: weight for name, weight in text.items() if weight != 0.0})
             try:
                 with torch.no_grad():
@@ -154,7 +154,7 @@ class Run:
         """Let the conditions be read, once for all steps, before the first evaluation and outside any of them."""
         if self.conditions is not None:
             use = {} if self.conditions.isolated else {name: lora.weight for name, lora in self.loras.items()}
-            self.conditions.fill(lambda: self.encode(use=use), self.adapters, use, self._check_cancel)
+            self.conditions.fill(lambda: self.encode(use=use), self.adapters, use, self.check_cancel)
 
     # predictions: one, several, one by regions -----------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class Run:
 
     def observe(self, step: Step, use: Mapping[str, float], cond: Conditioning, watch: Watch) -> None:
         """An evaluation for the sake of what its layers show `watch` (`Adapters.watched`); no condition acts in it."""
-        self._check_cancel()
+        self.check_cancel()
         self._set_always(step)
         self.notes["evaluations"] = self.notes.get("evaluations", 0) + 1
         self.adapters.use(use)
@@ -363,7 +363,7 @@ class Run:
     ) -> Float[Tensor, "R B *S"]:
         """The denoiser, with the conditions that act at this step. predictions: how many of all guidance rows it counts for, in part where it
         has not all of them; the others as of a `Call`."""
-        self._check_cancel()
+        self.check_cancel()
         self._set_always(step)
         latents = self.scaled(step)
         total = self.notes.get("evaluations", 0) + predictions * cond.rows / (passes * self._rows)
@@ -377,7 +377,8 @@ class Run:
         if self.always:
             self.adapters.use_always({name: lora.weight_at(step.index, step.count) for name, lora in self.always.items()})
 
-    def _check_cancel(self) -> None:
+    def check_cancel(self) -> None:
+        """Raises Cancelled once that is asked for."""
         if self.cancel is not None and self.cancel.is_set():
             raise Cancelled("cancelled before the next evaluation; nothing was kept")
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from app.options import options as method_options
 from app.options import size as read_size
-from composition import Condition, Embedding, Lora, Refused, Request, prompt_syntax, untrusted
+from composition import Condition, Embedding, Hires, Lora, Picture, Refused, Request, prompt_syntax, untrusted
 from composition.prompts import with_triggers as with_triggers
 from composition.refusal import explain
 
@@ -122,6 +122,41 @@ def with_hole(image: str, mask: str, name: str) -> str:
     return pictures.as_text(pictures.with_hole(pictures.condition(image, name), hole), file)
 
 
+def hires(text: str) -> Hires | None:
+    """FACTOR, FACTOR:STRENGTH, the fields of a Hires as JSON, or "none"."""
+    try:
+        if text.lstrip().startswith("{"):
+            return Hires(**untrusted.parse(text))
+        parts = text.split(":")
+        if text.strip() == "none":
+            return None
+        if len(parts) > 2 or not all(_NUMBER.fullmatch(part.strip()) for part in parts):
+            raise Refused(f"--hires {text:.200}: write FACTOR or FACTOR:STRENGTH, as in 1.5:0.4")
+        return Hires(**dict(zip(("factor", "strength"), map(float, parts), strict=False)))
+    except ValidationError as error:
+        raise Refused(f"--hires {text:.200}: {explain(error)}") from None
+    except untrusted.Unreadable as error:
+        raise Refused(f"--hires {text:.200}: it {error}") from None
+    except TypeError:
+        raise Refused(f'--hires {text:.200}: write the fields of a Hires, as in {{"factor": 2, "strength": 0.4, "steps": 20, "space": "pixel"}}') from None
+
+
+def picture(values: Mapping[str, Any], before: Picture | None) -> Picture | None:
+    """What --picture, --strength, --mask, --soft and --fit say, on top of `before`; --picture none: noise, as without any."""
+    fields = {key: values[key] for key in _PICTURE if values.get(key) is not None}
+    image = values.get("start_from")
+    if image == "none" and not fields:
+        return None
+    if image is None and before is None:
+        if fields:
+            raise Refused(f"--{next(iter(fields))} says how a picture to start from is used: give it too, as in --picture photo.png --strength 0.6")
+        return None
+    try:
+        return Picture(image, **fields) if image is not None else replace(before, **fields) if before else None
+    except ValidationError as error:
+        raise Refused(f"--picture: {explain(error)}") from None
+
+
 def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Request, bool]:
     """The request of these flags (None or empty: not set) on top of `start`, if there is one; and whether its seed was drawn.
 
@@ -135,6 +170,8 @@ def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Re
         fields["embeddings"] = tuple(embedding(text) for text in values["embedding"])
     if values.get("control"):
         fields["conditions"] = tuple(control(text) for text in values["control"])
+    if values.get("hires"):
+        fields["hires"] = hires(values["hires"])
     if values.get("size"):
         fields["size"] = read_size(values["size"])
     if fields.get("windows") == "none":
@@ -142,6 +179,7 @@ def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Re
     before = start or Request(prompt="")
     if "prompt" in fields or "negative" in fields:
         before = prompt_syntax.today(before)
+    fields["picture"] = picture(values, before.picture)
     method = fields.get("method", before.method)
     kept = dict(before.options) if method == before.method else {}
     fields["options"] = kept | method_options(values.get("option") or [], method)
@@ -159,17 +197,21 @@ def request(values: Mapping[str, Any], start: Request | None = None) -> tuple[Re
 
 _PLAIN = {"prompt", "negative", "model", "method", "sampler", "steps", "guidance", "true_guidance", "seed", "count", "batched", "allow_partial", "anchored",
           "windows", "named_only", "vae"}
-
+_PICTURE = ("strength", "mask", "soft", "fit")
 
 _HINTS = {  # flags as other tools call them, and how to say it here
     **dict.fromkeys(("--cfg", "--cfg-scale", "--cfg_scale", "--guidance-scale", "--scale"), "the guidance scale is --guidance, as in --guidance 5"),
     **dict.fromkeys(("--distilled-cfg", "--distilled-cfg-scale"), "the distilled guidance is --guidance, and CFG beside it --true-guidance"),
     **dict.fromkeys(("--width", "--height", "--w", "--h", "-W", "-H", "--resolution"), "the size is --size WIDTHxHEIGHT, as in --size 512x768"),
-    **dict.fromkeys(("--weight", "--weights", "--lora-weight", "--lora-scale", "--strength"), "a LoRA's weight stands behind its name, as in "
+    **dict.fromkeys(("--weight", "--weights", "--lora-weight", "--lora-scale"), "a LoRA's weight stands behind its name, as in "
                     "--lora owl:0.8"),
     **dict.fromkeys(("--controlnet", "--control-image", "--control_image", "--condition", "--conditions", "--image", "--control-scale",
                      "--controlnet-scale", "--spatial-image", "--subject-image"), "a picture that controls is --control NAME=PICTURE:STRENGTH, as in "
-                    "--control canny=photo.png:0.8"),
+                    "--control canny=photo.png:0.8; one to start from is --picture photo.png"),
+    **dict.fromkeys(("--init-image", "--init-img", "--input-image", "--img2img", "--start"), "a picture to start from is --picture photo.png"),
+    **dict.fromkeys(("--denoise", "--denoising-strength", "--image-strength"), "how much of --picture is made anew is --strength, as in --strength 0.6"),
+    **dict.fromkeys(("--mask-blur", "--feather", "--mask-image"), "the mask is --mask PICTURE, its soft edge --soft PIXELS"),
+    **dict.fromkeys(("--hires-fix", "--hr-scale", "--upscale", "--hires-scale"), "the hires pass is --hires FACTOR:STRENGTH, as in --hires 1.5:0.5"),
     **dict.fromkeys(("--annotator", "--preprocessor", "--processor"), "the annotator of a picture is \"annotator\" in --control's JSON, as in "
                     "--control '{\"source\": \"canny\", \"image\": \"photo.png\", \"annotator\": \"scribble\"}'"),
     **dict.fromkeys(("--textual-inversion", "--embeddings", "--ti"), "a textual inversion is --embedding FILE:WORD, or embedding:NAME in the prompt"),

@@ -54,6 +54,13 @@ Loras = Annotated[list[str] | None, typer.Option(
 Controls = Annotated[list[str] | None, typer.Option(
     "--control", metavar="NAME=PICTURE[:STRENGTH]", help="A picture that controls: a condition LoRA or ControlNet by name or path, the picture, "
     "and how much heed is paid to it (1). Repeat for more. JSON with the fields of a Condition works too.")]
+StartFrom = Annotated[str | None, typer.Option("--picture", metavar="PICTURE", help="A picture to start from, in place of noise.")]
+Strength = Annotated[float | None, typer.Option(help="How much of --picture is made anew: over 0, up to 1 (0.6).")]
+Mask = Annotated[str | None, typer.Option("--mask", metavar="PICTURE", help="White where --picture is painted anew; the rest of it is kept to the bit.")]
+Soft = Annotated[int | None, typer.Option(metavar="PIXELS", help="Over so many pixels inside the white the new comes in (4).")]
+Fit = Annotated[str | None, typer.Option(metavar="crop|contain|stretch", help="How a --picture of another shape than --size is brought to it (crop).")]
+Enlarged = Annotated[str | None, typer.Option("--hires", metavar="FACTOR[:STRENGTH]", help="A second pass: the picture enlarged and denoised again with "
+                                              "this strength (0.5). JSON with the fields of a Hires works too.")]
 Option = Annotated[list[str] | None, typer.Option(
     "--option", metavar="KEY=VALUE", help="An option of the method. Repeat for more.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="A bundled name, a diffusers folder, a .safetensors "
@@ -111,7 +118,8 @@ def demo(out_dir: Out = PICTURES, device: Device = None, dtype: Dtype = None) ->
 def generate(
     context: typer.Context, prompt: Prompt = None, lora: Loras = None,
     method: Annotated[str | None, typer.Option(help="How the LoRAs are composed (merge); see `medley methods`.")] = None,
-    option: Option = None, control: Controls = None, model: Model = None, sampler: Sampler = None, negative: Negative = None,
+    option: Option = None, control: Controls = None, start_from: StartFrom = None, strength: Strength = None, mask: Mask = None,
+    soft: Soft = None, fit: Fit = None, hires: Enlarged = None, model: Model = None, sampler: Sampler = None, negative: Negative = None,
     seed: Seed = None, steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     anchored: Anchored = None, windows: Windows = None, named_only: NamedOnly = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, ... (1).")] = None,
@@ -171,7 +179,8 @@ def generate(
 def compare(
     context: typer.Context, prompt: Prompt = None, lora: Loras = None,
     methods: Annotated[str | None, typer.Option(help="Which, as merge,composite (all).")] = None,
-    option: Option = None, control: Controls = None, model: Model = None, sampler: Sampler = None, negative: Negative = None,
+    option: Option = None, control: Controls = None, start_from: StartFrom = None, strength: Strength = None, mask: Mask = None,
+    soft: Soft = None, fit: Fit = None, hires: Enlarged = None, model: Model = None, sampler: Sampler = None, negative: Negative = None,
     seed: Seed = None, steps: Steps = None, guidance: Guidance = None, true_guidance: TrueGuidance = None, size: Size = None,
     anchored: Anchored = None, windows: Windows = None, named_only: NamedOnly = None,
     out_dir: Out = PICTURES, triggers: Triggers = False,

@@ -65,7 +65,7 @@ def compare(
 
     stem = f"{prefix}-{record.free(folder, f'{prefix}-'):04d}"
     alone = request.alone(0)
-    first = "No LoRA" if request.conditions else "Prompt only"  # whose picture the same conditions control
+    first = "No LoRA" if request.conditions or request.picture else "Prompt only"  # whose picture the same conditions control, or that starts alike
     tiles = [_tile(at, replace(alone, loras=(), method="merge", options={}), first, folder, f"{stem}-prompt")]
     for name, options in ways.items():
         way = replace(alone, method=name, options=options)

@@ -107,6 +107,27 @@ class Backbone(Protocol):
         """Initial noise, one generator per picture, and the scheduler's times."""
         ...
 
+    @property
+    def unit(self) -> int:
+        """Width and height of a picture are multiples of so many pixels."""
+        ...
+
+    def schedule(self, request: Request, scheduler: Any) -> Num[Tensor, "T"]:
+        """The scheduler's times for the request's steps and size, set."""
+        ...
+
+    def first(self, steps: int, strength: float) -> int:
+        """The step, from 0, at which a picture of this strength enters, as in the family's stock pipeline; at least one step runs."""
+        ...
+
+    def encode_pixels(self, pixels: Float[Tensor, "B 3 height width"], generators: Sequence[Generator]) -> Float[Tensor, "B *S"]:
+        """Pictures in -1..1 as latents, drawn from what the autoencoder says by each one's generator."""
+        ...
+
+    def noise(self, shape: tuple[int, ...], generators: Sequence[Generator]) -> Float[Tensor, "B *S"]:
+        """Standard normal noise, a generator for each picture."""
+        ...
+
     def denoise(
         self, latents: Float[Tensor, "B *S"], t: Num[Tensor, ""] | Num[Tensor, "B"], cond: Conditioning
     ) -> Float[Tensor, "R B *S"]:

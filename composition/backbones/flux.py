@@ -110,11 +110,18 @@ class FluxBackbone(PipelineBackbone):
         width, height = self.size(request)
         factor = self.pipeline.vae_scale_factor
         shape = (len(generators), self.denoiser.config.in_channels // 4, height // factor, width // factor)
-        noise = self.noise(shape, generators)
+        return self.noise(shape, generators), self.schedule(request, scheduler)
+
+    @property
+    def unit(self) -> int:
+        return self.pixels_per_token
+
+    def schedule(self, request: Request, scheduler: Any) -> Num[Tensor, "T"]:
+        width, height = self.size(request)
         sigmas = np.linspace(1.0, 1 / request.length, request.length)
-        scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=shift(scheduler.config, shape[2] * shape[3] // 4))
+        scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=shift(scheduler.config, height // self.unit * (width // self.unit)))
         scheduler.set_begin_index(0)
-        return noise, scheduler.timesteps
+        return scheduler.timesteps
 
     def denoise(
         self, latents: Float[Tensor, "B C H W"], t: Num[Tensor, ""] | Num[Tensor, "B"], cond: Conditioning

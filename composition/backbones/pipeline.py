@@ -50,6 +50,13 @@ class PipelineBackbone:
         wide = torch.promote_types(self.dtype, torch.float32)
         return randn_tensor(shape, generator=list(generators), device=self.device, dtype=wide).to(self.dtype)
 
+    def first(self, steps: int, strength: float) -> int:
+        """Of flows: as StableDiffusion3Img2ImgPipeline and FluxImg2ImgPipeline have it."""
+        return min(int(max(steps - min(steps * strength, steps), 0)), steps - 1)
+
+    def encode_pixels(self, pixels: Float[Tensor, "B 3 height width"], generators: Sequence[Generator]) -> Float[Tensor, "B C H W"]:
+        return vae.sampled(self.pipeline, pixels, generators).to(self.dtype)
+
     def decode(self, latents: Float[Tensor, "B C H W"]) -> list[Image.Image]:
         return vae.decode(self.pipeline, latents)
 

@@ -112,13 +112,14 @@ def make(name: str, scheduler: Any, steps: int | None = None) -> Any:
     return sampler.kind.from_config(config, **{key: value for key, value in settings.items() if key in known})
 
 
-def stages(scheduler: Any) -> list[tuple[int, int]]:
+def stages(scheduler: Any, count: int | None = None) -> list[tuple[int, int]]:
     """(step, stage) of each of the scheduler's times, once they are set: a step of a method of higher order takes several.
+    count: of its last so many times alone, where the first are left out.
 
     Heun's method and DPM2 take two evaluations a step and one in the last. PNDM's first step takes two, and its first three take four
     each where it starts with Runge-Kutta steps. Of all other classes of diffusers every evaluation is a step.
     """
-    count = len(scheduler.timesteps)
+    count = len(scheduler.timesteps) if count is None else count
     if isinstance(scheduler, PNDMScheduler):
         runge_kutta = 0 if scheduler.prk_timesteps is None else len(scheduler.prk_timesteps)
         if runge_kutta:

@@ -45,10 +45,9 @@ class SD3Backbone(PipelineBackbone):
     def size(self, request: Request) -> tuple[int, int]:
         config, factor = self.denoiser.config, self.pipeline.vae_scale_factor
         size = request.size or (config.sample_size * factor,) * 2
-        unit = config.patch_size * factor
-        if wrong := vae.fitting(size, unit):
+        if wrong := vae.fitting(size, self.unit):
             raise Refused(wrong)
-        most = (config.pos_embed_max_size or max(size)) * unit
+        most = (config.pos_embed_max_size or max(size)) * self.unit
         if max(size) > most:
             raise Refused(f"size {size[0]}x{size[1]}: this model makes at most {most} pixels a side")
         return size
@@ -111,14 +110,21 @@ class SD3Backbone(PipelineBackbone):
         self, request: Request, scheduler: Any, generators: Sequence[Generator]
     ) -> tuple[Float[Tensor, "B C H W"], Num[Tensor, "T"]]:
         width, height = self.size(request)
-        factor, patch = self.pipeline.vae_scale_factor, self.denoiser.config.patch_size
-        shape = (len(generators), self.denoiser.config.in_channels, height // factor, width // factor)
-        noise = self.noise(shape, generators)
+        factor = self.pipeline.vae_scale_factor
+        noise = self.noise((len(generators), self.denoiser.config.in_channels, height // factor, width // factor), generators)
+        return noise, self.schedule(request, scheduler)
+
+    @property
+    def unit(self) -> int:
+        return self.denoiser.config.patch_size * self.pipeline.vae_scale_factor
+
+    def schedule(self, request: Request, scheduler: Any) -> Num[Tensor, "T"]:
+        width, height = self.size(request)
         shifted = {}
         if scheduler.config.get("use_dynamic_shifting"):
-            shifted["mu"] = shift(scheduler.config, shape[2] // patch * (shape[3] // patch))
+            shifted["mu"] = shift(scheduler.config, height // self.unit * (width // self.unit))
         scheduler.set_timesteps(request.steps, device=self.device, **shifted)
-        return noise, scheduler.timesteps
+        return scheduler.timesteps
 
     def denoise(
         self, latents: Float[Tensor, "B C H W"], t: Num[Tensor, ""] | Num[Tensor, "B"], cond: Conditioning

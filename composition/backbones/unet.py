@@ -123,9 +123,20 @@ class UNetBackbone(PipelineBackbone):
         width, height = self.size(request)
         factor = self.pipeline.vae_scale_factor
         shape = (len(generators), self.denoiser.config.in_channels, height // factor, width // factor)
+        times = self.schedule(request, scheduler)
+        return self.noise(shape, generators) * scheduler.init_noise_sigma, times
+
+    @property
+    def unit(self) -> int:
+        return self.pipeline.vae_scale_factor
+
+    def schedule(self, request: Request, scheduler: Any) -> Num[Tensor, "T"]:
         scheduler.set_timesteps(request.steps, device=self.device)
-        noise = self.noise(shape, generators)
-        return noise * scheduler.init_noise_sigma, scheduler.timesteps
+        return scheduler.timesteps
+
+    def first(self, steps: int, strength: float) -> int:
+        """As StableDiffusionImg2ImgPipeline has it."""
+        return min(max(steps - min(int(steps * strength), steps), 0), steps - 1)
 
     def denoise(
         self, latents: Float[Tensor, "B C H W"], t: Num[Tensor, ""] | Num[Tensor, "B"], cond: Conditioning

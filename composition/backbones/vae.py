@@ -1,13 +1,14 @@
 """Latents to pictures and pictures to latents, by a pipeline's own autoencoder, and the scaling between its numbers and the denoiser's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 
 from composition.loop import NotFinite
 
@@ -41,6 +42,20 @@ def encode(pipeline: Any, pixels: Float[Tensor, "n 3 height width"], part: int =
     with _whole(pipeline.vae) as vae:
         coded = torch.cat([vae.encode(some.to(device, vae.dtype)).latent_dist.mode() for some in pixels.split(part)])
     return scaled(vae, coded.to(torch.promote_types(coded.dtype, torch.float32)))
+
+
+@torch.no_grad()
+def sampled(pipeline: Any, pixels: Float[Tensor, "B 3 height width"], generators: Sequence[Generator]) -> Float[Tensor, "B C H W"]:
+    """Pictures in -1..1 as the denoiser sees them, drawn as the stock pipelines draw them from what the autoencoder says: by each one's
+    generator, so that the same seed gives the same latents. One at a time, as `decode`."""
+    device = torch.device(pipeline._execution_device)
+    coded = []
+    with _whole(pipeline.vae) as vae:
+        for single, generator in zip(pixels.split(1), generators, strict=True):
+            spread = vae.encode(single.to(device, vae.dtype)).latent_dist
+            wide = torch.promote_types(spread.mean.dtype, torch.float32)
+            coded.append(spread.mean.to(wide) + spread.std.to(wide) * randn_tensor(spread.mean.shape, generator=generator, device=device, dtype=wide))
+    return scaled(pipeline.vae, torch.cat(coded))
 
 
 @torch.no_grad()

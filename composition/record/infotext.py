@@ -53,6 +53,8 @@ def write(
     pairs = {"Steps": request.steps or "", "Sampler": title, "Schedule type": schedule,
              "CFG scale": f"{request.true_guidance:g}" if distilled else guidance, "Distilled CFG Scale": guidance if distilled else "",
              "Seed": request.seed, "Size": f"{size[0]}x{size[1]}", "Model": plain(re.split(r"[\\/]", request.model.rstrip("\\/"))[-1]),
+             "Denoising strength": f"{request.picture.strength:g}" if request.picture else f"{request.hires.strength:g}" if request.hires else "",
+             "Hires upscale": f"{request.hires.factor:g}" if request.hires else "",
              "Method": request.method, "Lora hashes": hashes, "Version": f"Medley {__version__}"}
     last = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in pairs.items() if value != "")
     negative = f"\nNegative prompt: {request.negative}" if request.negative else ""

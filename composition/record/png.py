@@ -23,11 +23,11 @@ from composition.prompt_syntax import TAGGED
 from composition.record import infotext, recall, request_file
 from composition.record.recall import Record
 from composition.refusal import Refused
-from composition.request import DISTILLED_NOTE, SAMPLER_NOTE, SCHEMA_VERSION, Receipt, Request, Result
+from composition.request import DISTILLED_NOTE, FITTED_NOTE, SAMPLER_NOTE, SCHEMA_VERSION, Receipt, Request, Result
 from composition.version import __version__
 
 MANIFEST = "metadata.jsonl"
-UNRECORDED = ("order", TAGGED)  # notes on how the request was settled: the settled request itself is recorded
+UNRECORDED = ("order", TAGGED, FITTED_NOTE)  # notes on how the request was settled: the settled request itself is recorded
 MENDED, SECONDS = 16, 10.0  # of pictures without a line: how many are looked at, and how old they must be
 _PACKAGES = ("diffusers", "torch", "transformers")
 

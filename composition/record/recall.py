@@ -64,7 +64,12 @@ def without_paths(request: Request) -> Request:
     conditions = [replace(condition, source=condition.name, image=pictures.condition_as_text(condition.image, condition.name))
                   for condition in request.conditions]
     embeddings = [replace(each, source=each.name) for each in request.embeddings]
-    return replace(request, loras=loras, conditions=conditions, embeddings=embeddings, model=model_name(request.model), vae=model_name(request.vae))
+    picture = request.picture and replace(
+        request.picture, image=request.picture.image if request.picture.image.startswith("data:")
+        else pictures.lossless(pictures.start(request.picture.image), pictures.origin(request.picture.image)),
+        mask=request.picture.mask if not request.picture.mask or request.picture.mask.startswith("data:")
+        else pictures.mask_text(pictures.repainted(request.picture.mask), request.picture.mask))
+    return replace(request, loras=loras, conditions=conditions, embeddings=embeddings, picture=picture, model=model_name(request.model), vae=model_name(request.vae))
 
 
 def by_name(request: Request) -> Request:
@@ -78,6 +83,10 @@ def by_name(request: Request) -> Request:
         if not condition.image.startswith("data:"):
             raise Refused(f"the record names {condition.image!r:.200}, a file of this machine, as the picture of condition {condition.name}: if that "
                           "is yours, give --allow-paths")
+    for what, image in (("picture", request.picture.image), ("mask", request.picture.mask or "data:")) if request.picture else ():
+        if not image.startswith("data:"):
+            raise Refused(f"the record names {image!r:.200}, a file of this machine, as the {what} that it starts from: if that is yours, give "
+                          "--allow-paths")
     prompt, tags = prompt_syntax.untagged(request.prompt)  # a settled request has no tags; a stranger's may name files by them
     loras = [replace(lora, source=lora.name) for lora in (*request.loras, *(tag.lora for tag in tags))]
     conditions = [replace(condition, source=condition.name) for condition in request.conditions]
