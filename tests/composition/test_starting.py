@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from composition import Cancelled, Engine, Hires, Picture, Refused, Request, backbones, methods, record, starting
+from composition import Cancelled, Engine, Hires, Picture, Refused, Request, backbones, batch, manifest, methods, record, starting
 from composition.backbones import schedulers
 from composition.request import FITTED_NOTE, HIRES_NOTE, STARTED_NOTE
 from tests import toys
@@ -308,6 +308,20 @@ def test_the_record_holds_the_picture(engines, given, tmp_path):
     for picture in (Picture(given[0]), Picture(found.picture.image, mask=given[1])):
         with pytest.raises(Refused, match="--allow-paths"):
             record.by_name(replace(found, picture=picture))
+
+
+def test_a_batch_names_its_pictures_by_what_they_start_from(tmp_path):
+    """Lines of a manifest with pictures: what is there is not made again, another mask is another picture."""
+    image, mask = photo(tmp_path / "photo.png", (32, 32)), half(tmp_path / "mask.png", (32, 32))
+    line = {"prompt": "a fox", "steps": 2, "size": [32, 32], "picture": {"image": image, "strength": 0.5}, "hires": {"factor": 1.5}}
+    rows = [line, line | {"picture": line["picture"] | {"mask": mask}}, line]
+    asked = [manifest.request_of(row, "toy") for row in rows]
+    engine = Engine(backbones.of(toys.sd(), "sd"), "toy")
+    first, second = (list(batch.run_many(engine, asked, tmp_path / "made")) for _ in range(2))
+    assert [item.error for item in first] == [""] * 3 and [item.fresh for item in first] == [True, True, False]
+    assert not any(item.fresh for item in second)
+    assert first[0].id == first[2].id != first[1].id
+    assert Image.open(first[0].path).size == (48, 48)
 
 
 # fitting ---------------------------------------------------------------------------------------------------------------
