@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from composition.loras.kinds.full import Full
 from composition.loras.kinds.loha import LoHa
 from composition.loras.kinds.lokr import LoKr
 from composition.loras.kinds.lora import Factors
+from composition.loras.layers import Layer, shape
 from composition.loras.metadata import line
 from composition.loras.nearest import nearest
 from composition.loras.reader import LoraFile
@@ -164,7 +165,7 @@ def _near(base: Base, component: str, path: str, layer: Any, rank: int) -> tuple
     """The nearest LoRA of an update that is none, in float64; None of one that is, or where none is near without the base's weights."""
     if isinstance(getattr(layer, "factors", layer), Factors):
         return None
-    nearby = nearest(layer, tuple(base.components[component].get_submodule(path).weight.shape), rank)
+    nearby = nearest(layer, shape(cast(Layer, base.components[component].get_submodule(path))), rank)
     if nearby is None:
         return None
     return nearby[0], Left(nearby[1], reduce(torch.promote_types, (_numbers(tensor) for tensor in layer.tensors)))
