@@ -158,7 +158,7 @@ def begin(
     latents = noised(scheduler, clean, noise, times[0])
     if mask is None:
         return Begun(latents, times, None)
-    free = _free(mask, tuple(clean.shape[-2:])).to(clean.device)
+    free = _free(mask, (clean.shape[-2], clean.shape[-1])).to(clean.device)
     if strength == 1.0:
         latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
 

@@ -24,8 +24,10 @@ STOCK = {"sd": "StableDiffusionImg2ImgPipeline", "sdxl": "StableDiffusionXLImg2I
 
 
 @pytest.fixture(autouse=True)
-def _unchecked(shapes_unchecked):
-    """Shapes are checked by the laws of methods."""
+def shapes_checked_once(request):
+    """Shapes are checked by one test alone."""
+    if request.node.originalname != "test_shapes":
+        request.getfixturevalue("shapes_unchecked")
 
 
 def photo(path, size=(SIDE, SIDE), seed=0):
@@ -239,6 +241,16 @@ def test_encoding_is_reproducible(family, engines, given):
     assert torch.equal(drawn(3), drawn(3))
     assert torch.equal(drawn(4, 3)[1:], drawn(3))
     assert not torch.equal(drawn(3), drawn(4))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes(family, engines, given, monkeypatch):
+    """Every shape in a signature is that of what is passed, two pictures in a batch that are not square."""
+    engine = engines[family]
+    monkeypatch.setattr(engine, "together", 2)
+    asked = laws.request("merge", steps=2, count=2, size=(16, 32), picture=Picture(given[0], strength=0.8, mask=given[1]), hires=Hires(1.5))
+    assert [image.size for image in engine.run(asked).images] == [(24, 48)] * 2
+    engine.run(replace(asked, picture=None, hires=Hires(1.5, space="latent")))
 
 
 # hires -----------------------------------------------------------------------------------------------------------------
