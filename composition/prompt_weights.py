@@ -17,7 +17,7 @@ MAX_SHOWN = 60  # letters of a piece that is quoted
 
 _TOKEN = re.compile(r"\\[\\()\[\]]|[(\[]|:\s*([+-]?(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20}))\s*\)|[)\]]|[^\\()\[\]:]+|[:\\]")
 _SCHEDULE = re.compile(r"[+-]?(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})")
-_BREAK = re.compile(r"\s*(?<!\w)BREAK(?!\w)\s*")
+_BREAK = re.compile(r"(?<!\w)BREAK(?!\w)")
 _SYNTAX = re.compile(r"[()\[\]]|(?<!\w)BREAK(?!\w)")
 _BRACKET = re.compile(r"[()\[\]]")
 
@@ -79,7 +79,10 @@ def read(prompt: str) -> Prompt:
     for piece, weight in _weighted(prompt):
         if not -HEAVIEST <= weight <= HEAVIEST:
             raise Refused(f"the prompt gives {piece.strip()[:MAX_SHOWN]!r} the weight {weight:.4g}; weights from {-HEAVIEST:g} to {HEAVIEST:g} are read")
-        for index, part in enumerate(_BREAK.split(piece)):
+        parts = _BREAK.split(piece)
+        for index, part in enumerate(parts):
+            part = part.lstrip() if index else part
+            part = part.rstrip() if index < len(parts) - 1 else part
             if index and marks and not begins:
                 begins = True
                 text.append(" ")
@@ -98,7 +101,7 @@ def plain(prompt: str) -> str:
 
 def escaped(text: str) -> str:
     """The text as a prompt in which brackets mean nothing."""
-    return re.sub(r"(\\*)([()\[\]])", r"\1\1\\\2", text)
+    return re.sub(r"(?<!\\)(\\*)([()\[\]])", r"\1\1\\\2", text)
 
 
 def schedules(prompt: str) -> list[tuple[int, int]]:

@@ -38,7 +38,7 @@ def save(request: Request, path: Path, *, keep_paths: bool = False) -> Path:
     shown = request if keep_paths else recall.without_paths(request)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(json.loads(shown.json()), ensure_ascii=False, indent=2) + "\n"
+        text = json.dumps(untrusted.parse(shown.json()), ensure_ascii=False, indent=2) + "\n"
         return atomic.write_new([path], text)
     except FileExistsError:
         raise Refused(f"{path} is there already and is not overwritten: choose another name, or delete it") from None

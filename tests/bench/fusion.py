@@ -31,6 +31,7 @@ from torch import Tensor
 from composition import Lora, Refused, Request, methods
 from composition.adapters import Adapters
 from composition.loop import Conditioning, Predict, Step
+from composition.prompt_weights import Text, text_of
 from composition.run import Run
 from tests.bench.clora import WORDS, Resident
 from tests.gpu import clock
@@ -73,7 +74,7 @@ class Bench:
         self.loras = [(word, Lora(word, category=CATEGORIES[k % len(CATEGORIES)], triggers=(word,)), files[k][2]) for k, word in enumerate(WORDS[:count])]
         self.weights = {name: 1.0 for name, _, _ in self.loras}
         self.backbone: Any = model.backbone
-        self.backbone.encode = self._encode
+        self.backbone.encode, self.backbone.chunks = self._encode, lambda prompt: 1
         self.cond = self.backbone.encode(["all"], ["none"] if model.size.rows == 2 else None)
         if model.size.family == "flux":
             self.cond = Conditioning({**self.cond.values, "guidance": torch.full((1, 1), 3.5, device=model.device)})
@@ -96,13 +97,13 @@ class Bench:
         self.stack.enter_context(adapters.session(self.loras))
         return adapters
 
-    def _encode(self, prompts: Sequence[str], negatives: Sequence[str] | None, wanted: object = ()) -> Conditioning:
+    def _encode(self, prompts: Sequence[Text], negatives: Sequence[Text] | None, *_: object) -> Conditioning:
         """Random, another for every prompt."""
         like = self.model.inputs(1)[2].values
         sides = [*([negatives[0]] if negatives is not None else []), prompts[0]]
 
-        def drawn(name: str, text: str) -> Tensor:
-            return torch.randn(like[name].shape[1:], generator=torch.Generator().manual_seed(zlib.crc32(text.encode()))).to(like[name])
+        def drawn(name: str, text: Text) -> Tensor:
+            return torch.randn(like[name].shape[1:], generator=torch.Generator().manual_seed(zlib.crc32(text_of(text).encode()))).to(like[name])
 
         return Conditioning({name: torch.stack([drawn(name, text) for text in sides]) for name in like if name != "guidance"})
 

@@ -60,7 +60,7 @@ def test_a_card_has_what_the_receipt_says(catalogue, lib):
 
 
 @pytest.mark.parametrize(("tensors", "trouble"), [
-    ({f"{seeds.Q}.lora_down.weight": torch.ones(2, 16), f"{seeds.Q}.lora_up.weight": torch.ones(16, 2), f"{seeds.Q}.oft_diag": torch.ones(16)}, "OFT as PEFT"),
+    ({f"{seeds.Q}.lora_down.weight": torch.ones(2, 16), f"{seeds.Q}.lora_up.weight": torch.ones(16, 2), f"{seeds.Q}.oft_diag": torch.ones(16)}, "OFT as the first PEFT"),
     ({f"{seeds.Q}.hada_novelty": torch.ones(2, 2)}, "a part of a LoRA that is not known"), ({"model.weight": torch.ones(2, 2)}, "no LoRA file that is known"),
     ({f"{seeds.Q}.lora_down.weight": torch.ones(2, 16)}, "no pair of factors"),
     ({"controlnet_cond_embedding.conv_in.weight": torch.ones(2, 2)}, "is a ControlNet, which goes with a picture: --control a=PICTURE"),

@@ -345,7 +345,7 @@ def test_markup_in_every_field_of_a_file_is_shown_as_text(server, tab):
     assert alerts == [] and page.evaluate("window.evil") is None
     assert page.locator("[onerror], [src=x], #loras script, #hint script, #report script, #loras .cards b, #loras .rows b").count() == 0
     inside = page.locator("#loras .loras *").evaluate_all("parts => [...new Set(parts.map(part => part.localName))].sort()")
-    assert set(inside) <= {"article", "b", "button", "div", "h2", "img", "input", "label", "option", "select", "small", "span", "strong"}
+    assert set(inside) <= {"article", "b", "button", "div", "h2", "img", "input", "label", "option", "p", "select", "small", "span", "strong"}
 
 
 def test_words_and_pictures_of_files_are_shown_and_never_run(tab):

@@ -76,7 +76,7 @@ BLOCKED = {
     "HEAD.on_input": reader.NO_WHOLE,
     "HEAD.a1.weight": reader.NO_WHOLE,
     "HEAD.diff": reader.NO_WHOLE,
-    "HEAD.oft_R.weight": lora_keys.OFT,
+    "HEAD.oft_r": lora_keys.OFT,
     "HEAD.oft_diag": lora_keys.OFT,
     "HEAD.lora_A.bias": lora_keys.BIAS,
     "HEAD.lora_down.bias": lora_keys.BIAS,
