@@ -22,7 +22,7 @@ BUNDLES: Mapping[str, Bundle] = {
     "pocket": Bundle("pocket128/sd", "pocket128/loras", "pocket128/testbed.json", "pocket128/profiles", conditions="pocket128",
                      gates="pocket128/gates.safetensors"),
     "pocket-flux": Bundle("pocket/flux", "pocket/flux-loras", "pocket/testbed-flux.json", "pocket/profiles",
-                          conditions="pocket/flux-conditions"),
+                          conditions="pocket/flux-conditions", gates="pocket/gates.safetensors"),
 }
 
 
