@@ -17,7 +17,7 @@ ASSETS = Path(__file__).parents[2] / "assets"
 POCKET, SECOND = ASSETS / "pocket128", ASSETS / "pocket"
 SHIPPED = [file for folder in ("pocket/**/*", *(f"pocket128/{part}/**/*" for part in ("sd", "clip", "loras", "profiles", "controlnet-canny")))
            for file in ASSETS.glob(folder) if file.is_file()]  # fmt: skip
-WEIGHTS = sorted(file for file in SHIPPED if file.suffix == ".safetensors")
+WEIGHTS = sorted(file for file in SHIPPED if file.suffix == ".safetensors" and file.stem != "gates")  # of 4 KB, as trained
 LORAS = sorted((POCKET / "loras").glob("*.safetensors"))
 FLUX = sorted((SECOND / "flux-loras").glob("*.safetensors"))
 
