@@ -24,7 +24,7 @@ import torch
 
 from composition import Lora, Request
 from composition.adapters import Adapters
-from composition.loop import Step
+from composition.loop import Conditioning, Step
 from composition.methods import clora, clora_fast
 from composition.run import Run
 from tests.bench.cmlora import lora, sd15
@@ -74,12 +74,12 @@ def made(stack, count, pixels, method, batched):
         at = prompt.index(name, ends[-1][1])
         ends.append((at, at + len(name)))
     backbone.offsets = lambda text: [*ends, (0, 0)]
-    backbone.cut = lambda text: ""
+    backbone.truncated = lambda text: ""
     backbone.size = lambda request: (pixels, pixels)
     request = Request(prompt, loras=loras, method=method, batched=batched, guidance=5.0)
-    encodings = {("text", prompt, "", ()): text}
+    backbone.encode, backbone.chunks = (lambda *_, **__: Conditioning({"text": text})), (lambda prompt: 1)
     unscaled = SimpleNamespace(scale_model_input=lambda latents, t: latents)
-    run = Run(backbone, adapters, request, unscaled, [], encodings=encodings)
+    run = Run(backbone, adapters, request, unscaled, [])
     latents = torch.randn(1, 4, pixels // 8, pixels // 8, generator=generator)
     return run, Step(0, 50, torch.tensor(500), latents)
 
