@@ -69,11 +69,15 @@ def expected(cost: str, loras: int) -> float:
     def value(node: ast.expr) -> float:
         if isinstance(node, ast.BinOp):
             return operators[type(node.op)](value(node.left), value(node.right))
-        return names[node.id] if isinstance(node, ast.Name) else float(node.value)  # type: ignore[attr-defined]
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            return float(node.value)
+        if isinstance(node, ast.Name):
+            return names[node.id]
+        raise ValueError(cost)
 
     try:
         return value(ast.parse(cost.removeprefix("about ").strip(), mode="eval").body)
-    except (SyntaxError, KeyError, AttributeError, TypeError, ValueError, ZeroDivisionError):
+    except (SyntaxError, KeyError, ValueError, ZeroDivisionError):
         return 1.0
 
 

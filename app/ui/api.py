@@ -38,8 +38,8 @@ class Api:
         for name in ENDPOINTS:
             gr.api(getattr(self, name), api_name=name, concurrency_limit=None if name in ("generate", "compare") else 4)
 
-    async def generate(self, prompt: str, loras: list[dict] | None = None, method: str = "merge", options: dict | None = None, negative: str = "",  # type: ignore[type-arg]
-                       steps: int = 0, guidance: float = -1.0, size: str = "", sampler: str = "default", seed: int = -1, request: gr.Request = None) -> dict:  # type: ignore[assignment, type-arg]
+    async def generate(self, prompt: str, loras: list[dict[str, Any]] | None = None, method: str = "merge", options: dict[str, Any] | None = None, negative: str = "",
+                       steps: int = 0, guidance: float = -1.0, size: str = "", sampler: str = "default", seed: int = -1, request: gr.Request = None) -> dict[str, Any]:  # type: ignore[assignment]
         """Make a picture from a prompt and LoRAs.
 
         Args:
@@ -62,8 +62,8 @@ class Api:
         except Exception as error:
             raise gr.Error(sentence(error), print_exception=False) from None
 
-    async def compare(self, prompt: str, loras: list[dict] | None = None, methods: list[str] | None = None, seeds: int = 1, steps: int = 0, seed: int = -1,  # type: ignore[type-arg]
-                      request: gr.Request = None) -> list[dict]:  # type: ignore[assignment, type-arg]
+    async def compare(self, prompt: str, loras: list[dict[str, Any]] | None = None, methods: list[str] | None = None, seeds: int = 1, steps: int = 0, seed: int = -1,
+                      request: gr.Request = None) -> list[dict[str, Any]]:  # type: ignore[assignment]
         """Make the same picture by several methods, and without any LoRA, with the same seeds.
 
         Args:
@@ -89,7 +89,7 @@ class Api:
                 answers.append({"title": way.title, "seed": way.request.seed, "error": sentence(error)})
         return answers
 
-    def loras(self, words: str = "") -> list[dict]:  # type: ignore[type-arg]
+    def loras(self, words: str = "") -> list[dict[str, Any]]:
         """The LoRAs that can be used.
 
         Args:
@@ -101,12 +101,12 @@ class Api:
         return [{"name": card.key, "title": card.title, "category": card.category, "triggers": list(card.triggers), "trouble": card.trouble}
                 for card in self._form.shelf().values() if all(word in " ".join([card.key, card.title, card.category, *card.triggers]).lower() for word in wanted)]
 
-    def methods(self) -> list[dict]:  # type: ignore[type-arg]
+    def methods(self) -> list[dict[str, Any]]:
         """The ways of combining LoRAs: name, title, what each does, evaluations a step, and the paper."""
         return [{"name": method.name, "title": method.title, "about": method.about, "evaluations": method.cost, "paper": method.paper}
                 for method in self._form.methods.values()]
 
-    def suggest(self, prompt: str) -> list[dict]:  # type: ignore[type-arg]
+    def suggest(self, prompt: str) -> list[dict[str, Any]]:
         """The LoRAs that a prompt calls for, best first, with the reason, the trigger word to add, and a weight to begin with.
 
         Args:
@@ -114,7 +114,7 @@ class Api:
         """
         return [{"name": each["key"], **{key: each[key] for key in ("title", "for", "why", "word", "weight")}} for each in self._suggestions.of(prompt, self._form.shelf())]
 
-    def estimate(self, loras: int = 2, method: str = "merge", steps: int = 0, size: str = "") -> dict:  # type: ignore[type-arg]
+    def estimate(self, loras: int = 2, method: str = "merge", steps: int = 0, size: str = "") -> dict[str, Any]:
         """What a picture costs before it is made: evaluations of the denoiser and, once this machine was measured, seconds.
 
         Args:
@@ -132,7 +132,7 @@ class Api:
         except Exception as error:
             raise gr.Error(sentence(error), print_exception=False) from None
 
-    def recall(self, image: str) -> dict:  # type: ignore[type-arg]
+    def recall(self, image: str) -> dict[str, Any]:
         """What a picture was made from, ours or A1111's.
 
         Args:

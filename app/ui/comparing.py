@@ -123,7 +123,7 @@ class CompareTab:
                     tile.state = shown = where
                     yield {}
         finally:
-            await looks.aclose()  # type: ignore[attr-defined]
+            await looks.aclose()
         tile.state = job.error or (job.state if job.finished.is_set() else "cancelled")
         if job.result is None or job.path is None:
             tile.failed = job.state == "failed"

@@ -57,7 +57,7 @@ class LibraryTab:
         known = self._known(shelf)
         twins = _twins(known)
         rows = "".join(_row(card, known.get(card.key), twins.get(card.key, [])) for card in matching[:SHOWN])
-        table = ('<table class="library"><thead><tr><th scope="col">LoRA</th><th scope="col">Kind</th><th scope="col">Trigger words</th><th scope="col">File</th>'
+        table = ('<table class="lora-table"><thead><tr><th scope="col">LoRA</th><th scope="col">Kind</th><th scope="col">Trigger words</th><th scope="col">File</th>'
                  f'<th scope="col">Health</th></tr></thead><tbody>{rows}</tbody></table>') if rows else ""
         count = f"{len(matching)} of {len(shelf)} LoRAs. {self._suggestions.state}"
         usable = [(card.title, card.key) for card in shelf.values() if not card.trouble]

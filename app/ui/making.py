@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from app.jobs import Job, Jobs
 from app.ui.door import Presence
@@ -22,7 +22,7 @@ class Maker:
         """Put a request of this tab in line. Raises Refused."""
         return self.jobs.submit(request, client)
 
-    async def looks(self, job: Job, client: str) -> AsyncIterator[bool]:
+    async def looks(self, job: Job, client: str) -> AsyncGenerator[bool, None]:
         """Each time that the job should be looked at, whether it is over: the last look sees its end. It is cancelled when its client goes away, or nobody
         looks any more."""
         last, over = time.monotonic(), False

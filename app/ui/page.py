@@ -136,7 +136,7 @@ class Page:
                 report = await asyncio.to_thread(self._report, job)
                 yield {self.next: gr.Row(visible=True), self.address: self._gallery.address(job.path), self.report: report}
         finally:
-            await looks.aclose()  # type: ignore[attr-defined]
+            await looks.aclose()
 
     def _seen(self, job: Job) -> Changes:
         """The parts of the page that show a job, as they are now."""

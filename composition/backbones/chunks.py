@@ -103,7 +103,7 @@ def offsets(prompt: Text, tokenizer: Any) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def inverted(encoders: Mapping[str, tuple[nn.Module, Any]], parts: Sequence[Chunk], vectors: Vectors) -> Iterator[None]:
+def inverted(encoders: Mapping[str, tuple[Any, Any]], parts: Sequence[Chunk], vectors: Vectors) -> Iterator[None]:
     """While it lasts, these encoders (name to module and tokenizer) read the vectors of textual inversions in place of their stand-ins, in a
     batch of these chunks. Neither vocabularies nor weights are touched."""
     handles = []
@@ -112,8 +112,7 @@ def inverted(encoders: Mapping[str, tuple[nn.Module, Any]], parts: Sequence[Chun
             places = [(row, token, vectors[chunk.slots[a][0]][name][chunk.slots[a][1]]) for row, chunk in enumerate(parts) if chunk.slots
                       for token, (a, b) in enumerate(_offsets(chunk.text, tokenizer, tokenizer.model_max_length)) if a < b and a in chunk.slots]
             if places:
-                embedding: Any = encoder.get_input_embeddings()  # type: ignore[operator]
-                handles.append(embedding.register_forward_hook(_placing(places, len(parts))))
+                handles.append(encoder.get_input_embeddings().register_forward_hook(_placing(places, len(parts))))
         yield
     finally:
         for handle in handles:
